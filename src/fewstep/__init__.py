@@ -1,0 +1,76 @@
+"""fewstep: the samples you want from a diffusion or flow model, in as few network calls as possible.
+
+Everything public is loaded when it is first used, so that ``fewstep --help`` starts without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fewstep import exact, grids, guidance, schedules, solvers, train
+    from fewstep.denoisers import Denoiser, ModelInfo
+    from fewstep.errors import FewstepError
+    from fewstep.integrate import invert, reference
+    from fewstep.loading import check, load
+    from fewstep.noise import draw_noise
+    from fewstep.plan import Plan
+    from fewstep.sampler import Hooks, sample
+    from fewstep.solvers import make_plan, solver_names
+    from fewstep.train.trainer import fit
+
+__all__ = [
+    "Denoiser",
+    "FewstepError",
+    "Hooks",
+    "ModelInfo",
+    "Plan",
+    "check",
+    "draw_noise",
+    "exact",
+    "fit",
+    "grids",
+    "guidance",
+    "invert",
+    "load",
+    "make_plan",
+    "reference",
+    "sample",
+    "schedules",
+    "solver_names",
+    "solvers",
+    "train",
+]
+
+__version__ = "0.1.0"
+
+HOMES = {
+    "Denoiser": "denoisers",
+    "FewstepError": "errors",
+    "Hooks": "sampler",
+    "ModelInfo": "denoisers",
+    "Plan": "plan",
+    "check": "loading",
+    "draw_noise": "noise",
+    "fit": "train.trainer",
+    "invert": "integrate",
+    "load": "loading",
+    "make_plan": "solvers",
+    "reference": "integrate",
+    "sample": "sampler",
+    "solver_names": "solvers",
+}
+"""Where each public name lives; the public modules live under their own names."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in HOMES:
+        return getattr(importlib.import_module(f"fewstep.{HOMES[name]}"), name)
+    if name in __all__:
+        return importlib.import_module(f"fewstep.{name}")
+    raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

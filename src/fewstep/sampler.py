@@ -1,0 +1,291 @@
+"""The loop. There is one, and it runs every plan.
+
+Everything a step needs is computed before the loop: numbers stay Python floats, array coefficients go to the device once. Inside there is
+the network call and one linear combination of stored tensors. Nothing in the loop depends on the solver or reads from the device.
+
+What is not affine is a named hook, see `Hooks`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.errors import NetworkError, PlanError
+from fewstep.noise import BrownianPath, check_seeds
+from fewstep.plan import Entry, Plan, Row, StartTransform
+
+__all__ = ["Hooks", "Trajectory", "sample"]
+
+DenoiserLike = Callable[..., Tensor]
+Factor = float | Tensor
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a run may do besides the plan. Every hook is optional; none may read from the device if the loop is to stay free of stalls.
+
+    Args:
+        time: ``(i, t, x) -> t``: another time for call i, a number or one per sample.
+        denoiser: ``(i) -> denoiser``: another denoiser for call i, e.g. a thinner sub-network.
+        prediction: ``(i, t, d) -> d``: a transform of the data prediction, e.g. clipping or dynamic thresholding.
+        state: ``(i, t, x) -> x``: a change of state i + 1, at noise level t, after it was computed, e.g. the blend of inpainting.
+        resample: ``(i, x) -> index or None``: a choice ``"batch"`` of which samples go on after step i. Stored states and predictions follow.
+    """
+
+    time: Callable[[int, float, Tensor], Any] | None = None
+    denoiser: Callable[[int], DenoiserLike] | None = None
+    prediction: Callable[[int, float, Tensor], Tensor] | None = None
+    state: Callable[[int, float, Tensor], Tensor] | None = None
+    resample: Callable[[int, Tensor], Tensor | None] | None = None
+
+
+class Trajectory(NamedTuple):
+    """A run with everything on the way.
+
+    Attributes:
+        samples: ``"batch *shape"``, the last state.
+        times: ``"N+1"``, the noise level of every state.
+        states: ``"N+1 batch *shape"``.
+        predictions: ``"N batch *shape"``, the data predictions.
+    """
+
+    samples: Tensor
+    times: np.ndarray
+    states: Tensor
+    predictions: Tensor
+
+
+class Step(NamedTuple):
+    """A row of a plan, ready for the loop. Terms are (is it a stored output?, how many steps back, factor)."""
+
+    tau: float
+    gains: tuple[tuple[bool, int, Factor], ...] | None
+    terms: tuple[tuple[bool, int, Factor], ...]
+    offset: Factor | None
+    noise: tuple[Factor, float, float] | None
+
+
+def sample(
+    denoiser: DenoiserLike,
+    noise: Tensor,
+    plan: Plan,
+    *,
+    cond: Mapping[str, Any] | None = None,
+    seeds: Iterable[int] | Tensor | None = None,
+    progress: bool = False,
+    callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
+    hooks: Hooks | None = None,
+    trajectory: bool = False,
+    check: bool = True,
+) -> Any:
+    """Run a plan.
+
+    Args:
+        denoiser: ``D(x, t, **cond)`` -> data prediction of x's shape; see `fewstep.Denoiser`.
+        noise: ``Float[Tensor, "batch *shape"]``, x_T at the scale of the plan's first time (`fewstep.draw_noise`). Its dtype is the
+            working precision; half precision is run, and returned, in float32, because round-off in the state is never undone.
+        plan: made by a solver or a tuner, for the denoiser's noise schedule.
+        cond: conditions, handed to every call.
+        seeds: one whole number a sample, for stochastic plans. Sample i depends on its own noise and seed only.
+        progress: show a bar on standard error.
+        callback: called after every step with (i, tau_i, state i + 1, data prediction i). To change anything use `hooks`.
+        hooks: see `Hooks`.
+        trajectory: return a `Trajectory` instead of the samples.
+        check: look once, after the last call, whether the samples are finite, and if not find the call that went wrong by running
+            again. This is the only read from the device; ``check=False`` leaves it out (for graph capture).
+
+    Returns:
+        ``Float[Tensor, "batch *shape"]``, the samples; a `Trajectory` if asked for.
+
+    Raises:
+        PlanError: if the plan was made for another schedule, or its arrays for another sample shape, or seeds are missing or wrong.
+        NetworkError: if the network returns another shape or values that are not finite; names the call and its time.
+
+    Example:
+        >>> import torch, fewstep as fs
+        >>> schedule = fs.schedules.EDM()
+        >>> plan = fs.solvers.DDIM().plan(schedule, nfe=4, grid="karras", final="zero")
+        >>> den = fs.Denoiser(lambda x, t: torch.zeros_like(x), schedule, predicts="data")
+        >>> fs.sample(den, 80 * torch.ones(1, 2), plan).tolist()
+        [[0.0, 0.0]]
+    """
+    x = _checked_noise(noise)
+    _check_fit(denoiser, plan, x, seeds)
+    conditions = dict(cond or {})
+    hooks = hooks or Hooks()
+    steps = [_prepare(row, x) for row in plan.rows]
+    path = BrownianPath(check_seeds(seeds, len(x)), x.shape[1:]) if plan.stochastic and seeds is not None else None
+    x = x if plan.start is None else _transform(plan.start, x)
+    reach = max(len(row.carry) for row in plan.rows)
+    states, outputs = deque([x], max(1, reach)), deque(maxlen=_output_reach(plan))
+    record: tuple[list[Tensor], list[Tensor]] | None = ([x], []) if trajectory else None
+    for i, step in enumerate(_with_bar(steps, progress)):
+        x = states[0]
+        time = step.tau if hooks.time is None else hooks.time(i, step.tau, x)
+        network = denoiser if hooks.denoiser is None else hooks.denoiser(i)
+        try:
+            d = network(x, time, **conditions)
+        except NetworkError as error:
+            raise NetworkError(f"call {i + 1} of {plan.nfe}: {error}") from error
+        if d.shape != x.shape:
+            raise NetworkError(f"call {i + 1} of {plan.nfe}, t={step.tau:.6g}: the denoiser returned {_shapes(d, x)}.")
+        if hooks.prediction is not None:
+            d = hooks.prediction(i, step.tau, d)
+        outputs.appendleft(d)
+        if step.gains is not None:
+            outputs[0] = _combine(step.gains, states, outputs)
+        x = _combine(step.terms, states, outputs)
+        if step.offset is not None:
+            x = x + step.offset
+        if step.noise is not None and path is not None:
+            x = _add_noise(x, path, *step.noise)
+        if hooks.state is not None:
+            x = hooks.state(i, float(plan.grid[i + 1]), x)
+        states.appendleft(x)
+        if hooks.resample is not None and (chosen := hooks.resample(i, x)) is not None:
+            states, outputs = _choose(states, chosen), _choose(outputs, chosen)
+        if record is not None:
+            record[0].append(states[0])
+            record[1].append(d)
+        if callback is not None:
+            callback(i, step.tau, states[0], d)
+    if check and not bool(torch.isfinite(states[0]).all()):
+        _blame(denoiser, noise, plan, conditions, seeds, hooks)
+    if record is not None:
+        return Trajectory(states[0], plan.grid, torch.stack(record[0]), torch.stack(record[1]))
+    return states[0]
+
+
+# ---- before the loop ---------------------------------------------------------------------------------------------------------------
+
+
+def _checked_noise(noise: Tensor) -> Tensor:
+    if not isinstance(noise, Tensor) or not noise.is_floating_point():
+        kind = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
+        raise TypeError(f"noise must be a floating-point tensor (batch, *shape), got {kind}.")
+    if noise.ndim < 2:
+        raise PlanError(f"noise must have a batch dimension and at least one more, got shape {tuple(noise.shape)}.")
+    return noise if noise.dtype in (torch.float32, torch.float64) else noise.float()
+
+
+def _check_fit(denoiser: DenoiserLike, plan: Plan, x: Tensor, seeds: Iterable[int] | Tensor | None) -> None:
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a fewstep.Plan, got {type(plan).__name__}. Make one with fewstep.make_plan or solver.plan.")
+    schedule = getattr(denoiser, "schedule", None)
+    if schedule is not None and not schedule.same_noise(plan.schedule):
+        raise PlanError(f"the plan was made for {_brief(plan.schedule)}, but the denoiser has {_brief(schedule)}. Plan for its schedule.")
+    if plan.stochastic and seeds is None:
+        raise PlanError("this plan draws noise: pass seeds=, one whole number a sample.")
+
+
+def _brief(schedule: object) -> str:
+    text = repr(schedule)
+    return text if len(text) < 120 else f"{text[:100]}..."
+
+
+def _prepare(row: Row, x: Tensor) -> Step:
+    gains = None
+    if row.memory or row.state_gain != 0.0 or row.output_gain != 1.0:
+        own = [(False, 0, row.state_gain), (True, 0, row.output_gain)]
+        gains = _terms([*own, *((True, k, r) for k, r in enumerate(row.memory, start=1))], x)
+    terms = [(False, k, c) for k, c in enumerate(row.carry)] + [(True, k, w) for k, w in enumerate(row.weights)]
+    offset = None if isinstance(row.offset, float) and row.offset == 0.0 else _factor(row.offset, x)
+    noise = None if row.noise is None else (_factor(row.noise.scale, x), row.noise.begin, row.noise.end)
+    return Step(row.tau, gains, _terms(terms, x), offset, noise)
+
+
+def _terms(terms: list[tuple[bool, int, Entry]], x: Tensor) -> tuple[tuple[bool, int, Factor], ...]:
+    return tuple((stored, k, _factor(f, x)) for stored, k, f in terms if not (isinstance(f, float) and f == 0.0))
+
+
+def _factor(entry: Entry, x: Tensor) -> Factor:
+    """The entry as the loop uses it: a float, or a tensor in x's precision on x's device."""
+    if isinstance(entry, float):
+        return entry
+    try:
+        fits = np.broadcast_shapes(entry.shape, tuple(x.shape[1:])) == tuple(x.shape[1:])
+    except ValueError:
+        fits = False
+    if not fits:
+        raise PlanError(f"the plan has coefficients of shape {entry.shape}, which do not fit samples of shape {tuple(x.shape[1:])}.")
+    return torch.from_numpy(entry.copy()).to(x.dtype).to(x.device)
+
+
+def _transform(start: StartTransform, x: Tensor) -> Tensor:
+    moved = x * _factor(start.scale, x) + _factor(start.shift, x)
+    if start.basis is None or start.gains is None:
+        return moved
+    if start.basis.shape[1:] != tuple(x.shape[1:]):
+        raise PlanError(f"the plan's start was made for samples of shape {start.basis.shape[1:]}, not {tuple(x.shape[1:])}.")
+    basis = torch.from_numpy(start.basis.reshape(len(start.gains), -1).copy()).to(x.dtype).to(x.device)
+    gains = torch.from_numpy(start.gains.copy()).to(x.dtype).to(x.device)
+    return moved + ((x.flatten(1) @ basis.T) * gains @ basis).reshape(x.shape)
+
+
+def _output_reach(plan: Plan) -> int:
+    return max(1, *(max(len(row.weights), len(row.memory) + 1) for row in plan.rows))
+
+
+# ---- in the loop -------------------------------------------------------------------------------------------------------------------
+
+
+def _combine(terms: tuple[tuple[bool, int, Factor], ...], states: deque[Tensor], outputs: deque[Tensor]) -> Tensor:
+    """A linear combination of stored tensors. The first term makes the result, the others are added in place."""
+    total: Tensor | None = None
+    for stored, k, factor in terms:
+        source = outputs[k] if stored else states[k]
+        if total is None:
+            total = source * factor
+        elif isinstance(factor, float):
+            total.add_(source, alpha=factor)
+        else:
+            total.addcmul_(source, factor)
+    return torch.zeros_like(states[0]) if total is None else total
+
+
+def _add_noise(x: Tensor, path: BrownianPath, scale: Factor, begin: float, end: float) -> Tensor:
+    xi = torch.from_numpy(path.normalised(begin, end)).to(x.dtype).to(x.device, non_blocking=True)
+    return x + scale * xi
+
+
+def _choose(memory: deque[Tensor], chosen: Tensor) -> deque[Tensor]:
+    return deque((tensor[chosen] for tensor in memory), memory.maxlen)
+
+
+def _with_bar(steps: list[Step], progress: bool) -> Iterable[Step]:
+    if not progress:
+        return steps
+    from tqdm import tqdm
+
+    return tqdm(steps, desc="sampling", unit="call", leave=False)
+
+
+# ---- after the loop ----------------------------------------------------------------------------------------------------------------
+
+
+def _shapes(d: Tensor, x: Tensor) -> str:
+    return f"shape {tuple(d.shape)} for a state of shape {tuple(x.shape)}"
+
+
+def _blame(denoiser: DenoiserLike, noise: Tensor, plan: Plan, cond: dict[str, Any], seeds: Any, hooks: Hooks) -> None:
+    """Run again, looking at every call, and raise for the first that is not finite."""
+
+    def look(i: int, t: float, x: Tensor, d: Tensor) -> None:
+        for what, value in (("the network's prediction", d), ("the state", x)):
+            bad = ~torch.isfinite(value).flatten(1).all(1)
+            if bad.any():
+                rows = bad.nonzero().flatten().tolist()
+                which = f"sample {rows[0]}" if len(rows) == 1 else f"{len(rows)} of {len(bad)} samples"
+                raise NetworkError(f"call {i + 1} of {plan.nfe}, t={t:.6g}: {what} is not finite (NaN or infinity) in {which}.")
+
+    if not bool(torch.isfinite(noise).all()):
+        raise PlanError("the noise is not finite: it holds NaN or infinity.")
+    sample(denoiser, noise, plan, cond=cond, seeds=seeds, callback=look, hooks=hooks, check=False)
+    raise NetworkError("the samples are not finite, but a second run is: the network does not give the same result twice.")

@@ -1,0 +1,253 @@
+"""How the shipped models are made: `RECIPES`, each everything that decides a model, and `train_recipe`, which makes it.
+
+`digits`: 1,797 scanned handwritten digits of 8 x 8 pixels (E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, as in scikit-learn),
+1,437 for training and 360 held out, stratified. `photos`: crops of two photographs that come with scikit-learn, averaged over 2 x 2 pixels;
+the right quarter of each is held back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fewstep.errors import MissingExtraError, UnknownNameError
+from fewstep.models import SmallUNet, SmallUNetConfig, save_model
+from fewstep.schedules import Flow, VPLinear
+from fewstep.train.losses import DenoisingLoss, LabelDropout
+from fewstep.train.trainer import FitResult, fit
+
+__all__ = ["RECIPES", "RandomCrops", "Recipe", "digits", "photo_regions", "photos", "train_recipe"]
+
+DIGITS_HELD_OUT = 360
+DIGITS_SPLIT_SEED = 1998
+PHOTO_TRAINING_PART = 0.75
+"""Left part of each photograph that training sees."""
+CROP = 32
+CHECKPOINT_EVERY = 200
+
+
+def digits(part: str = "train") -> dict[str, Tensor]:
+    """The digits data, scaled from [0, 16] to [-1, 1]: ``{"x": "n 1 8 8", "label": "n"}``.
+
+    Args:
+        part: ``"train"`` (1,437 samples) or ``"held_out"`` (360), a fixed stratified split.
+
+    Raises:
+        MissingExtraError: if scikit-learn, which brings the data, is not installed.
+    """
+    if part not in ("train", "held_out"):
+        raise ValueError(f'part must be "train" or "held_out", got {part!r}.')
+    bunch = _sklearn_datasets().load_digits()
+    images, labels = np.asarray(bunch["images"], np.float32), np.asarray(bunch["target"], np.int64)
+    rows = np.flatnonzero(_held_out(labels) == (part == "held_out"))
+    return {"x": torch.from_numpy(images[rows] / 8.0 - 1.0)[:, None], "label": torch.from_numpy(labels[rows])}
+
+
+def _held_out(labels: np.ndarray) -> np.ndarray:
+    """Which samples are held out: the share of every class is that of the whole, to a sample."""
+    random = np.random.default_rng(DIGITS_SPLIT_SEED)
+    order = random.permutation(len(labels))
+    rank = np.empty(len(labels))  # position within its class, between 0 and 1, in random order
+    for label in np.unique(labels):
+        rows = order[labels[order] == label]
+        rank[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
+    held_out = np.zeros(len(labels), bool)
+    held_out[np.argsort(rank, kind="stable")[:DIGITS_HELD_OUT]] = True
+    return held_out
+
+
+def photo_regions(part: str = "train") -> list[Tensor]:
+    """The two photographs in [-1, 1], averaged over 2 x 2 pixels: the left three quarters, or the held-back right quarter, ``"3 h w"``.
+
+    Raises:
+        MissingExtraError: if scikit-learn, which brings the photographs, is not installed.
+    """
+    if part not in ("train", "held_out"):
+        raise ValueError(f'part must be "train" or "held_out", got {part!r}.')
+    regions = []
+    for image in _sklearn_datasets().load_sample_images().images:
+        pixels = torch.from_numpy(np.asarray(image, np.float32)).permute(2, 0, 1) / 127.5 - 1.0
+        pixels = functional.avg_pool2d(pixels, 2)
+        border = int(PHOTO_TRAINING_PART * pixels.shape[2])
+        regions.append((pixels[:, :, :border] if part == "train" else pixels[:, :, border:]).contiguous())
+    return regions
+
+
+@dataclass(frozen=True)
+class RandomCrops:
+    """A source of random square crops, mirrored half of the time: ``(batch_size, generator) -> {"x": "batch 3 size size"}``."""
+
+    images: list[Tensor] = field(repr=False)
+    size: int
+
+    def __call__(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        chance = torch.rand(batch_size, 4, generator=generator, dtype=torch.float64).tolist()
+        return {"x": torch.stack([self._crop(*row) for row in chance])}
+
+    def _crop(self, which: float, down: float, right: float, mirrored: float) -> Tensor:
+        image = self.images[int(which * len(self.images))]
+        top, left = int(down * (image.shape[1] - self.size + 1)), int(right * (image.shape[2] - self.size + 1))
+        crop = image[:, top : top + self.size, left : left + self.size]
+        return crop.flip(2) if mirrored < 0.5 else crop
+
+
+def photos(part: str = "train") -> RandomCrops:
+    """Random 32 x 32 crops of the photographs."""
+    return RandomCrops(photo_regions(part), CROP)
+
+
+def _sklearn_datasets() -> Any:
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise MissingExtraError("scikit-learn", "demo", "The data of the shipped models") from error
+    return datasets
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a shipped model.
+
+    Attributes:
+        data: gives the training data, as `fewstep.train.fit` takes them.
+        network: options of the network.
+        loss: the objective, with the noise schedule and the prediction.
+        steps, batch_size, learning_rate, warmup, ema, precision, seed: of `fewstep.train.fit`.
+        licence: on what terms the data were used, and whose they are.
+    """
+
+    data: Callable[[], Mapping[str, Tensor] | RandomCrops]
+    network: SmallUNetConfig
+    loss: DenoisingLoss
+    steps: int
+    batch_size: int
+    licence: str
+    learning_rate: float = 1e-3
+    warmup: int = 200
+    ema: float = 0.999
+    precision: torch.dtype | None = torch.bfloat16
+    seed: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """The recipe as JSON values, for the model's configuration."""
+        options = {name: getattr(self, name) for name in ("steps", "batch_size", "learning_rate", "warmup", "ema", "seed")}
+        return {**options, "precision": str(self.precision), "loss": repr(self.loss), "data": self.data.__name__}
+
+
+RECIPES: dict[str, Recipe] = {
+    "digits": Recipe(
+        data=digits,
+        network=SmallUNetConfig(1, 8, channels=(64, 128), blocks=(2, 3), classes=10, dropout=0.1),
+        loss=DenoisingLoss(VPLinear(), "velocity", times="low_discrepancy", dropout=LabelDropout(null=10)),
+        steps=6000,
+        batch_size=128,
+        licence=(
+            "Weights: Apache-2.0. Trained on Optical Recognition of Handwritten Digits by E. Alpaydin and C. Kaynak, UCI Machine Learning "
+            "Repository, 1998, https://doi.org/10.24432/C50P49, CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/), in the copy of "
+            "scikit-learn; pixel values rescaled."
+        ),
+    ),
+    "photos": Recipe(
+        data=photos,
+        network=SmallUNetConfig(3, 32, channels=(64, 96, 128), blocks=(2, 2, 1), patch=2),
+        loss=DenoisingLoss(Flow(), "flow", times="low_discrepancy"),
+        steps=4500,
+        batch_size=64,
+        licence=(
+            "Weights: Apache-2.0. Trained on patches of two photographs in the copies of scikit-learn, averaged over 2 x 2 pixels, cut "
+            "and rescaled: china.jpg by Flickr user danielbuechele (https://www.flickr.com/photos/danielbuechele/6061409035/) and "
+            "flower.jpg by Flickr user vultilion (https://www.flickr.com/photos/vultilion/6056698931/), both CC BY 2.0 "
+            "(https://creativecommons.org/licenses/by/2.0/)."
+        ),
+    ),
+}
+"""Name -> recipe."""
+
+
+def train_recipe(
+    name: str,
+    folder: str | Path,
+    *,
+    steps: int | None = None,
+    seed: int | None = None,
+    device: torch.device | str = "cpu",
+    threads: int | None = None,
+    progress: bool = True,
+    resume: bool = True,
+) -> FitResult:
+    """Train a model by its recipe and write its folder: averaged weights in half precision, ready for `fewstep.load`.
+
+    Checkpoints and the log lie in ``folder/training``; run again with the same options, training goes on from there.
+
+    Args:
+        name: one of `RECIPES`.
+        folder: where the model goes.
+        steps, seed: other ones than the recipe's.
+        device: where to train.
+        threads: processor threads to use.
+        progress: show a bar.
+        resume: False starts afresh.
+
+    Returns:
+        what `fit` returned.
+
+    Raises:
+        UnknownNameError: for an unknown recipe.
+        MissingExtraError: if scikit-learn, which brings the data, is not installed.
+    """
+    if name not in RECIPES:
+        raise UnknownNameError("recipe", name, RECIPES)
+    given = {key: value for key, value in {"steps": steps, "seed": seed}.items() if value is not None}
+    recipe = dataclasses.replace(RECIPES[name], **given)
+    recipe = dataclasses.replace(recipe, warmup=min(recipe.warmup, recipe.steps // 10))
+    place, data = Path(folder), recipe.data()
+    network = _initial(recipe).to(device)
+    with _threads(threads):
+        result = fit(
+            recipe.loss,
+            network,
+            data,
+            steps=recipe.steps,
+            batch_size=recipe.batch_size,
+            learning_rate=recipe.learning_rate,
+            warmup=recipe.warmup,
+            ema=recipe.ema,
+            precision=recipe.precision,
+            seed=recipe.seed,
+            folder=place / "training",
+            checkpoint_every=CHECKPOINT_EVERY,
+            resume=resume,
+            progress=progress,
+        )
+    network.load_state_dict(result.averages[recipe.ema])
+    training = {"recipe": name, **recipe.record(), "last_loss": result.log[-1]["loss"] if result.log else None}
+    save_model(
+        place, network, schedule=recipe.loss.schedule, predicts=recipe.loss.predicts, licence=recipe.licence, training=training
+    )
+    return result
+
+
+def _initial(recipe: Recipe) -> SmallUNet:
+    """The untrained network; its weights depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return SmallUNet(recipe.network)
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

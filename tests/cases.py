@@ -1,0 +1,57 @@
+"""The tables that tests loop over. A new solver needs its row here; a test fails when one is missing."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from fewstep import schedules
+
+
+class SolverCase(NamedTuple):
+    """What a named solver claims: the order of its deterministic part, and whether it draws noise."""
+
+    order: int
+    stochastic: bool = False
+
+
+SOLVERS: dict[str, SolverCase] = {
+    "auto": SolverCase(2),
+    "ddim": SolverCase(1),
+    "ddpm": SolverCase(1, stochastic=True),
+    "dpmpp": SolverCase(2),
+    "dpmpp_1": SolverCase(1),
+    "dpmpp_2m": SolverCase(2),
+    "dpmpp_2m_taylor": SolverCase(2),
+    "dpmpp_2m_sde": SolverCase(2, stochastic=True),
+    "dpmpp_3m": SolverCase(3),
+    "dpmpp_3m_official": SolverCase(2),
+    "dpmpp_3m_sde": SolverCase(3, stochastic=True),
+}
+
+BETAS = np.linspace(1e-4, 0.02, 1000)
+SD_BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+ZERO_SNR = np.cos(0.5 * np.pi * np.arange(1, 101) / 100) ** 2 * (1 - 1e-4) * (np.arange(1, 101) < 100)
+
+SCHEDULES: dict[str, schedules.NoiseSchedule] = {
+    "vp_linear": schedules.VPLinear(),
+    "vp_cosine": schedules.VPCosine(),
+    "vp_cosine_full": schedules.VPCosine(t_start=1.0, t_end=0.0),
+    "edm": schedules.EDM(),
+    "flow": schedules.Flow(),
+    "flow_full": schedules.Flow(shift=3.0, t_start=1.0, t_end=0.0),
+    "betas": schedules.FromBetas(BETAS.tolist()),
+    "stable_diffusion": schedules.FromBetas(SD_BETAS.tolist()),
+    "zero_snr": schedules.FromAlphasCumprod(ZERO_SNR.tolist()),
+}
+"""Every kind of schedule, with infinite lambda at either end among them."""
+
+FINITE: dict[str, schedules.NoiseSchedule] = {
+    "vp_linear": schedules.VPLinear(t_start=0.95, t_end=0.05),
+    "vp_cosine": schedules.VPCosine(t_start=0.95, t_end=0.05),
+    "edm": schedules.EDM(t_start=10.0, t_end=0.05),
+    "flow": schedules.Flow(t_start=0.95, t_end=0.05),
+    "flow_shifted": schedules.Flow(shift=3.0, t_start=0.9, t_end=0.05),
+}
+"""Finite intervals, on which orders are claimed. Smooth schedules only: a table has kinks, which cap the order there."""

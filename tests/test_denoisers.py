@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import fewstep as fs
+from fewstep.errors import NetworkError, UnknownNameError
+from fewstep.predictions import PREDICTIONS, data_coefficients, target_coefficients
+
+VP = fs.schedules.VPLinear()
+
+
+def as_network(exact, predicts):
+    """An exact denoiser as a network of another kind of prediction."""
+
+    def network(x, t, **cond):
+        time = float(t.flatten()[0])
+        alpha, sigma = float(exact.schedule.alpha(time)), float(exact.schedule.sigma(time))
+        data = exact(x, time, **cond)
+        a, b = target_coefficients(predicts, alpha, sigma)
+        return a * data + b * (x - alpha * data) / sigma
+
+    return network
+
+
+@pytest.mark.parametrize("predicts", PREDICTIONS)
+@pytest.mark.parametrize("schedule", [VP, fs.schedules.EDM(), fs.schedules.Flow(shift=2.0)], ids=["vp", "edm", "flow"])
+def test_every_prediction_gives_the_same_data(predicts, schedule):
+    exact = fs.exact.Gaussian(schedule, torch.tensor([0.5, -1.0]), torch.tensor([0.3, 2.0]))
+    den = fs.Denoiser(as_network(exact, predicts), schedule, predicts=predicts)
+    x = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for t in (0.05, 0.4, 0.9):
+        torch.testing.assert_close(den(x, t), exact(x, t), rtol=1e-11, atol=1e-11)
+    each = torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
+    network = fs.Denoiser(lambda x, t: torch.stack([as_network(exact, predicts)(x[i : i + 1], t[i : i + 1])[0] for i in range(6)]), schedule, predicts)
+    one_by_one = torch.cat([exact(x[i : i + 1], float(t)) for i, t in enumerate(each)])
+    torch.testing.assert_close(network(x, each), one_by_one, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(network(x, each.numpy()), one_by_one, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("predicts", PREDICTIONS)
+def test_coefficients_are_inverse_maps(predicts):
+    alpha, sigma, x0, eps = 0.3, 1.7, 0.8, -0.4
+    a_target, b_target = target_coefficients(predicts, alpha, sigma)
+    a, b = data_coefficients(predicts, alpha, sigma)
+    assert a * (alpha * x0 + sigma * eps) + b * (a_target * x0 + b_target * eps) == pytest.approx(x0, rel=1e-13)
+
+
+def test_alpha_zero_is_legal_except_for_noise():
+    flow = fs.schedules.Flow()
+    x = torch.ones(2, 3)
+    assert torch.equal(fs.Denoiser(lambda x, t: x, flow, "flow")(x, 1.0), x - x)
+    for predicts in ("noise", "score"):
+        with pytest.raises(ValueError, match="alpha is 0"):
+            fs.Denoiser(lambda x, t: x, flow, predicts)(x, 1.0)
+
+
+def seen_by(den_options, schedule=VP, x=None, t=0.5):
+    seen = {}
+
+    def network(x, time):
+        seen.update(x=x, time=time)
+        return x
+
+    fs.Denoiser(network, schedule, "data", **den_options)(torch.ones(4, 2) if x is None else x, t)
+    return seen
+
+
+def test_time_conventions():
+    assert seen_by({})["time"].tolist() == [0.5] * 4
+    assert seen_by({"scalar_time": True})["time"].shape == ()
+    assert seen_by({"network_time": lambda t: 999 * t})["time"].tolist() == [499.5] * 4
+    rounded = seen_by({"network_time": lambda t: 999 * t, "integer_time": True})["time"]
+    assert rounded.dtype is torch.int64
+    assert rounded.tolist() == [500] * 4
+    table = fs.schedules.FromBetas(np.linspace(1e-4, 0.02, 1000).tolist())
+    assert seen_by({"integer_time": True}, table, t=0.5)["time"].tolist() == [499] * 4
+    assert seen_by({}, table, t=torch.tensor([0.001, 1.0, 0.5, 0.25]))["time"].tolist() == [0.0, 999.0, 499.0, 249.0]
+    flow = fs.schedules.Flow(shift=3.0)
+    assert seen_by({"network_time": flow.sigma}, flow)["time"].tolist() == [0.75] * 4
+
+
+def test_half_precision_network_under_a_float32_state():
+    network = torch.nn.Linear(3, 3).to(torch.bfloat16)
+    times = []
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network
+
+        def forward(self, x, t):
+            assert x.dtype is torch.bfloat16
+            times.append(t.dtype)
+            return self.inner(x)
+
+    den = fs.Denoiser(Net(), VP, "noise")
+    x = fs.draw_noise((3,), range(4))
+    samples = fs.sample(den, x, fs.make_plan("dpmpp_2m", VP, 5))
+    assert samples.dtype is torch.float32
+    assert set(times) == {torch.float32}
+    assert fs.sample(den, x.half(), fs.make_plan("dpmpp_2m", VP, 5)).dtype is torch.float32
+    assert den(x.double(), 0.5).dtype is torch.float64
+
+
+def test_calls_are_counted():
+    den = fs.Denoiser(lambda x, t: x, VP, "data")
+    for nfe in (1, 5, 12):
+        before = den.calls
+        fs.sample(den, torch.ones(2, 2), fs.make_plan("dpmpp_3m", VP, nfe))
+        assert den.calls - before == nfe
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: fs.Denoiser(3, VP), TypeError, "callable"),
+        (lambda: fs.Denoiser(lambda x, t: x, "vp"), TypeError, "schedule"),
+        (lambda: fs.Denoiser(lambda x, t: x, VP, "epsilon"), UnknownNameError, "noise"),
+        (lambda: fs.Denoiser(lambda x, t: x[:, :1], VP)(torch.ones(2, 3), 0.5), NetworkError, r"shape \(2, 1\) at t=0.5"),
+        (lambda: fs.Denoiser(lambda x, t: (x,), VP)(torch.ones(2, 3), 0.5), NetworkError, "returned tuple"),
+        (lambda: fs.Denoiser(lambda x, t: x, VP)(torch.ones(2, 3), torch.ones(3)), ValueError, r"one per sample \(2,\)"),
+    ],
+)
+def test_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
