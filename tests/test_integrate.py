@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import math
-import time
 
 import numpy as np
 import pytest
@@ -293,26 +292,23 @@ def test_a_reference_behaves_as_a_tensor():
 
 def test_a_half_precision_network_says_what_it_reached():
     exact, x = mixture(Flow()), noise(Flow(), 2)
-    denoiser = Denoiser(lambda state, t: exact(state, t).to(torch.bfloat16), Flow(), predicts="data", network_dtype=torch.bfloat16)
-    begin = time.perf_counter()
-    with pytest.raises(
-        ToleranceError, match=r"the tolerance 1e-06 was not reached: .*estimate.*tol=.*max_calls=.*float64"
-    ) as caught:
-        reference(denoiser, x, Flow(), max_calls=3000)
-    assert caught.value.nfe <= 3000
-    assert isinstance(caught.value, (FewstepError, RuntimeError))
-    assert time.perf_counter() - begin < 20.0
+    denoiser = Denoiser(lambda state, t: exact(state, t).half(), Flow(), predicts="data", network_dtype=torch.float16)
+    message = r"tolerance 0\.0001 was not reached in \d+ calls: .*; an estimated error of .*tol=.*max_calls=.*float64"
+    with pytest.raises(ToleranceError, match=message) as caught:
+        reference(denoiser, x, Flow(), tol=1e-4)
+    assert caught.value.nfe == denoiser.calls <= 20_000
+    assert 1e-5 < caught.value.error < 1e-2
+    assert isinstance(caught.value, FewstepError)
+    assert isinstance(caught.value, RuntimeError)
+    assert reference(denoiser, x, Flow(), tol=1e-2).error <= 1e-2
 
 
 def test_the_budget_is_kept():
     exact = mixture(VPLinear())
-    with pytest.raises(ToleranceError, match="the calls were spent after 50 calls; no estimate of the error") as caught:
+    with pytest.raises(ToleranceError, match="in 50 calls: the calls allowed are spent; no estimate of the error") as caught:
         reference(exact, noise(VPLinear(), 2), VPLinear(), max_calls=50)
     assert exact.calls == caught.value.nfe == 50
     assert caught.value.error == math.inf
-    with pytest.raises(ToleranceError, match="an estimated error of") as caught:
-        reference(exact, noise(VPLinear(), 2), VPLinear(), tol=1e-16, max_calls=5000)
-    assert caught.value.error < 1e-8
 
 
 def test_values_that_are_not_finite_are_reported_with_their_time():

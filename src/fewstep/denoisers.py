@@ -137,15 +137,20 @@ class Denoiser:
                 )
             time = float(self.network_time(np.float64(t)))  # type: ignore[arg-type]
             known = (*data_coefficients(self.predicts, alpha, sigma), time)
-            if len(self._remembered) < REMEMBERED_TIMES:
-                self._remembered[t] = known
+            if len(self._remembered) >= REMEMBERED_TIMES:
+                self._remembered.clear()
+            self._remembered[t] = known
         return known
 
     def _time_like(self, x: Tensor, time: float) -> Tensor:
         shape = () if self.scalar_time else (x.shape[0],)
         if self.integer_time:
             return x.new_full(shape, round(time), dtype=torch.int64)
-        return x.new_full(shape, time)
+        return x.new_full(shape, time, dtype=self._time_dtype(x))
+
+    def _time_dtype(self, x: Tensor) -> torch.dtype:
+        """float32 for float32 and half-precision networks; x's own precision where the network has none."""
+        return x.dtype if self.network_dtype is None else torch.promote_types(self.network_dtype, torch.float32)
 
     def _convert_each(self, x: Tensor, t: Tensor | np.ndarray, cond: dict[str, Any]) -> Tensor:
         times = t.detach().cpu().double().numpy() if isinstance(t, Tensor) else np.asarray(t, np.float64)
@@ -153,7 +158,7 @@ class Denoiser:
             raise ValueError(f"t must be one number or one per sample ({x.shape[0]},), got shape {tuple(times.shape)}.")
         rows = np.array([self._coefficients(float(time)) for time in times])
         network_time = torch.as_tensor(np.rint(rows[:, 2]) if self.integer_time else rows[:, 2])
-        network_time = network_time.to(torch.int64 if self.integer_time else x.dtype).to(x.device)
+        network_time = network_time.to(torch.int64 if self.integer_time else self._time_dtype(x)).to(x.device)
         a, b = (torch.as_tensor(rows[:, k]).to(x.dtype).to(x.device).reshape(-1, *[1] * (x.ndim - 1)) for k in (0, 1))
         return a * x + b * self._call(x, network_time, cond, float(times.max()))
 

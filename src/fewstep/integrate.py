@@ -256,14 +256,14 @@ class _GiveUp(Exception):  # noqa: N818
 class _Field:
     """du/dq. Counts its calls, and gives up when the budget is spent."""
 
-    def __init__(self, problem: _Problem, budget: int):
+    def __init__(self, problem: _Problem, budget: float):
         self.denoiser, self.schedule, self.cond = problem.denoiser, problem.schedule, problem.cond
         self.budget = budget
         self.calls = 0
 
     def __call__(self, q: float, u: Tensor, t: float | None = None) -> Tensor:
         if self.calls >= self.budget:
-            raise _GiveUp("the calls were spent")
+            raise _GiveUp("the calls allowed are spent")
         self.calls += 1
         angle = q * q
         if t is None:
@@ -283,11 +283,18 @@ def _solve(problem: _Problem, x: Tensor, tol: float, max_calls: int) -> Referenc
     last: _Run | None = None
     while True:
         left = max_calls - used
-        field = _Field(problem, left if last is None else min(left, STALLED * last.calls))
+        stalled = math.inf if last is None else STALLED * last.calls
+        field = _Field(problem, min(left, stalled))
         try:
             run = _integrate(field, problem, state, local, None if last is None else last.steps)
         except _GiveUp as reason:
-            raise _failure(str(reason), tol, error, used + field.calls) from None
+            rounding = field.calls == stalled < left
+            why = (
+                f"the next solution takes over {STALLED} times the calls, as one limited by rounding does"
+                if rounding
+                else str(reason)
+            )
+            raise _failure(why, tol, error, used + field.calls) from None
         used += run.calls
         if last is not None:
             errors = _errors(run.states, last.states)
@@ -424,9 +431,9 @@ def _reference(states: Tensor, errors: Tensor, nfe: int) -> Reference:
 def _failure(reason: str, tol: float, error: float, nfe: int) -> ToleranceError:
     reached = f"an estimated error of {error:.2g} was reached" if error < math.inf else "no estimate of the error was reached"
     return ToleranceError(
-        f"the tolerance {tol:.2g} was not reached: {reason} after {nfe} calls; {reached}. Ask for less (tol=), allow more calls "
-        f"(max_calls=), or run the network in float64: the rounding of a float32 network limits the error to between 1e-7 and "
-        f"1e-6, that of a half-precision one to about 1e-2.",
+        f"the tolerance {tol:.2g} was not reached in {nfe} calls: {reason}; {reached}. Ask for less (tol=), allow more calls "
+        f"(max_calls=), or run the network in float64: the rounding of a float32 network limits the error to 1e-7 or 1e-6, that of a "
+        f"half-precision one to somewhere from 1e-4 to 1e-2.",
         error,
         nfe,
     )

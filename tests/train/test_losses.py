@@ -113,7 +113,9 @@ def test_label_dropout():
         return x_t
 
     data = {"x": torch.zeros(4000, 1), "label": torch.arange(4000) % 10}
-    DenoisingLoss(VPLinear(), "noise", dropout=LabelDropout(null=10, probability=0.2))(network, data, torch.Generator().manual_seed(0))
+    DenoisingLoss(VPLinear(), "noise", dropout=LabelDropout(null=10, probability=0.2))(
+        network, data, torch.Generator().manual_seed(0)
+    )
     dropped = seen[0] == 10
     assert abs(dropped.float().mean() - 0.2) < 4 * (0.2 * 0.8 / 4000) ** 0.5
     assert torch.equal(seen[0][~dropped], data["label"][~dropped])
