@@ -39,7 +39,7 @@ format: $(VENV)/.dev  ## rewrite the files in the format that lint wants
 	$(BIN)/ruff format .
 
 types: $(VENV)/.dev  ## check the types
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/.docs  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -28,7 +28,9 @@ def test_round_trip_is_exact(artefact, tmp_path):
 
 
 def forge(path, document, **tensors):
-    save_file(tensors or {"x": np.zeros(1)}, path, metadata={"fewstep": document if isinstance(document, str) else json.dumps(document)})
+    save_file(
+        tensors or {"x": np.zeros(1)}, path, metadata={"fewstep": document if isinstance(document, str) else json.dumps(document)}
+    )
 
 
 @pytest.mark.parametrize(

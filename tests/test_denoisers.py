@@ -33,7 +33,9 @@ def test_every_prediction_gives_the_same_data(predicts, schedule):
     for t in (0.05, 0.4, 0.9):
         torch.testing.assert_close(den(x, t), exact(x, t), rtol=1e-11, atol=1e-11)
     each = torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
-    network = fs.Denoiser(lambda x, t: torch.stack([as_network(exact, predicts)(x[i : i + 1], t[i : i + 1])[0] for i in range(6)]), schedule, predicts)
+    network = fs.Denoiser(
+        lambda x, t: torch.stack([as_network(exact, predicts)(x[i : i + 1], t[i : i + 1])[0] for i in range(6)]), schedule, predicts
+    )
     one_by_one = torch.cat([exact(x[i : i + 1], float(t)) for i, t in enumerate(each)])
     torch.testing.assert_close(network(x, each), one_by_one, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(network(x, each.numpy()), one_by_one, rtol=1e-11, atol=1e-11)

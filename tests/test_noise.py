@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,7 @@ def test_increments_add_up_over_any_cut():
     for begin, end in [(0.0, 1.0), (1e-9, 3e4), (1.0, 1.001), (0.3, 0.31), (0.0, 2.0**-60), (5.0, 5e6)]:
         cuts = np.sort(rng.uniform(begin, end, 5))
         nodes = [begin, *cuts.tolist(), end]
-        parts = sum(BrownianPath([1, 2], (3,)).increment(a, b) for a, b in zip(nodes, nodes[1:], strict=False))
+        parts = sum(BrownianPath([1, 2], (3,)).increment(a, b) for a, b in pairwise(nodes))
         np.testing.assert_allclose(path.increment(begin, end), parts, rtol=1e-9, atol=1e-9 * np.sqrt(end))
 
 
@@ -50,7 +52,14 @@ def test_normals_are_normal():
     n = x.size
     for power, moment, spread in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)]:
         assert abs((x**power).mean() - moment) < 5 * np.sqrt(spread / n), power
-    for other in (x[:, ::-1], x[::-1], np.roll(x, 1, 0), np.roll(x, 1, 1), normals(range(1000), (1, 3), (1000,)), normals(range(1, 1001), (1, 2), (1000,))[::-1]):
+    for other in (
+        x[:, ::-1],
+        x[::-1],
+        np.roll(x, 1, 0),
+        np.roll(x, 1, 1),
+        normals(range(1000), (1, 3), (1000,)),
+        normals(range(1, 1001), (1, 2), (1000,))[::-1],
+    ):
         assert abs((x * other)[:, :499].mean()) < 5 / np.sqrt(1000 * 499)
     assert 4.0 < np.abs(x).max() < 6.7
     counts = np.histogram(x, [-np.inf, -2, -1, -0.5, 0, 0.5, 1, 2, np.inf])[0] / n

@@ -23,7 +23,9 @@ def full_plan(shape=(2, 3)) -> Plan:
     rng = np.random.default_rng(0)
     rows = (
         Row(0.9, (0.9,), (0.1 + rng.random(shape),)),
-        Row(0.6, (0.5, 0.2), (0.4, -0.1), state_gain=0.1, output_gain=0.9, memory=(0.2,), offset=0.3, noise=Interval(0.3, 0.1, 0.2)),
+        Row(
+            0.6, (0.5, 0.2), (0.4, -0.1), state_gain=0.1, output_gain=0.9, memory=(0.2,), offset=0.3, noise=Interval(0.3, 0.1, 0.2)
+        ),
         Row(0.3, (rng.random(shape),), (0.3, 0.1, 0.05), offset=rng.random((1, 3)), noise=Interval(rng.random(shape), 0.2, 0.7)),
     )
     start = StartTransform(rng.random(shape), 0.2, rng.random((2, *shape)), np.array([0.5, -0.5]), time=1.0)
@@ -51,7 +53,8 @@ def test_a_loaded_plan_gives_the_same_samples(tmp_path):
     plan, x = full_plan(), fs.draw_noise((2, 3), range(5))
     plan.save(tmp_path / "p")
     assert torch.equal(
-        fs.sample(linear_denoiser, x, plan, seeds=range(5)), fs.sample(linear_denoiser, x, Plan.load(tmp_path / "p"), seeds=range(5))
+        fs.sample(linear_denoiser, x, plan, seeds=range(5)),
+        fs.sample(linear_denoiser, x, Plan.load(tmp_path / "p"), seeds=range(5)),
     )
 
 
@@ -84,7 +87,9 @@ def test_dense_equals_recurrent(name):
     plan = full_plan() if name == "full" else fs.make_plan(name, fs.schedules.VPLinear(t_end=0.05), 6)
     x = fs.draw_noise((2, 3), range(4), dtype=torch.float64)
     path = fs.noise.BrownianPath(range(4), (2, 3))
-    xi = [torch.zeros_like(x) if r.noise is None else torch.from_numpy(path.normalised(r.noise.begin, r.noise.end)) for r in plan.rows]
+    xi = [
+        torch.zeros_like(x) if r.noise is None else torch.from_numpy(path.normalised(r.noise.begin, r.noise.end)) for r in plan.rows
+    ]
     run = fs.sample(linear_denoiser, x, plan, seeds=range(4))
     start = fs.sampler._transform(plan.start, x) if plan.start else x
     torch.testing.assert_close(dense_run(plan, plan.dense(), start, xi), run, rtol=1e-12, atol=1e-12)
@@ -108,7 +113,10 @@ def test_dense_of_states_that_reach_back():
     again = Plan.from_dense(plan.dense(), VP, plan.grid, tau=plan.tau, clock=clock, start=plan.start)
     x = fs.draw_noise((2, 3), range(4), dtype=torch.float64)
     torch.testing.assert_close(
-        fs.sample(linear_denoiser, x, again, seeds=range(4)), fs.sample(linear_denoiser, x, plan, seeds=range(4)), rtol=1e-11, atol=1e-11
+        fs.sample(linear_denoiser, x, again, seeds=range(4)),
+        fs.sample(linear_denoiser, x, plan, seeds=range(4)),
+        rtol=1e-11,
+        atol=1e-11,
     )
 
 
@@ -195,12 +203,21 @@ def test_500_damaged_files_are_refused(tmp_path):
 
 def test_a_valid_file_with_an_impossible_plan_is_refused(tmp_path):
     artefact = full_plan()._artefact()
-    for key, value in [("tau", np.full(3, np.nan)), ("grid", np.zeros(2)), ("carry", np.zeros((2, 2))), ("clock", np.zeros((1, 2)))]:
+    for key, value in [
+        ("tau", np.full(3, np.nan)),
+        ("grid", np.zeros(2)),
+        ("carry", np.zeros((2, 2))),
+        ("clock", np.zeros((1, 2))),
+    ]:
         forged = fs.artefacts.Artefact("plan", artefact.meta, {**artefact.tensors, key: value})
         forged.save(tmp_path / "q")
         with pytest.raises(ArtefactError, match="no valid plan"):
             Plan.load(tmp_path / "q")
-    for meta in ({}, {"schedule": {"kind": "nope"}, "provenance": {}}, {"schedule": {"kind": "EDM", "sigma_max": "x"}, "provenance": {}}):
+    for meta in (
+        {},
+        {"schedule": {"kind": "nope"}, "provenance": {}},
+        {"schedule": {"kind": "EDM", "sigma_max": "x"}, "provenance": {}},
+    ):
         fs.artefacts.Artefact("plan", json.loads(json.dumps(meta)), artefact.tensors).save(tmp_path / "q")
         with pytest.raises(ArtefactError, match="no valid plan"):
             Plan.load(tmp_path / "q")

@@ -35,7 +35,10 @@ def test_the_noise_of_stochastic_plans_is_one_path_for_all_numbers_of_steps():
     exact = fs.exact.Gaussian(fs.schedules.VPLinear(t_end=0.1), torch.zeros(4), 0.5)
     seeds = range(8)
     x = fs.draw_noise((4,), seeds, dtype=torch.float64)
-    runs = {n: fs.sample(exact, x, fs.make_plan("dpmpp_2m_sde", exact.schedule, n, grid="lambda"), seeds=seeds) for n in (20, 40, 80, 320)}
+    runs = {
+        n: fs.sample(exact, x, fs.make_plan("dpmpp_2m_sde", exact.schedule, n, grid="lambda"), seeds=seeds)
+        for n in (20, 40, 80, 320)
+    }
     errors = [float((runs[n] - runs[320]).square().mean().sqrt()) for n in (20, 40, 80)]
     assert errors[0] > 1.5 * errors[1] > 2.2 * errors[2]
     assert errors[2] < 0.03 * float((runs[320] - runs[320].roll(1, 0)).square().mean().sqrt())
@@ -71,7 +74,11 @@ def test_hooks():
     plan, x = fs.make_plan("dpmpp_2m", VP, 4), fs.draw_noise((3,), range(4))
     plain = fs.sample(each, x, plan)
     neutral = fs.Hooks(
-        time=lambda i, t, x: t, denoiser=lambda i: each, prediction=lambda i, t, d: d, state=lambda i, t, x: x, resample=lambda i, x: None
+        time=lambda i, t, x: t,
+        denoiser=lambda i: each,
+        prediction=lambda i, t, d: d,
+        state=lambda i, t, x: x,
+        resample=lambda i, x: None,
     )
     assert torch.equal(fs.sample(each, x, plan, hooks=neutral), plain)
     clipped = fs.sample(each, x, plan, hooks=fs.Hooks(prediction=lambda i, t, d: d.clamp(-0.1, 0.1)), trajectory=True)
@@ -83,7 +90,9 @@ def test_hooks():
     fs.sample(each, x, plan, hooks=fs.Hooks(state=lambda i, t, x: levels.append(t) or x))
     assert levels == plan.grid[1:].tolist()
     used = []
-    fs.sample(each, x, plan, hooks=fs.Hooks(time=lambda i, t, x: 0.5 * t, denoiser=lambda i: lambda x, t: used.append(t) or each(x, t)))
+    fs.sample(
+        each, x, plan, hooks=fs.Hooks(time=lambda i, t, x: 0.5 * t, denoiser=lambda i: lambda x, t: used.append(t) or each(x, t))
+    )
     assert used == (0.5 * plan.tau).tolist()
 
 
@@ -153,7 +162,11 @@ def test_a_network_that_returns_nan_is_named(call):
         (lambda p: fs.sample(each, [[1.0]], p), TypeError, "list"),
         (lambda p: fs.sample(each, torch.ones(3, 2), "plan"), TypeError, "make_plan"),
         (lambda p: fs.sample(each, torch.full((3, 2), float("nan")), p), PlanError, "noise is not finite"),
-        (lambda p: fs.sample(lambda x, t: x[:1], torch.ones(3, 2), p), NetworkError, r"call 1 of 4, t=1: .*\(1, 2\) for a state of shape \(3, 2\)"),
+        (
+            lambda p: fs.sample(lambda x, t: x[:1], torch.ones(3, 2), p),
+            NetworkError,
+            r"call 1 of 4, t=1: .*\(1, 2\) for a state of shape \(3, 2\)",
+        ),
         (
             lambda p: fs.sample(fs.Denoiser(lambda x, t: x[:1], VP, "data"), torch.ones(3, 2), p),
             NetworkError,

@@ -54,7 +54,9 @@ def test_golden_values():
     # 50-digit arithmetic of the definitions
     assert float(schedules.VPLinear().log_alpha(0.5)) == pytest.approx(-1.26875, rel=1e-15)
     assert float(schedules.VPLinear().lam(1.0)) == pytest.approx(-5.02497840665920, rel=1e-13)
-    assert float(schedules.VPCosine().alpha(0.5)) == pytest.approx(math.cos(0.508 / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2))
+    assert float(schedules.VPCosine().alpha(0.5)) == pytest.approx(
+        math.cos(0.508 / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2)
+    )
     assert float(schedules.Flow(shift=3.0).sigma(0.5)) == 0.75
 
 

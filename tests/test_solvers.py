@@ -18,7 +18,9 @@ from fewstep.grids import grid_names
 from fewstep.plan import Plan
 
 MEANS = torch.tensor([[1.0, 0.5], [-1.0, -0.3], [0.2, -1.2]], dtype=torch.float64)
-COVARIANCES = torch.tensor([[[0.1, 0.05], [0.05, 0.2]], [[0.2, 0.0], [0.0, 0.1]], [[0.15, -0.05], [-0.05, 0.15]]], dtype=torch.float64)
+COVARIANCES = torch.tensor(
+    [[[0.1, 0.05], [0.05, 0.2]], [[0.2, 0.0], [0.0, 0.1]], [[0.15, -0.05], [-0.05, 0.15]]], dtype=torch.float64
+)
 WEIGHTS = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)
 
 
@@ -132,7 +134,11 @@ def test_first_order_is_ddim(name, final):
     schedule = SCHEDULES[name]
     for nfe in (1, 2, 7, 20):
         grid = "lambda"
-        same(fs.make_plan("dpmpp_1", schedule, nfe, grid=grid, final=final), fs.make_plan("ddim", schedule, nfe, grid=grid, final=final), schedule)
+        same(
+            fs.make_plan("dpmpp_1", schedule, nfe, grid=grid, final=final),
+            fs.make_plan("ddim", schedule, nfe, grid=grid, final=final),
+            schedule,
+        )
         sde = fs.make_plan("dpmpp_1", schedule, nfe, grid=grid, final=final, eta=1.0)
         same(sde, fs.make_plan("ddpm", schedule, nfe, grid=grid, final=final), schedule, 1e-10)
 
@@ -219,13 +225,18 @@ def test_samples_are_finite_and_clean_at_zero(name):
         for nfe in (1, 2, 5, 30):
             plan = fs.make_plan(solver, schedule, nfe, final="zero")
             run = fs.sample(denoiser, x, plan, seeds=range(8), trajectory=True)
-            torch.testing.assert_close(run.samples, run.predictions[-1] * float(schedule.alpha(plan.grid[-1])), rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(
+                run.samples, run.predictions[-1] * float(schedule.alpha(plan.grid[-1])), rtol=1e-9, atol=1e-9
+            )
 
 
 def test_one_call_per_step_and_lowered_last_steps():
     plan = fs.make_plan("dpmpp_3m", fs.schedules.VPLinear(), 8, lower_order_final=10)
     assert [len(row.weights) for row in plan.rows] == [1, 2, 3, 3, 3, 3, 2, 1]
-    assert [len(row.weights) for row in fs.make_plan("dpmpp_3m", fs.schedules.VPLinear(), 12, lower_order_final=10).rows][-2:] == [3, 3]
+    assert [len(row.weights) for row in fs.make_plan("dpmpp_3m", fs.schedules.VPLinear(), 12, lower_order_final=10).rows][-2:] == [
+        3,
+        3,
+    ]
 
 
 @pytest.mark.parametrize(

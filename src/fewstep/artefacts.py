@@ -149,7 +149,9 @@ def _read(path: str | os.PathLike[str]) -> tuple[Any, dict[str, np.ndarray]]:
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, MemoryError) as error:
         if isinstance(error, ArtefactError):
             raise
-        raise ArtefactError(f"{path} cannot be read: {type(error).__name__}: {str(error)[:200]}. It is truncated, damaged or foreign.") from error
+        raise ArtefactError(
+            f"{path} cannot be read: {type(error).__name__}: {str(error)[:200]}. It is truncated, damaged or foreign."
+        ) from error
     return document, tensors
 
 

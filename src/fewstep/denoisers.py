@@ -135,7 +135,7 @@ class Denoiser:
                     f"at t={t:g} alpha is 0, where a {self.predicts} prediction says nothing about the data. Start later "
                     f"(t_start or start=), or use a network that predicts data, velocity or flow."
                 )
-            time = float(self.network_time(np.float64(t)))  # type: ignore[arg-type]
+            time = float(self.network_time(np.asarray(t)))
             known = (*data_coefficients(self.predicts, alpha, sigma), time)
             if len(self._remembered) >= REMEMBERED_TIMES:
                 self._remembered.clear()

@@ -325,7 +325,9 @@ def check_grid(grid: ArrayLike, schedule: NoiseSchedule) -> Floats:
 def _own_grid(grid: ArrayLike, schedule: NoiseSchedule, nfe: int | None, start: float | None, final: str) -> Floats:
     times = check_grid(_to_numpy(grid), schedule)
     if nfe is not None and nfe != len(times) - 1:
-        raise GridError(f"a grid of {len(times)} times makes {len(times) - 1} network calls, but nfe={nfe}. Leave nfe out, or fit it.")
+        raise GridError(
+            f"a grid of {len(times)} times makes {len(times) - 1} network calls, but nfe={nfe}. Leave nfe out, or fit it."
+        )
     if start is not None and start != times[0]:
         raise GridError(f"the grid starts at {times[0]:g}, but start={start:g}. Leave start out, or fit it.")
     if final == "zero" and float(schedule.sigma(times[-1])) != 0.0:
@@ -362,7 +364,9 @@ def _table(schedule: NoiseSchedule, t_start: float) -> tuple[int, int]:
     elif isinstance(schedule, FromAlphasCumprod):
         tables = schedule.alphas_cumprod
     if tables is None:
-        raise GridError(f"this grid counts the entries of a discrete-time table; {type(schedule).__name__} has none. Use time or lambda.")
+        raise GridError(
+            f"this grid counts the entries of a discrete-time table; {type(schedule).__name__} has none. Use time or lambda."
+        )
     return len(tables), int(round(t_start * len(tables) - 1))
 
 

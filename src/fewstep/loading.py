@@ -69,7 +69,9 @@ def load(
     """
     if callable(source):
         if schedule is None or predicts is None:
-            raise TypeError("a network needs its schedule= and what it predicts=, e.g. schedule=fewstep.schedules.EDM(), predicts='data'.")
+            raise TypeError(
+                "a network needs its schedule= and what it predicts=, e.g. schedule=fewstep.schedules.EDM(), predicts='data'."
+            )
         network = source.to(device) if isinstance(source, torch.nn.Module) else source
         return Denoiser(network, schedule, predicts, **options)
     if schedule is not None or predicts is not None or options:
@@ -201,9 +203,9 @@ def _score_all(denoiser: Denoiser, data: Tensor, cond: dict[str, Any], seed: int
     times = [float(t) for t in schedule.t_of_lam(LEVELS)]
     noise = draw_noise(tuple(data.shape[1:]), range(seed, seed + len(data)), dtype=data.dtype, device=data.device)
     conventions: dict[str, Any] = {"as wrapped": denoiser.network_time}
-    wrapped = np.array([float(denoiser.network_time(np.float64(t))) for t in times])
+    wrapped = np.array([float(denoiser.network_time(np.asarray(t))) for t in times])
     for name, convention in TIMES.items():
-        values = np.array([float(convention(schedule, np.float64(t))) for t in times])
+        values = np.array([float(convention(schedule, np.asarray(t))) for t in times])
         if not np.allclose(values, wrapped):
             conventions[name] = lambda t, convention=convention: convention(schedule, t)
     table = []
@@ -263,7 +265,16 @@ def _verdict(mine: dict[str, Any], best: dict[str, Any], data: Tensor, info: Mod
         factor = math.exp(min(mine["score"] - best["score"], 50.0))
         return False, f"most likely {found}: that reading has {factor:.3g} times less error."
     if mine["score"] > 0.0:
-        return False, "no reading predicts this data better than a linear guess: untrained, trained on other data, or another schedule."
+        return (
+            False,
+            "no reading predicts this data better than a linear guess: untrained, trained on other data, or another schedule.",
+        )
     if info.data_range is not None and (low < info.data_range[0] - 0.05 or high > info.data_range[1] + 0.05):
-        return False, f"the data spans {low:.3g} to {high:.3g}, but the model was trained on {info.data_range[0]:g} to {info.data_range[1]:g}."
-    return True, f"the network denoises this data with {math.exp(mine['score']):.3g} of a linear guess's error; no other reading does better."
+        return (
+            False,
+            f"the data spans {low:.3g} to {high:.3g}, but the model was trained on {info.data_range[0]:g} to {info.data_range[1]:g}.",
+        )
+    return (
+        True,
+        f"the network denoises this data with {math.exp(mine['score']):.3g} of a linear guess's error; no other reading does better.",
+    )

@@ -140,7 +140,9 @@ class Plan:
     def __post_init__(self) -> None:
         grid = _frozen(self.grid)
         if not self.rows or grid.shape != (len(self.rows) + 1,):
-            raise PlanError(f"a plan of {len(self.rows)} calls needs at least 1 call and one more time than calls, got {grid.shape}.")
+            raise PlanError(
+                f"a plan of {len(self.rows)} calls needs at least 1 call and one more time than calls, got {grid.shape}."
+            )
         check_grid(grid[[0, -1]], self.schedule)
         object.__setattr__(self, "grid", grid)
         object.__setattr__(self, "rows", tuple(_checked_row(i, row) for i, row in enumerate(self.rows)))
@@ -310,12 +312,18 @@ class Dense:
             object.__setattr__(self, name, _frozen(getattr(self, name)))
         rows, calls = self.B.shape[:2]
         if rows != calls + 1 or self.A.shape[:1] != (rows,) or self.C.shape[:2] != (rows, calls) or self.e.shape[:1] != (rows,):
-            raise PlanError(f"dense coefficients need A (N+1), B (N+1, N), C (N+1, N), e (N+1); got {self.A.shape}, {self.B.shape}.")
+            raise PlanError(
+                f"dense coefficients need A (N+1), B (N+1, N), C (N+1, N), e (N+1); got {self.A.shape}, {self.B.shape}."
+            )
         upper = np.triu_indices(rows, 0, calls)
         if self.B[upper].any() or self.C[upper].any():
-            raise PlanError("a dense plan may not use a prediction or a noise before it exists: B and C need zeros from the diagonal on.")
+            raise PlanError(
+                "a dense plan may not use a prediction or a noise before it exists: B and C need zeros from the diagonal on."
+            )
         if (self.A[0] != 1.0).any() or (self.e[0] != 0.0).any():
-            raise PlanError("row 0 of a dense plan is z_0 itself: A[0] = 1 and e[0] = 0. Put anything else into the start transform.")
+            raise PlanError(
+                "row 0 of a dense plan is z_0 itself: A[0] = 1 and e[0] = 0. Put anything else into the start transform."
+            )
 
 
 def _frozen(value: ArrayLike) -> Floats:
@@ -481,5 +489,7 @@ def _unpack(artefact: Artefact) -> Plan:
     start = None
     if "start" in tensors:
         ((scale, shift),) = _table(tensors, "start", 1)
-        start = StartTransform(scale, shift, tensors.get("start.basis"), tensors.get("start.gains"), *tensors["start.time"].tolist())
+        start = StartTransform(
+            scale, shift, tensors.get("start.basis"), tensors.get("start.gains"), *tensors["start.time"].tolist()
+        )
     return Plan(from_config(artefact.meta["schedule"]), tensors["grid"], tuple(rows), start, artefact.meta["provenance"])

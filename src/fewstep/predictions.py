@@ -54,7 +54,7 @@ def target_coefficients(predicts: str, alpha: Any, sigma: Any) -> tuple[Any, Any
 
 
 def data_coefficients(predicts: str, alpha: Any, sigma: Any) -> tuple[Any, Any]:
-    """a and b of x_0 = a x_t + b f: how the data prediction is read off the network's output f.
+    """A and b of x_0 = a x_t + b f: how the data prediction is read off the network's output f.
 
     Args:
         predicts: one of `PREDICTIONS`.

@@ -36,7 +36,8 @@ class Hooks:
         denoiser: ``(i) -> denoiser``: another denoiser for call i, e.g. a thinner sub-network.
         prediction: ``(i, t, d) -> d``: a transform of the data prediction, e.g. clipping or dynamic thresholding.
         state: ``(i, t, x) -> x``: a change of state i + 1, at noise level t, after it was computed, e.g. the blend of inpainting.
-        resample: ``(i, x) -> index or None``: a choice ``"batch"`` of which samples go on after step i. Stored states and predictions follow.
+        resample: ``(i, x) -> index or None``: a choice ``"batch"`` of which samples go on after step i. Stored states and predictions
+        follow.
     """
 
     time: Callable[[int, float, Tensor], Any] | None = None
@@ -180,7 +181,9 @@ def _check_fit(denoiser: DenoiserLike, plan: Plan, x: Tensor, seeds: Iterable[in
         raise TypeError(f"plan must be a fewstep.Plan, got {type(plan).__name__}. Make one with fewstep.make_plan or solver.plan.")
     schedule = getattr(denoiser, "schedule", None)
     if schedule is not None and not schedule.same_noise(plan.schedule):
-        raise PlanError(f"the plan was made for {_brief(plan.schedule)}, but the denoiser has {_brief(schedule)}. Plan for its schedule.")
+        raise PlanError(
+            f"the plan was made for {_brief(plan.schedule)}, but the denoiser has {_brief(schedule)}. Plan for its schedule."
+        )
     if plan.stochastic and seeds is None:
         raise PlanError("this plan draws noise: pass seeds=, one whole number a sample.")
 
@@ -207,14 +210,16 @@ def _terms(terms: list[tuple[bool, int, Entry]], x: Tensor) -> tuple[tuple[bool,
 
 def _factor(entry: Entry, x: Tensor) -> Factor:
     """The entry as the loop uses it: a float, or a tensor in x's precision on x's device."""
-    if isinstance(entry, float):
-        return entry
+    if isinstance(entry, (float, int)):
+        return float(entry)
     try:
         fits = np.broadcast_shapes(entry.shape, tuple(x.shape[1:])) == tuple(x.shape[1:])
     except ValueError:
         fits = False
     if not fits:
-        raise PlanError(f"the plan has coefficients of shape {entry.shape}, which do not fit samples of shape {tuple(x.shape[1:])}.")
+        raise PlanError(
+            f"the plan has coefficients of shape {entry.shape}, which do not fit samples of shape {tuple(x.shape[1:])}."
+        )
     return torch.from_numpy(entry.copy()).to(x.dtype).to(x.device)
 
 
@@ -243,10 +248,10 @@ def _combine(terms: tuple[tuple[bool, int, Factor], ...], states: deque[Tensor],
         source = outputs[k] if stored else states[k]
         if total is None:
             total = source * factor
-        elif isinstance(factor, float):
-            total.add_(source, alpha=factor)
-        else:
+        elif isinstance(factor, Tensor):
             total.addcmul_(source, factor)
+        else:
+            total.add_(source, alpha=factor)
     return torch.zeros_like(states[0]) if total is None else total
 
 

@@ -397,9 +397,7 @@ class FromBetas(NoiseSchedule):
         return self._table.network_time(t)
 
 
-KINDS: dict[str, type[NoiseSchedule]] = {
-    cls.__name__: cls for cls in (VPLinear, VPCosine, EDM, Flow, FromBetas, FromAlphasCumprod)
-}
+KINDS: dict[str, type[NoiseSchedule]] = {cls.__name__: cls for cls in (VPLinear, VPCosine, EDM, Flow, FromBetas, FromAlphasCumprod)}
 
 
 def from_config(config: dict[str, Any]) -> NoiseSchedule:

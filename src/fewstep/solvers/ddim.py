@@ -6,8 +6,9 @@ $$ c = \eta\,\sigma_t \sqrt{1 - e^{-2h}}, \qquad
    x_t = \alpha_t D + \sqrt{\sigma_t^2 - c^2}\;\frac{x_s - \alpha_s D}{\sigma_s} + c\,\xi . $$
 
 For a variance-preserving schedule c is the paper's $\eta \sqrt{(\sigma_t^2/\sigma_s^2)(1 - \alpha_s^2/\alpha_t^2)}$; in this form it is the
-posterior deviation of every Gaussian schedule. eta = 0 is DDIM, the first-order exponential integrator of the probability-flow ODE; eta = 1 is
-the ancestral sampling of DDPM (arXiv 2006.11239, eq. 6-7 with the smaller variance), which is also first-order SDE-DPM-Solver++.
+posterior deviation of every Gaussian schedule. eta = 0 is DDIM, the first-order exponential integrator of the probability-flow ODE;
+eta = 1 is the ancestral sampling of DDPM (arXiv 2006.11239, eq. 6-7 with the smaller variance), which is also first-order
+SDE-DPM-Solver++.
 """
 
 from __future__ import annotations

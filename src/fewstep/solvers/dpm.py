@@ -7,8 +7,8 @@ integrated exactly. With $h = \lambda_t - \lambda_s$, $\eta \ge 0$ (0: probabili
 $$ x_t = \frac{\sigma_t}{\sigma_s} e^{-\eta h} x_s + \alpha_t \int_0^1 z\,e^{-z(1-u)}\, m(\lambda_s + u h)\,du
          + \sigma_t \sqrt{1 - e^{-2\eta h}}\;\xi . $$
 
-First-order steps are written without logarithms, so alpha_s = 0 and sigma_t = 0 are legal. Next to an infinite lambda a step is first order,
-and that node stays out of later histories.
+First-order steps are written without logarithms, so alpha_s = 0 and sigma_t = 0 are legal. Next to an infinite lambda a step is first
+order, and that node stays out of later histories.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class DPMSolverPP(Solver):
 
     Note:
         The first step of a multistep method has one stored value and is of order 1, which would cap the third order at 2 wherever the
-        data prediction already changes at the start. At order 3 that step is therefore corrected when the second prediction is known (by the
-        interpolant through both, as UniC does, arXiv 2302.04867), at no call.
+        data prediction already changes at the start. At order 3 that step is therefore corrected when the second prediction is known
+        (by the interpolant through both, as UniC does, arXiv 2302.04867), at no call.
 
-        The authors' code, and the libraries that follow it, leave out a factor 2 in the second difference of the third-order step, which then
-        converges at order 2. The default is the step that converges at order 3; ``compat="official"`` reproduces the published one,
-        start included.
+        The authors' code, and the libraries that follow it, leave out a factor 2 in the second difference of the third-order step,
+        which then converges at order 2. The default is the step that converges at order 3; ``compat="official"`` reproduces the
+        published one, start included.
 
     Example:
         >>> from fewstep.schedules import VPLinear

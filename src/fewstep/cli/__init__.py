@@ -1,0 +1,76 @@
+"""The command line: ``fewstep demo | sample | train | plan | solvers | check``.
+
+Every command is one file with a dataclass of its options and ``run(options) -> exit status``, which calls the public functions.
+Nothing heavy is imported before a command runs. Bad input ends in one line on standard error and status 2, an interrupt in status 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import fewstep
+from fewstep.cli.options import add_options, read_options
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "demo": "samples of the shipped models and what few calls cost: a page with pictures, a plot and a table",
+    "sample": "samples of a model",
+    "train": "train a shipped model anew",
+    "plan make": "plan a run and save it to a file",
+    "plan show": "print a saved plan as a table",
+    "solvers": "list the solvers: order, cost, source",
+    "check": "find out whether a model is wrapped right, on data",
+}
+INTERRUPTED, REFUSED = 130, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit status."""
+    parser = _parser()
+    namespace = parser.parse_args(argv)
+    if not getattr(namespace, "command", None):
+        parser.print_help()
+        return REFUSED
+    module = _module(namespace.command)
+    try:
+        return module.run(read_options(module.OPTIONS[namespace.command], namespace))
+    except KeyboardInterrupt:
+        return _fail("interrupted.", INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if os.environ.get("FEWSTEP_TRACEBACK"):
+            raise
+        return _fail(f"{type(error).__name__}: {' '.join(str(error).split())}", REFUSED)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fewstep", description="Samples from a diffusion or flow model in as few network calls as possible."
+    )
+    parser.add_argument("--version", action="version", version=f"fewstep {fewstep.__version__}")
+    places = {"": parser.add_subparsers(metavar="COMMAND", title="commands")}
+    for command, summary in COMMANDS.items():
+        *group, name = command.split()
+        if group and group[0] not in places:
+            inner = places[""].add_parser(group[0], help="make and show plans")
+            places[group[0]] = inner.add_subparsers(metavar="COMMAND", title="commands", required=True)
+        sub = places[group[0] if group else ""].add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        sub.set_defaults(command=command)
+        add_options(sub, _module(command).OPTIONS[command])
+    return parser
+
+
+def _module(command: str):
+    return importlib.import_module(f"fewstep.cli.{command.split()[0]}")
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"fewstep: {message}", file=sys.stderr)
+    return status

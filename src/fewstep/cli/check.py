@@ -1,0 +1,61 @@
+"""``fewstep check``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from fewstep.cli.options import Common, option
+
+
+@dataclass(frozen=True)
+class CheckOptions(Common):
+    """Options of the command."""
+
+    model: str = option("digits", "a shipped model or a model folder", positional=True)
+    data: str = option("", "clean data: a .npy file, or a .npz file with x and, if wanted, label; shipped models have their own")
+    count: int = option(32, "how many samples to use")
+    seed: int = option(0, "seed of the noise")
+
+
+OPTIONS = {"check": CheckOptions}
+
+
+def run(options: CheckOptions) -> int:
+    """Check a model on data; status 1 if something is wrong."""
+    from fewstep.cli.setup import open_model, state_dtype
+    from fewstep.loading import check
+
+    denoiser = open_model(options.model, options)
+    batch = _data(options)
+    x = batch.pop("x").to(state_dtype(options)).to(options.device)
+    report = check(denoiser, x, cond={k: v.to(options.device) for k, v in batch.items()}, seed=options.seed, most=options.count)
+    if options.json:
+        print(json.dumps({**dataclasses.asdict(report), "table": report.table[:10]}, indent=2))
+    else:
+        print(report)
+    return 0 if report.ok else 1
+
+
+def _data(options: CheckOptions) -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    if not options.data:
+        from fewstep.train.recipes import digits, photos
+
+        if options.model == "digits":
+            return {name: value[: options.count] for name, value in digits("held_out").items()}
+        if options.model == "photos":
+            return photos("held_out")(options.count, torch.Generator().manual_seed(options.seed))
+        raise ValueError(f"--data is needed: {options.model} brings no data of its own.")
+    try:
+        loaded = np.load(options.data, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{options.data} is no .npy or .npz file of plain numbers.") from error
+    arrays = {"x": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    if "x" not in arrays:
+        raise ValueError(f"{options.data} holds {', '.join(arrays) or 'nothing'}, but no array `x`.")
+    return {name: torch.from_numpy(array[: options.count]) for name, array in arrays.items()}

@@ -1,0 +1,58 @@
+"""Options of commands as dataclasses: every field says its default and its help text once."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Common", "add_options", "option", "read_options"]
+
+
+def option(default: Any, text: str, *, positional: bool = False, choices: tuple[str, ...] | None = None) -> Any:
+    """A field of an options dataclass. The type of the default is the type of the option; None stands for text."""
+    return dataclasses.field(default=default, metadata={"help": text, "positional": positional, "choices": choices})
+
+
+PRECISIONS = ("float32", "float64", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Common:
+    """Options of every command that runs a network."""
+
+    device: str = option("cpu", "where the network runs: cpu, cuda, cuda:1, mps")
+    dtype: str = option(
+        "float32",
+        "precision of the state; bfloat16 runs the network in it under a float32 state",
+        choices=("float32", "float64", "bfloat16"),
+    )
+    threads: int = option(0, "processor threads; 0 leaves the choice to PyTorch")
+    json: bool = option(False, "print results as JSON on standard output")
+    quiet: bool = option(False, "no progress bars and no messages")
+
+
+def add_options(parser: argparse.ArgumentParser, options: type) -> None:
+    """Add the fields of a dataclass to a parser."""
+    for field in dataclasses.fields(options):
+        name, meta = field.name.replace("_", "-"), field.metadata
+        shown = "" if field.default in (None, "", False) or meta["positional"] else f" (default: {field.default})"
+        details: dict[str, Any] = {"help": (meta["help"] + shown).replace("%", "%%")}
+        if isinstance(field.default, bool):
+            details["action"] = "store_true"
+        elif field.default is not None:
+            details["type"] = type(field.default)
+        if not isinstance(field.default, bool):
+            details["choices"] = meta["choices"]
+        if meta["positional"]:
+            parser.add_argument(
+                field.name, **details, **({} if field.default is None else {"nargs": "?", "default": field.default})
+            )
+        else:
+            parser.add_argument(f"--{name}", dest=field.name, default=field.default, **details)
+
+
+def read_options(options: type, namespace: argparse.Namespace) -> Any:
+    """The dataclass with what was given."""
+    return options(**{field.name: getattr(namespace, field.name) for field in dataclasses.fields(options)})

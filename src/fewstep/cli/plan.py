@@ -1,0 +1,91 @@
+"""``fewstep plan make`` and ``fewstep plan show``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from fewstep.cli.options import option
+
+
+@dataclass(frozen=True)
+class MakeOptions:
+    """Options of ``fewstep plan make``."""
+
+    solver: str = option(None, "name of the solver; see `fewstep solvers`", positional=True)
+    schedule: str = option("vp_linear", "vp_linear, vp_cosine, edm, flow, or the model whose schedule it is (name or folder)")
+    nfe: int = option(10, "network calls per sample")
+    grid: str = option("auto", "time grid: a name, or times separated by commas, noisiest first")
+    start: float = option(-1.0, "time to start from; -1: where the schedule starts")
+    final: str = option("zero", "where to end: zero (sigma = 0) or t_end (where the schedule ends)")
+    out: str = option("plan.safetensors", "the file to write")
+
+
+@dataclass(frozen=True)
+class ShowOptions:
+    """Options of ``fewstep plan show``."""
+
+    file: str = option(None, "a plan file", positional=True)
+    json: bool = option(False, "print the plan as JSON: provenance, times, dense coefficients")
+
+
+OPTIONS = {"plan make": MakeOptions, "plan show": ShowOptions}
+
+
+def run(options: Any) -> int:
+    """Make or show a plan."""
+    return _show(options) if isinstance(options, ShowOptions) else _make(options)
+
+
+def _make(options: MakeOptions) -> int:
+    from fewstep.solvers import make_plan
+
+    own = "," in options.grid
+    grid = _times(options.grid) if own else options.grid
+    plan = make_plan(
+        options.solver,
+        _schedule(options.schedule),
+        None if own else options.nfe,
+        grid=grid,
+        start=None if options.start == -1.0 else options.start,
+        final="t_end" if own else options.final,
+    )
+    plan.save(options.out)
+    print(plan.show())
+    print(f"written to {options.out}")
+    return 0
+
+
+def _times(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--grid takes a name or times separated by commas, not {text!r}.") from None
+
+
+def _schedule(name: str) -> Any:
+    from fewstep import schedules
+    from fewstep.loading import load
+
+    known = {"vp_linear": schedules.VPLinear, "vp_cosine": schedules.VPCosine, "edm": schedules.EDM, "flow": schedules.Flow}
+    return known[name]() if name in known else load(name).schedule
+
+
+def _show(options: ShowOptions) -> int:
+    from fewstep.plan import Plan
+
+    plan = Plan.load(options.file)
+    if not options.json:
+        print(plan.show())
+        return 0
+    dense = plan.dense()
+    details = {
+        "schedule": plan.schedule.config(),
+        "provenance": dict(plan.provenance),
+        "digest": plan.digest,
+        "grid": plan.grid.tolist(),
+    }
+    details |= {"tau": plan.tau.tolist(), **{name: getattr(dense, name).tolist() for name in ("A", "B", "C", "e")}}
+    print(json.dumps(details, indent=2))
+    return 0

@@ -1,0 +1,142 @@
+"""What commands that run a network share: device, precision, seeds, labels, and folders that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fewstep
+from fewstep.cli.options import Common
+from fewstep.denoisers import Denoiser
+from fewstep.errors import FewstepError
+from fewstep.guidance import ClassifierFree
+from fewstep.loading import load
+
+__all__ = ["ask_for", "guided", "machine", "new_folder", "open_model", "parse_labels", "parse_seeds", "state_dtype"]
+
+
+def open_model(name: str, options: Common) -> Denoiser:
+    """The model on its device, in its precision."""
+    if options.threads < 0:
+        raise ValueError(f"--threads must be at least 0, got {options.threads}.")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        device = torch.device(options.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    denoiser = load(name, device=device)
+    if options.dtype in ("bfloat16", "float64") and isinstance(denoiser.network, torch.nn.Module):
+        dtype = getattr(torch, options.dtype)
+        return Denoiser(denoiser.network.to(dtype), denoiser.schedule, denoiser.predicts, info=denoiser.info)
+    return denoiser
+
+
+def state_dtype(options: Common) -> torch.dtype:
+    """Precision of the state."""
+    return torch.float64 if options.dtype == "float64" else torch.float32
+
+
+def parse_seeds(text: str, count: int) -> list[int]:
+    """Seeds from ``"7"`` (7, 8, ... as many as `count`), ``"0-63"`` or ``"3,5,8"``."""
+    try:
+        if "," in text:
+            seeds = [int(part) for part in text.split(",")]
+        elif "-" in text:
+            first, last = (int(part) for part in text.split("-"))
+            seeds = list(range(first, last + 1))
+        else:
+            seeds = list(range(int(text), int(text) + count))
+    except ValueError:
+        raise ValueError(f"--seed takes a number, a range like 0-63 or a list like 3,5,8, not {text!r}.") from None
+    if not seeds or min(seeds) < 0:
+        raise ValueError(f"--seed {text} with --count {count} gives no samples, or negative seeds.")
+    return seeds
+
+
+def parse_labels(text: str | None, denoiser: Denoiser, count: int) -> torch.Tensor | None:
+    """Labels from ``"3"``, ``"0,1,2"`` (repeated in turn), ``"each"`` (every class in turn) or None (without condition)."""
+    known = denoiser.info.conditions.get("label")
+    if known is None:
+        if text is not None:
+            raise ValueError(f"{denoiser.info.name} takes no labels; leave --label out.")
+        return None
+    if text is None:
+        return torch.full((count,), known["null"])
+    try:
+        labels = list(range(known["classes"])) if text == "each" else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f'--label takes a class, a list like 0,1,2 or "each", not {text!r}.') from None
+    if not all(0 <= label < known["classes"] for label in labels):
+        raise ValueError(f"{denoiser.info.name} has the classes 0 to {known['classes'] - 1}, not {text}.")
+    return torch.tensor([labels[i % len(labels)] for i in range(count)])
+
+
+def guided(denoiser: Denoiser, scale: float, labels: torch.Tensor | None) -> Any:
+    """The denoiser with classifier-free guidance, if it is asked for."""
+    if scale == 1.0:
+        return denoiser
+    if labels is None or "label" not in denoiser.info.conditions:
+        raise ValueError(f"--guidance needs a model with conditions; {denoiser.info.name} has none.")
+    return ClassifierFree(denoiser, scale, {"label": denoiser.info.conditions["label"]["null"]})
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were made on, for the record."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    except OSError:
+        pass  # not Linux: the platform module's answer stands
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fewstep": fewstep.__version__,
+    }
+
+
+def ask_for(data_shape: tuple[int, ...] | None, name: str) -> tuple[int, ...]:
+    """The shape of one sample, which a model must say to be sampled from the command line."""
+    if data_shape is None:
+        raise FewstepError(f"{name} does not say the shape of its samples.")
+    return data_shape
+
+
+@contextmanager
+def new_folder(path: str) -> Iterator[Path]:
+    """A folder to fill, which appears under its name when all is written. Files of an old one there are replaced one by one.
+
+    Raises:
+        OSError: before any work is done, if the place cannot be written.
+    """
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target} is a file; the output is a folder.")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} into.")
+    if target.exists() and not os.access(target, os.W_OK):
+        raise PermissionError(f"the folder {target} cannot be written.")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if not target.exists():
+            temporary.rename(target)
+            return
+        for file in sorted(temporary.iterdir()):
+            os.replace(file, target / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
