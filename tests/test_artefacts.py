@@ -72,7 +72,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"before")
 
     def fail(*_):
-        raise OSError("disk full")
+        raise OSError(28, "disk full")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):

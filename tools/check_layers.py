@@ -34,7 +34,7 @@ __all__ = ["Fault", "check_runtime", "check_static", "main"]
 
 PACKAGE = "fewstep"
 ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("0", ("errors", "numerics")),
+    ("0", ("errors", "numerics", "version")),
     ("1", ("artefacts", "schedules", "predictions")),
     ("2", ("denoisers", "exact", "grids", "guidance", "models")),
     ("3", ("plan", "solver")),

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fewstep.version import __version__
+
 if TYPE_CHECKING:
     from fewstep import exact, grids, guidance, schedules, solvers, train
     from fewstep.denoisers import Denoiser, ModelInfo
@@ -26,6 +28,7 @@ __all__ = [
     "Hooks",
     "ModelInfo",
     "Plan",
+    "__version__",
     "check",
     "draw_noise",
     "exact",
@@ -42,8 +45,6 @@ __all__ = [
     "solvers",
     "train",
 ]
-
-__version__ = "0.1.0"
 
 HOMES = {
     "Denoiser": "denoisers",

@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-import fewstep
 from fewstep.artefacts import json_value
 from fewstep.grids import GridRule, make_grid
 from fewstep.plan import Plan, Row
 from fewstep.schedules import NoiseSchedule
+from fewstep.version import __version__
 
 __all__ = ["Solver"]
 
@@ -78,5 +78,5 @@ class Solver(abc.ABC):
             "grid": named,
             "final": final,
             "start": start,
-            "fewstep": fewstep.__version__,
+            "fewstep": __version__,
         }

@@ -12,8 +12,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-import fewstep
 from fewstep.cli.options import add_options, read_options
+from fewstep.version import __version__
 
 __all__ = ["main"]
 
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fewstep", description="Samples from a diffusion or flow model in as few network calls as possible."
     )
-    parser.add_argument("--version", action="version", version=f"fewstep {fewstep.__version__}")
+    parser.add_argument("--version", action="version", version=f"fewstep {__version__}")
     places = {"": parser.add_subparsers(metavar="COMMAND", title="commands")}
     for command, summary in COMMANDS.items():
         *group, name = command.split()

@@ -114,7 +114,7 @@ def _section(report: Any, name: str, denoiser: Any, exact: Any, rows: list[Any],
 
     found = {(row.solver, row.grid, row.nfe): row for row in rows}
     low, high = denoiser.info.data_range or (-1.0, 1.0)
-    columns, scale = 10 if denoiser.info.conditions else 5, 4 if denoiser.info.shape[-1] <= 8 else 2
+    columns, scale = (5, 5) if denoiser.info.shape[-1] <= 8 else (3, 2)
     report.heading(f"{name} ({'x'.join(map(str, denoiser.info.shape))}, {type(denoiser.schedule).__name__} schedule)")
     report.text(summary)
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-import fewstep
 from fewstep.cli.options import Common
 from fewstep.denoisers import Denoiser
 from fewstep.errors import FewstepError
 from fewstep.guidance import ClassifierFree
 from fewstep.loading import load
+from fewstep.version import __version__
 
 __all__ = ["ask_for", "guided", "machine", "new_folder", "open_model", "parse_labels", "parse_seeds", "state_dtype"]
 
@@ -104,7 +104,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "fewstep": fewstep.__version__,
+        "fewstep": __version__,
     }
 
 
@@ -130,7 +130,10 @@ def new_folder(path: str) -> Iterator[Path]:
     if target.exists() and not os.access(target, os.W_OK):
         raise PermissionError(f"the folder {target} cannot be written.")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error
     try:
         yield temporary
         if not target.exists():

@@ -77,7 +77,7 @@ def line_plot(lines: Mapping[str, Sequence[tuple[float, float]]], *, xlabel: str
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import NullFormatter, ScalarFormatter
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
     except ImportError as error:
         raise MissingExtraError("Matplotlib", "demo", "Plotting") from error
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
@@ -89,7 +89,9 @@ def line_plot(lines: Mapping[str, Sequence[tuple[float, float]]], *, xlabel: str
     ticks = sorted({x for points in lines.values() for x, _ in points})
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(True, which="both", linewidth=0.3)
     axes.legend(frameon=False, fontsize=9)
     file = io.BytesIO()

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fewstep as fs
+from fewstep.cli import COMMANDS, main
+from fewstep.models import SmallUNet, SmallUNetConfig, save_model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A model folder with random weights, small enough for every command."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    network = SmallUNet(SmallUNetConfig(in_channels=1, image_size=8, channels=(16, 32), blocks=(1, 1), classes=10))
+    save_model(folder, network, schedule=fs.schedules.VPLinear(), predicts="velocity")
+    return str(folder)
+
+
+def run(capsys, *arguments):
+    status = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_help_of_every_command(capsys):
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            main([*command.split(), "--help"])
+        assert stop.value.code == 0
+        assert "usage: fewstep" in capsys.readouterr().out
+    assert len(COMMANDS) == 7
+    assert main([]) == 2
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert fs.__version__ in capsys.readouterr().out
+
+
+def test_sample_writes_pictures_numbers_and_the_plan(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    status, text, _ = run(capsys, "sample", tiny, "--nfe", 3, "--count", 5, "--label", "each", "--out", out, "--json", "--batch", 2)
+    assert status == 0
+    assert json.loads(text)["nfe"] == 3
+    assert sorted(p.name for p in out.iterdir()) == ["plan.safetensors", "sample.json", "samples.npz", "samples.png"]
+    arrays = np.load(out / "samples.npz")
+    assert arrays["samples"].shape == (5, 1, 8, 8)
+    assert arrays["labels"].tolist() == [0, 1, 2, 3, 4]
+    with Image.open(out / "samples.png") as picture:
+        assert picture.width == (3 * 9 - 1) * 8
+    assert fs.Plan.load(out / "plan.safetensors").nfe == 3
+    # again, from the saved plan, other batches: the same samples
+    run(
+        capsys,
+        "sample",
+        tiny,
+        "--plan",
+        out / "plan.safetensors",
+        "--seed",
+        "2-4",
+        "--label",
+        "2,3,4",
+        "--out",
+        tmp_path / "b",
+        "--quiet",
+    )
+    np.testing.assert_allclose(np.load(tmp_path / "b" / "samples.npz")["samples"], arrays["samples"][2:], atol=1e-5)
+    assert run(capsys, "sample", tiny, "--count", 1, "--nfe", 1, "--guidance", 2.0, "--label", 3, "--out", out)[0] == 0  # replaces
+
+
+def test_demo_makes_a_page_that_needs_nothing_else(tiny, tmp_path, capsys):
+    out = tmp_path / "demo"
+    status, text, _ = run(capsys, "demo", "--models", tiny, "--count", 4, "--nfe", "4,6", "--out", out, "--quiet", "--json")
+    assert status == 0
+    page = (out / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 * 3 + 1
+    assert "http" not in page.replace("http-equiv", "")
+    results = json.loads((out / "results.json").read_text())
+    assert results == json.loads(text)
+    assert len(results["rows"]) == 4 * 3 * 2
+    assert {"model", "solver", "grid", "nfe", "error"} == set(results["rows"][0])
+
+
+def test_plan_make_and_show(tmp_path, capsys):
+    file = tmp_path / "p.safetensors"
+    assert run(capsys, "plan", "make", "dpmpp_3m", "--schedule", "edm", "--nfe", 6, "--grid", "karras", "--out", file)[0] == 0
+    status, text, _ = run(capsys, "plan", "show", file)
+    assert status == 0
+    assert text.strip() == fs.Plan.load(file).show()
+    details = json.loads(run(capsys, "plan", "show", file, "--json")[1])
+    assert len(details["B"]) == 7
+    assert details["provenance"]["grid"] == "karras"
+    assert run(capsys, "plan", "make", "ddim", "--schedule", "edm", "--grid", "80,3,0", "--out", file)[0] == 0
+    assert fs.Plan.load(file).grid.tolist() == [80.0, 3.0, 0.0]
+
+
+def test_solvers(capsys):
+    rows = json.loads(run(capsys, "solvers", "--json")[1])
+    assert [row["name"] for row in rows] == fs.solver_names()
+    assert "dpmpp_3m_sde" in run(capsys, "solvers")[1]
+
+
+def test_check(tiny, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((8, 1, 8, 8)).astype(np.float32))
+    status, text, _ = run(capsys, "check", tiny, "--data", tmp_path / "x.npy")
+    assert status == 1  # an untrained network
+    assert text.startswith("PROBLEM")
+    assert run(capsys, "check", "digits", "--json")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "digit"], "Did you mean 'digits'"),
+        (["sample", "TINY", "--solver", "dpmpp2m"], "Did you mean 'dpmpp_2m'"),
+        (["sample", "TINY", "--grid", "carras"], "Did you mean 'karras'"),
+        (["sample", "TINY", "--nfe", "0"], "at least 1"),
+        (["sample", "TINY", "--count", "0"], "at least 1"),
+        (["sample", "TINY", "--seed", "x"], "--seed takes"),
+        (["sample", "TINY", "--label", "10"], "classes 0 to 9"),
+        (["sample", "TINY", "--label", "cat"], "--label takes"),
+        (["sample", "photos", "--label", "1"], "takes no labels"),
+        (["sample", "photos", "--guidance", "2"], "--guidance needs"),
+        (["sample", "TINY", "--device", "cuda:77"], "cannot be used"),
+        (["sample", "TINY", "--plan", "DIR/none"], "No such file"),
+        (["sample", "TINY", "--plan", "DIR/bad"], "truncated, damaged or foreign"),
+        (["sample", "TINY", "--plan", "DIR/edm"], "made for EDM"),
+        (["sample", "TINY", "--out", "DIR/bad"], "is a file"),
+        (["sample", "TINY", "--out", "DIR/no/such"], "no folder"),
+        (["sample", "DIR"], "no config.json"),
+        (["demo", "--nfe", "a"], "--nfe takes"),
+        (["demo", "--models", "none"], "unknown model"),
+        (["plan", "show", "DIR/bad"], "truncated, damaged or foreign"),
+        (["plan", "make", "ddim", "--grid", "1,2,3"], "does not decrease"),
+        (["plan", "make", "ddim", "--out", "DIR/no/such"], "No such file"),
+        (["check", "TINY"], "--data is needed"),
+        (["check", "TINY", "--data", "DIR/bad"], "no .npy or .npz"),
+        (["train", "cats"], "cats"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_status(arguments, message, tiny, tmp_path, capsys):
+    (tmp_path / "bad").write_bytes(b"not a plan")
+    fs.make_plan("ddim", fs.schedules.EDM(), 3).save(tmp_path / "edm")
+    given = [a.replace("TINY", tiny).replace("DIR", str(tmp_path)) for a in arguments]
+    if "--out" not in given and given[0] in ("sample", "demo"):
+        given += ["--out", str(tmp_path / "out")]
+    before = sorted(p.name for p in tmp_path.iterdir())
+    status, out, err = run(capsys, *given)
+    assert status == 2
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1
+    assert message in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == before  # nothing half-written
+
+
+def test_an_unwritable_folder_is_one_line(tiny, tmp_path):
+    if os.geteuid() == 0:
+        place = "/proc/fewstep-test"  # root may write anywhere else
+    else:
+        (tmp_path / "locked").mkdir(mode=0o500)
+        place = tmp_path / "locked" / "out"
+    command = [sys.executable, "-m", "fewstep", "sample", tiny, "--nfe", "1", "--out", str(place)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_interrupt_leaves_nothing_and_says_so(tiny, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "fewstep",
+        "sample",
+        tiny,
+        "--nfe",
+        "1000",
+        "--count",
+        "400",
+        "--out",
+        str(tmp_path / "out"),
+        "--quiet",
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any(p.name.startswith(".out") for p in tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip() == "fewstep: interrupted."
+    assert list(tmp_path.iterdir()) == []
