@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
-PROMISED = {"sample.py": "is as close as DDIM with 20", "train.py": "mean distance to the rings"}
+PROMISED = {"sample.py": "is as close as DDIM with 20", "train.py": "mean distance to the nearest cluster"}
 
 
 def test_all_examples_are_known():

@@ -264,7 +264,7 @@ def _verdict(mine: dict[str, Any], best: dict[str, Any], data: Tensor, info: Mod
         found = " and ".join(change for change in changes if change)
         factor = math.exp(min(mine["score"] - best["score"], 50.0))
         return False, f"most likely {found}: that reading has {factor:.3g} times less error."
-    if mine["score"] > 0.0:
+    if mine["score"] > 0.5 * MARGIN:
         return (
             False,
             "no reading predicts this data better than a linear guess: untrained, trained on other data, or another schedule.",
