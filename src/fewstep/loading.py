@@ -233,7 +233,8 @@ def _raw_outputs(
     )
     schedule = denoiser.schedule
     try:
-        return [raw(float(schedule.alpha(t)) * x0 + float(schedule.sigma(t)) * noise, t, **cond) for t in times]
+        with np.errstate(all="ignore"):  # a network may be a formula, which other times than its own lead out of its domain
+            return [raw(float(schedule.alpha(t)) * x0 + float(schedule.sigma(t)) * noise, t, **cond) for t in times]
     except (IndexError, ValueError, OverflowError):
         if convention is denoiser.network_time:
             raise

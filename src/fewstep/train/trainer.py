@@ -492,7 +492,7 @@ def _interruptible() -> Iterator[list[bool]]:
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 def _bar(done: int, steps: int, progress: bool) -> Any:
