@@ -78,6 +78,12 @@ class Row:
     offset: Entry = 0.0
     noise: Interval | None = None
 
+    @property
+    def entries(self) -> list[Entry]:
+        """Every coefficient of the row."""
+        scale = [] if self.noise is None else [self.noise.scale]
+        return [*self.carry, *self.weights, *self.memory, self.state_gain, self.output_gain, self.offset, *scale]
+
 
 @dataclass(frozen=True)
 class StartTransform:
@@ -175,6 +181,11 @@ class Plan:
         """SHA-256 of the content. Equal plans have equal digests."""
         return self._artefact().digest()
 
+    @cached_property
+    def prepared(self) -> dict[Any, Any]:
+        """What a run keeps for the next run of the same plan. Not part of the content."""
+        return {}
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self.digest == other.digest
 
@@ -204,7 +215,7 @@ class Plan:
 
     def dense(self) -> Dense:
         """The dense view of this plan: every state in terms of z_0, the data predictions and the noises."""
-        shape = np.broadcast_shapes(*(np.shape(entry) for row in self.rows for entry in _entries(row)))
+        shape = np.broadcast_shapes(*(np.shape(entry) for row in self.rows for entry in row.entries))
         n = self.nfe
         states, outputs = np.zeros((n + 1, 2 * n + 2, *shape)), np.zeros((n, 2 * n + 2, *shape))  # columns: z_0, d, xi, 1
         states[0, 0] = 1.0
@@ -348,11 +359,6 @@ def _entry(value: Entry, what: str) -> Entry:
 
 def _is_zero(entry: Entry) -> bool:
     return isinstance(entry, float) and entry == 0.0
-
-
-def _entries(row: Row) -> list[Entry]:
-    scale = [] if row.noise is None else [row.noise.scale]
-    return [*row.carry, *row.weights, *row.memory, row.state_gain, row.output_gain, row.offset, *scale]
 
 
 def _checked_row(i: int, row: Row) -> Row:

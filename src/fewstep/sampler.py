@@ -121,7 +121,7 @@ def sample(
     _check_fit(denoiser, plan, x, seeds)
     conditions = dict(cond or {})
     hooks = hooks or Hooks()
-    steps = [_prepare(row, x) for row in plan.rows]
+    steps = _prepared(plan, x)
     path = BrownianPath(check_seeds(seeds, len(x)), x.shape[1:]) if plan.stochastic and seeds is not None else None
     x = x if plan.start is None else _transform(plan.start, x)
     reach = max(len(row.carry) for row in plan.rows)
@@ -193,6 +193,16 @@ def _brief(schedule: object) -> str:
     return text if len(text) < 120 else f"{text[:100]}..."
 
 
+def _prepared(plan: Plan, x: Tensor) -> list[Step]:
+    """The steps of a plan. Those of a plan without arrays are the same on every device, and kept with it."""
+    known = plan.prepared.get(x.dtype)
+    if known is None:
+        known = [_prepare(row, x) for row in plan.rows]
+        if not any(isinstance(entry, np.ndarray) for row in plan.rows for entry in row.entries):
+            plan.prepared[x.dtype] = known
+    return known
+
+
 def _prepare(row: Row, x: Tensor) -> Step:
     gains = None
     if row.memory or row.state_gain != 0.0 or row.output_gain != 1.0:
@@ -205,7 +215,12 @@ def _prepare(row: Row, x: Tensor) -> Step:
 
 
 def _terms(terms: list[tuple[bool, int, Entry]], x: Tensor) -> tuple[tuple[bool, int, Factor], ...]:
-    return tuple((stored, k, _factor(f, x)) for stored, k, f in terms if not (isinstance(f, float) and f == 0.0))
+    used = [(stored, k, _factor(f, x)) for stored, k, f in terms if not (isinstance(f, float) and f == 0.0)]
+    if used and isinstance(
+        used[0][2], float
+    ):  # a 0-dimensional tensor on the host: half the dispatch of a number, the same product
+        used[0] = (*used[0][:2], torch.tensor(used[0][2], dtype=x.dtype, device="cpu"))
+    return tuple(used)
 
 
 def _factor(entry: Entry, x: Tensor) -> Factor:
@@ -247,11 +262,11 @@ def _combine(terms: tuple[tuple[bool, int, Factor], ...], states: deque[Tensor],
     for stored, k, factor in terms:
         source = outputs[k] if stored else states[k]
         if total is None:
-            total = source * factor
-        elif isinstance(factor, Tensor):
-            total.addcmul_(source, factor)
-        else:
+            total = torch.mul(source, factor)
+        elif type(factor) is float:
             total.add_(source, alpha=factor)
+        else:
+            total.addcmul_(source, factor)
     return torch.zeros_like(states[0]) if total is None else total
 
 
