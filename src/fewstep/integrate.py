@@ -55,6 +55,8 @@ SMALLEST_ANGLE = 1e-11
 """Nearest approach to sigma = 0 in the angle phi; below, tables of a discrete model resolve no time."""
 STALLED = 10
 """A solution that needs this many times the calls of the one before is not converging: the network's rounding limits it."""
+COARSE, PATIENCE = 1e-6, 6
+"""Above this local tolerance a chaotic field may part two solutions for a while, so the error may fail to fall this often; below, twice."""
 
 FEW = 4
 """So few steps between two places may have been set by the places."""
@@ -303,7 +305,7 @@ def _solve(problem: _Problem, x: Tensor, tol: float, max_calls: int) -> Referenc
                 return _reference(run.states.to(x.dtype), errors, used)
             stalls = stalls + 1 if worst > 0.5 * error else 0
             error = min(error, worst)
-            if stalls == 2:
+            if stalls == (PATIENCE if local > COARSE else 2):
                 raise _failure("the estimate of the error no longer falls", tol, error, used)
             local *= min(1.0, max(TIGHTEN**-3, TIGHTEN * 0.5 * tol / worst))
         local /= TIGHTEN
