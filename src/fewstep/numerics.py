@@ -59,7 +59,7 @@ def decaying_moments(z: float, count: int) -> Floats:
     r"""The moments $M_0(z), \dots, M_{count-1}(z)$ of the decaying exponential on the unit interval.
 
     Args:
-        z: at least 0; infinity is legal and gives ones (all the weight sits at u = 1).
+        z: any finite number, negative for an exponential that grows; infinity is legal and gives ones (all the weight sits at u = 1).
         count: how many.
 
     Example:
@@ -68,7 +68,10 @@ def decaying_moments(z: float, count: int) -> Floats:
     """
     if math.isinf(z):
         return np.ones(count)
-    if z < SERIES_BELOW + count:
+    if -SERIES_BELOW - count < z <= 0.0:  # M_k = -sum_{j >= 1} |z|^j k! / (j + k)!
+        terms = range(1, SERIES_TERMS + 4 * count)
+        return np.array([-math.fsum((-z) ** j / math.prod(range(k + 1, j + k + 1)) for j in terms) for k in range(count)])
+    if 0.0 < z < SERIES_BELOW + count:
         # the power series of e^{-z(1-u)} alternates; Kummer's transformation makes every term positive:
         # M_k = z e^{-z} sum_j z^j / (j! (j + k + 1))
         terms = [math.exp(-z) * z ** (j + 1) / math.factorial(j) for j in range(SERIES_TERMS + 4 * count)]
@@ -144,7 +147,7 @@ def exponential_weights(nodes: Sequence[float] | Floats, z: float) -> Floats:
 
     Args:
         nodes: ``"n"``, where the values lie in units of the step: 0 is its begin, 1 its end, the past is negative.
-        z: the step times the decay rate, positive.
+        z: the step times the decay rate; negative for noise predictions, whose weight grows along the step.
 
     Example:
         >>> exponential_weights([0.0], 1.0).round(6).tolist()

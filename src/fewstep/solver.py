@@ -1,21 +1,22 @@
 """What a solver is: a small frozen dataclass of options that turns a noise schedule and a time grid into a `Plan`.
 
-A solver knows no network, no tensor and no device. A multistep solver only says what its rows are; the grid, the checks and the provenance
-are made here.
+A solver knows no network, no tensor and no device. It only says what its rows are; the grid, how a budget of calls is spent on its steps,
+the checks and the provenance are made here.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fewstep.artefacts import json_value
-from fewstep.grids import GridRule, make_grid
+from fewstep.errors import GridError
+from fewstep.grids import GridRule, Lambda, make_grid
 from fewstep.plan import Plan, Row
 from fewstep.schedules import NoiseSchedule
 from fewstep.version import __version__
@@ -26,7 +27,7 @@ Floats = NDArray[np.float64]
 
 
 class Solver(abc.ABC):
-    """Interface of every solver whose outer states are the nodes of its grid.
+    """Interface of every solver.
 
     Attributes:
         source: the paper, for the command line's list.
@@ -41,9 +42,21 @@ class Solver(abc.ABC):
     def claimed_order(self) -> int:
         """Order of convergence to the probability-flow ODE on a finite interval; of the drift, for stochastic solvers."""
 
+    @property
+    def stages(self) -> int:
+        """The most calls a step takes: 1 for multistep methods. A step from or to an infinite lambda always takes one."""
+        return 1
+
+    def split(self, budget: int) -> list[int]:
+        """How single-step methods spend `budget` calls on steps between finite lambdas: the calls of every step."""
+        return [self.stages] * (budget // self.stages) + [budget % self.stages] * (budget % self.stages > 0)
+
     @abc.abstractmethod
-    def rows(self, schedule: NoiseSchedule, times: Floats) -> Iterator[Row]:
-        """The rows of the plan on a checked grid ``"N+1"``."""
+    def rows(self, schedule: NoiseSchedule, times: Floats, calls: Sequence[int]) -> Iterator[Row]:
+        """The rows of the plan on a checked grid ``"K+1"``, ``calls[k]`` of them for step k (all 1 for a multistep method).
+
+        Every row's tau is the time of its state's noise level.
+        """
 
     def plan(
         self,
@@ -59,7 +72,8 @@ class Solver(abc.ABC):
         Args:
             schedule: noise schedule of the model.
             nfe: number of network calls; may be left out if `grid` is a list of times.
-            grid: a name (`fewstep.grids.grid_names`), a rule, or a list of nfe + 1 times.
+            grid: a name (`fewstep.grids.grid_names`), a rule, or a list of the times of the outer states: nfe + 1 for a multistep method.
+                A single-step method places its inner stages between them, as many as `nfe` pays for, the early steps first.
             start: time to start from, for partly noised states; ``schedule.t_start`` when left out.
             final: ``"t_end"``: the state at ``schedule.t_end``; ``"zero"``: at sigma = 0, with the same number of calls.
 
@@ -67,8 +81,44 @@ class Solver(abc.ABC):
             GridError: if the grid, `nfe`, `start` and `final` do not fit each other or the schedule.
             UnknownNameError: for an unknown grid or final.
         """
-        times = make_grid(grid, schedule, nfe, start=start, final=final)
-        return Plan(schedule, times, tuple(self.rows(schedule, times)), provenance=self._provenance(grid, start, final))
+        times, calls = self._steps(schedule, nfe, grid, start, final)
+        rows = tuple(self.rows(schedule, times, calls))
+        levels = [row.tau for row in rows]
+        return Plan(schedule, np.array([*levels, times[-1]]), rows, provenance=self._provenance(grid, start, final))
+
+    def _steps(
+        self, schedule: NoiseSchedule, nfe: int | None, grid: str | GridRule | ArrayLike, start: float | None, final: str
+    ) -> tuple[Floats, list[int]]:
+        """The times of the outer states, and the calls of every step between them."""
+        if self.stages == 1:
+            times = make_grid(grid, schedule, nfe, start=start, final=final)
+            return times, [1] * (len(times) - 1)
+        if not isinstance(grid, str) and not callable(grid):
+            times = make_grid(grid, schedule, start=start, final=final)
+            return times, self._shares(schedule, times, nfe)
+        fine = make_grid(grid, schedule, nfe, start=start, final=final)
+        ends = np.isinf(schedule.lam(fine[[0, -1]]))
+        first = int(ends[0])
+        last = int(ends[1]) if len(fine) > 2 else 0
+        calls = [1] * first + self.split(len(fine) - 1 - first - last) + [1] * last
+        if grid in ("lambda", Lambda()):  # the steps, not the calls, are equally long
+            return make_grid(grid, schedule, len(calls), start=start, final=final), calls
+        return fine[[0, *np.cumsum(calls)]], calls
+
+    def _shares(self, schedule: NoiseSchedule, times: Floats, nfe: int | None) -> list[int]:
+        """The calls of every step of an explicit grid."""
+        lams = schedule.lam(times)
+        most = [1 if np.isinf(lams[k : k + 2]).any() else self.stages for k in range(len(times) - 1)]
+        if nfe is None:
+            return most
+        if not len(most) <= nfe <= sum(most):
+            raise GridError(
+                f"a grid of {len(most)} steps takes {len(most)} to {sum(most)} calls with {type(self).__name__}, but nfe={nfe}."
+            )
+        calls = [1] * len(most)
+        for k, limit in enumerate(most):
+            calls[k] += min(limit - 1, nfe - sum(calls))
+        return calls
 
     def _provenance(self, grid: Any, start: float | None, final: str) -> dict[str, Any]:
         options = json_value(dataclasses.asdict(self))  # type: ignore[call-overload]

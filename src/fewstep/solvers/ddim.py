@@ -14,7 +14,7 @@ SDE-DPM-Solver++.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -56,7 +56,7 @@ class DDIM(Solver):
     def claimed_order(self) -> int:
         return 1
 
-    def rows(self, schedule: NoiseSchedule, times: NDArray[np.float64]) -> Iterator[Row]:
+    def rows(self, schedule: NoiseSchedule, times: NDArray[np.float64], calls: Sequence[int]) -> Iterator[Row]:
         lam, alpha, sigma = schedule.lam(times).tolist(), schedule.alpha(times).tolist(), schedule.sigma(times).tolist()
         for i, t in enumerate(times[:-1].tolist()):
             h = lam[i + 1] - lam[i]

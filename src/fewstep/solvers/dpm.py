@@ -14,7 +14,7 @@ order, and that node stays out of later histories.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -83,7 +83,7 @@ class DPMSolverPP(Solver):
     def claimed_order(self) -> int:
         return 2 if self.compat == "official" else self.order
 
-    def rows(self, schedule: NoiseSchedule, times: NDArray[np.float64]) -> Iterator[Row]:
+    def rows(self, schedule: NoiseSchedule, times: NDArray[np.float64], calls: Sequence[int]) -> Iterator[Row]:
         lam, alpha, sigma = schedule.lam(times), schedule.alpha(times), schedule.sigma(times)
         nfe, first = len(times) - 1, int(np.isinf(lam[0]))
         for i in range(nfe):
