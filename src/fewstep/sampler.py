@@ -263,7 +263,7 @@ def _combine(terms: tuple[tuple[bool, int, Factor], ...], states: deque[Tensor],
         source = outputs[k] if stored else states[k]
         if total is None:
             total = torch.mul(source, factor)
-        elif type(factor) is float:
+        elif isinstance(factor, (float, int)):
             total.add_(source, alpha=factor)
         else:
             total.addcmul_(source, factor)
