@@ -37,7 +37,8 @@ class Hooks:
         prediction: ``(i, t, d) -> d``: a transform of the data prediction, e.g. clipping or dynamic thresholding.
         state: ``(i, t, x) -> x``: a change of state i + 1, at noise level t, after it was computed, e.g. the blend of inpainting.
         resample: ``(i, x) -> index or None``: a choice ``"batch"`` of which samples go on after step i. Stored states and predictions
-        follow.
+        follow. Conditions stay with their place in the batch, so samples that change places must share them; so does the noise of later
+        steps, so copies of a sample part again.
     """
 
     time: Callable[[int, float, Tensor], Any] | None = None
