@@ -276,13 +276,16 @@ def make_grid(
         raise UnknownNameError("final", final, FINALS)
     if not isinstance(grid, str) and not callable(grid):
         return _own_grid(grid, schedule, nfe, start, final)
-    if nfe is None or isinstance(nfe, bool) or int(nfe) != nfe or nfe < 1:
+    if isinstance(nfe, bool) or not isinstance(nfe, (int, np.integer)) or nfe < 1:
         raise GridError(f"the number of network calls must be a whole number of at least 1, got nfe={nfe!r}.")
     if isinstance(grid, str):
         if grid not in RULES:
             raise UnknownNameError("grid", grid, RULES)
         grid = RULES[grid]
     t_start, t_end = float(schedule.t_start if start is None else start), float(schedule.t_end)
+    if not schedule.inside(t_start):
+        low, high = schedule.domain
+        raise GridError(f"{type(schedule).__name__} is defined for times from {low:.6g} to {high:g}, got start={t_start:g}.")
     if not schedule.lam(t_start) < schedule.lam(t_end):
         raise GridError(
             f"sampling must start noisier than it ends, got start={t_start:g} and the schedule's t_end={t_end:g}. "
@@ -308,9 +311,10 @@ def check_grid(grid: ArrayLike, schedule: NoiseSchedule) -> Floats:
         raise GridError(f"a grid must be one dimension of at least 2 times, got shape {times.shape}.")
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         lams = schedule.lam(times)
-    if np.isnan(times).any() or np.isnan(lams).any():
-        bad = int(np.argmax(np.isnan(times) | np.isnan(lams)))
-        raise GridError(f"grid[{bad}]={times[bad]:g} is not a time of {type(schedule).__name__}.")
+    outside = ~schedule.inside(times) | np.isnan(lams)
+    if outside.any():
+        bad, (low, high) = int(np.argmax(outside)), schedule.domain
+        raise GridError(f"grid[{bad}]={times[bad]:g} is not a time of {type(schedule).__name__}, which has {low:.6g} to {high:g}.")
     rising = lams[1:] > lams[:-1]
     if not rising.all():
         i = int(np.argmin(rising))

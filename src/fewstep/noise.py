@@ -40,6 +40,8 @@ def check_seeds(seeds: Iterable[int] | Tensor, count: int | None = None) -> list
     Raises:
         TypeError, ValueError: otherwise.
     """
+    if isinstance(seeds, (int, np.integer)):
+        raise TypeError(f"seeds must be one whole number a sample, e.g. range({seeds}, {seeds} + batch), got the number {seeds}.")
     values = seeds.tolist() if isinstance(seeds, Tensor) else list(seeds)
     if not all(isinstance(seed, (int, np.integer)) and not isinstance(seed, bool) for seed in values):
         raise TypeError("seeds must be whole numbers, one a sample.")
@@ -75,6 +77,8 @@ def draw_noise(
         >>> torch.equal(a[1:], b)
         True
     """
+    if any(not isinstance(size, (int, np.integer)) or size < 1 for size in shape):
+        raise ValueError(f"the shape of a sample must be whole numbers of at least 1, got {tuple(shape)}.")
     scale = 1.0 if plan is None else float(plan.schedule.sigma(plan.noise_time))
     return torch.from_numpy(scale * normals(check_seeds(seeds), (START,), shape)).to(dtype).to(device)
 

@@ -90,7 +90,8 @@ def sample(
     """Run a plan.
 
     Args:
-        denoiser: ``D(x, t, **cond)`` -> data prediction of x's shape; see `fewstep.Denoiser`.
+        denoiser: ``D(x, t, **cond)`` -> data prediction of x's shape, in new memory at every call (a replayed CUDA graph needs a
+            ``.clone()``); see `fewstep.Denoiser`.
         noise: ``Float[Tensor, "batch *shape"]``, x_T at the scale of the plan's first time (`fewstep.draw_noise`). Its dtype is the
             working precision; half precision is run, and returned, in float32, because round-off in the state is never undone.
         plan: made by a solver or a tuner, for the denoiser's noise schedule.
@@ -100,8 +101,9 @@ def sample(
         callback: called after every step with (i, tau_i, state i + 1, data prediction i). To change anything use `hooks`.
         hooks: see `Hooks`.
         trajectory: return a `Trajectory` instead of the samples.
-        check: look once, after the last call, whether the samples are finite, and if not find the call that went wrong by running
-            again. This is the only read from the device; ``check=False`` leaves it out (for graph capture).
+        check: refuse predictions written over one another, and look once, after the last call, whether the samples are finite; if not,
+            find the call that went wrong by running again. That look is the only read from the device; ``check=False`` leaves both out
+            (for graph capture).
 
     Returns:
         ``Float[Tensor, "batch *shape"]``, the samples; a `Trajectory` if asked for.
@@ -128,6 +130,7 @@ def sample(
     reach = max(len(row.carry) for row in plan.rows)
     states, outputs = deque([x], max(1, reach)), deque(maxlen=_output_reach(plan))
     record: tuple[list[Tensor], list[Tensor]] | None = ([x], []) if trajectory else None
+    memory = (0, 0)
     for i, step in enumerate(_with_bar(steps, progress)):
         x = states[0]
         time = step.tau if hooks.time is None else hooks.time(i, step.tau, x)
@@ -136,10 +139,15 @@ def sample(
             d = network(x, time, **conditions)
         except NetworkError as error:
             raise NetworkError(f"call {i + 1} of {plan.nfe}: {error}") from error
+        if not isinstance(d, Tensor):
+            raise NetworkError(f"call {i + 1} of {plan.nfe}, t={step.tau:.6g}: the denoiser returned {type(d).__name__}, not a tensor.")
         if d.shape != x.shape:
             raise NetworkError(f"call {i + 1} of {plan.nfe}, t={step.tau:.6g}: the denoiser returned {_shapes(d, x)}.")
+        if check:
+            memory = _check_memory(i, d, memory)
         if hooks.prediction is not None:
             d = hooks.prediction(i, step.tau, d)
+            _check_hook("prediction", i, d.shape, x.shape)
         outputs.appendleft(d)
         if step.gains is not None:
             outputs[0] = _combine(step.gains, states, outputs)
@@ -150,8 +158,10 @@ def sample(
             x = _add_noise(x, path, *step.noise)
         if hooks.state is not None:
             x = hooks.state(i, float(plan.grid[i + 1]), x)
+            _check_hook("state", i, x.shape, states[0].shape)
         states.appendleft(x)
         if hooks.resample is not None and (chosen := hooks.resample(i, x)) is not None:
+            _check_hook("resample", i, chosen.shape, x.shape[:1])
             states, outputs = _choose(states, chosen), _choose(outputs, chosen)
         if record is not None:
             record[0].append(states[0])
@@ -274,6 +284,21 @@ def _combine(terms: tuple[tuple[bool, int, Factor], ...], states: deque[Tensor],
 def _add_noise(x: Tensor, path: BrownianPath, scale: Factor, begin: float, end: float) -> Tensor:
     xi = torch.from_numpy(path.normalised(begin, end)).to(x.dtype).to(x.device, non_blocking=True)
     return x + scale * xi
+
+
+def _check_memory(i: int, d: Tensor, before: tuple[int, int]) -> tuple[int, int]:
+    """Refuse a prediction that was written over the one before, which is still needed. Nothing is read: only addresses are compared."""
+    place = d.data_ptr(), 0 if d.is_inference() else d._version  # noqa: SLF001 - the documented way to see in-place changes
+    if place[0] == before[0] != 0 and place[1] != before[1]:
+        raise NetworkError(
+            f"call {i + 1} wrote its output over that of call {i}, which is still needed. Return a new tensor each time, e.g. output.clone()."
+        )
+    return place
+
+
+def _check_hook(name: str, i: int, shape: torch.Size, wanted: torch.Size) -> None:
+    if shape != wanted:
+        raise PlanError(f"the hook {name!r} returned shape {tuple(shape)} at call {i + 1}; it must keep {tuple(wanted)}.")
 
 
 def _choose(memory: deque[Tensor], chosen: Tensor) -> deque[Tensor]:

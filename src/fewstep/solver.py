@@ -81,6 +81,7 @@ class Solver(abc.ABC):
             GridError: if the grid, `nfe`, `start` and `final` do not fit each other or the schedule.
             UnknownNameError: for an unknown grid or final.
         """
+        start = None if start is None else float(start)
         times, calls = self._steps(schedule, nfe, grid, start, final)
         rows = tuple(self.rows(schedule, times, calls))
         levels = [row.tau for row in rows]

@@ -21,6 +21,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fewstep.numerics import noise_clock
 from fewstep.plan import Interval, Row
 from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
@@ -64,6 +65,5 @@ class DDIM(Solver):
             carry = math.sqrt(1.0 - fresh) * sigma[i + 1] / sigma[i]
             noise = None
             if fresh > 0.0 and sigma[i + 1] > 0.0:
-                clock = (math.exp(2.0 * self.eta**2 * lam[j]) for j in (i, i + 1))
-                noise = Interval(math.sqrt(fresh) * sigma[i + 1], *clock)
+                noise = Interval(math.sqrt(fresh) * sigma[i + 1], *(noise_clock(lam[j], self.eta**2) for j in (i, i + 1)))
             yield Row(t, (carry,), (alpha[i + 1] - alpha[i] * carry,), noise=noise)

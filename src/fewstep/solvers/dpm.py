@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.errors import UnknownNameError
-from fewstep.numerics import decaying_moments, exponential_weights, lagrange_polynomials
+from fewstep.numerics import decaying_moments, exponential_weights, lagrange_polynomials, noise_clock
 from fewstep.plan import Interval, Row
 from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
@@ -70,10 +70,10 @@ class DPMSolverPP(Solver):
     compat: str = "exact"
 
     def __post_init__(self) -> None:
-        if self.order not in (1, 2, 3):
+        if type(self.order) is not int or self.order not in (1, 2, 3):
             raise ValueError(f"DPM-Solver++ has orders 1, 2 and 3, got {self.order!r}.")
-        if not (math.isfinite(self.eta) and self.eta >= 0.0):
-            raise ValueError(f"eta must be at least 0, got {self.eta:g}.")
+        if not 0.0 <= self.eta <= 10.0:
+            raise ValueError(f"eta must lie in [0, 10], got {self.eta:g}.")
         if self.variant not in ("midpoint", "taylor"):
             raise UnknownNameError("variant", self.variant, ("midpoint", "taylor"))
         if self.compat not in ("exact", "official"):
@@ -101,7 +101,7 @@ class DPMSolverPP(Solver):
             noise = None
             if self.eta and sigma[i + 1] > 0.0:
                 scale = float(sigma[i + 1]) * math.sqrt(-math.expm1(-2.0 * self.eta * h))
-                noise = Interval(scale, *(math.exp(2.0 * self.eta * float(lam[j])) for j in (i, i + 1)))
+                noise = Interval(scale, *(noise_clock(float(lam[j]), self.eta) for j in (i, i + 1)))
             yield Row(float(times[i]), (carry,), tuple(weights.tolist()), noise=noise)
 
     def _correction(self, alpha: NDArray[np.float64], lam: NDArray[np.float64], first: int) -> NDArray[np.float64]:
