@@ -76,7 +76,10 @@ def test_golden_weight():
     np.testing.assert_allclose(lagrange_integrals([0.0, -1.0], -1.0, 0.0, np.exp)[0], 0.36787944117144232160, rtol=1e-14)
 
 
-@given(st.lists(st.floats(-5, 1).map(lambda x: round(x, 2)), min_size=1, max_size=4, unique=True), st.floats(1e-3, 25) | st.floats(-12, -1e-3))
+@given(
+    st.lists(st.floats(-5, 1).map(lambda x: round(x, 2)), min_size=1, max_size=4, unique=True),
+    st.floats(1e-3, 25) | st.floats(-12, -1e-3),
+)
 def test_exponential_weights_are_quadrature_and_sum_to_the_whole(nodes, z):
     weights = exponential_weights(nodes, z)
     quadrature = lagrange_integrals(nodes, 0.0, 1.0, lambda u: z * np.exp(-z * (1 - u)), points=48)

@@ -221,3 +221,31 @@ def test_a_valid_file_with_an_impossible_plan_is_refused(tmp_path):
         fs.artefacts.Artefact("plan", json.loads(json.dumps(meta)), artefact.tensors).save(tmp_path / "q")
         with pytest.raises(ArtefactError, match="no valid plan"):
             Plan.load(tmp_path / "q")
+
+
+def test_the_provenance_cannot_be_changed(tmp_path):
+    plan = fs.make_plan("dpmpp_2m", fs.schedules.EDM(), 4)
+    with pytest.raises(TypeError):
+        plan.provenance["solver"]["name"] = "other"
+    plan.save(tmp_path / "a")
+    assert fs.Plan.load(tmp_path / "a") == plan
+    with pytest.raises(PlanError, match="a mapping"):
+        Plan(plan.schedule, plan.grid, plan.rows, provenance="words")
+
+
+def test_a_file_with_more_than_a_plan_is_refused(tmp_path):
+    from fewstep.artefacts import Artefact
+
+    plan = fs.make_plan("dpmpp_2m", fs.schedules.EDM(), 4)
+    plan.save(tmp_path / "a")
+    good = Artefact.load(tmp_path / "a", kind="plan")
+    for tensors, meta in [
+        ({**good.tensors, "more": np.zeros(1)}, good.meta),
+        ({**good.tensors, "tau": good.tensors["tau"].astype(np.float32)}, good.meta),
+        ({**good.tensors, "clock": good.tensors["clock"].astype(np.complex64)}, good.meta),
+        (good.tensors, {**good.meta, "provenance": "words"}),
+        (good.tensors, {**good.meta, "schedule": list(good.meta["schedule"].items())}),
+    ]:
+        Artefact("plan", meta, tensors).save(tmp_path / "b")
+        with pytest.raises(ArtefactError):
+            Plan.load(tmp_path / "b")

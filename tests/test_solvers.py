@@ -253,3 +253,9 @@ def test_one_call_per_step_and_lowered_last_steps():
 def test_refused(make, message):
     with pytest.raises((ValueError, UnknownNameError), match=message):
         make()
+
+
+def test_a_little_noise_is_possible():
+    for eta in (1e-9, 1e-3):
+        assert fs.solvers.DDIM(eta=eta).plan(fs.schedules.EDM(), 20).stochastic
+        assert fs.solvers.DPMSolverPP(eta=eta).plan(fs.schedules.EDM(), 20).stochastic

@@ -453,6 +453,8 @@ def _check_step(step: float, error: float, schedule: NoiseSchedule, q: float) ->
 def _check_problem(problem: _Problem, x: Tensor, tol: float) -> None:
     if not x.is_floating_point() or x.ndim < 1 or not x.numel():
         raise ValueError(f'the state must be a floating-point tensor "batch *shape" with a sample, got {x.dtype} {tuple(x.shape)}.')
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("the state is not finite: it holds NaN or infinity.")
     finest = 0.25 * torch.finfo(x.dtype).eps
     if not finest <= tol < math.inf:
         raise ValueError(f"tol must be at least {finest:.1g}, which is what {x.dtype} holds, got {tol:g}. Pass a state in float64.")

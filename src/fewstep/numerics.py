@@ -21,7 +21,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["decaying_moments", "exponential_weights", "gauss_legendre", "lagrange_integrals", "lagrange_polynomials", "noise_clock", "phi"]
+__all__ = [
+    "decaying_moments",
+    "exponential_weights",
+    "gauss_legendre",
+    "lagrange_integrals",
+    "lagrange_polynomials",
+    "noise_clock",
+    "phi",
+]
 
 Floats = NDArray[np.float64]
 
@@ -157,7 +165,7 @@ def exponential_weights(nodes: Sequence[float] | Floats, z: float) -> Floats:
 
 
 def noise_clock(lam: float, rate: float) -> float:
-    r"""The clock in which a reverse SDE's noise is Brownian: $e^{2 r \lambda}$, up to an affine map that keeps it positive and its steps apart.
+    r"""The clock in which a reverse SDE's noise is Brownian: $e^{2 r \lambda}$ up to an affine map.
 
     The noise a solver adds over a step has the variance of the increments of $e^{2 r \lambda}$, so steps that follow the same path must
     share this clock. For a small rate that function is almost constant, and its steps would be lost in rounding; here it is

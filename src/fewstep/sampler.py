@@ -140,7 +140,9 @@ def sample(
         except NetworkError as error:
             raise NetworkError(f"call {i + 1} of {plan.nfe}: {error}") from error
         if not isinstance(d, Tensor):
-            raise NetworkError(f"call {i + 1} of {plan.nfe}, t={step.tau:.6g}: the denoiser returned {type(d).__name__}, not a tensor.")
+            raise NetworkError(
+                f"call {i + 1} of {plan.nfe}, t={step.tau:.6g}: the denoiser returned {type(d).__name__}, not a tensor."
+            )
         if d.shape != x.shape:
             raise NetworkError(f"call {i + 1} of {plan.nfe}, t={step.tau:.6g}: the denoiser returned {_shapes(d, x)}.")
         if check:
@@ -288,10 +290,10 @@ def _add_noise(x: Tensor, path: BrownianPath, scale: Factor, begin: float, end: 
 
 def _check_memory(i: int, d: Tensor, before: tuple[int, int]) -> tuple[int, int]:
     """Refuse a prediction that was written over the one before, which is still needed. Nothing is read: only addresses are compared."""
-    place = d.data_ptr(), 0 if d.is_inference() else d._version  # noqa: SLF001 - the documented way to see in-place changes
+    place = d.data_ptr(), 0 if d.is_inference() else d._version
     if place[0] == before[0] != 0 and place[1] != before[1]:
         raise NetworkError(
-            f"call {i + 1} wrote its output over that of call {i}, which is still needed. Return a new tensor each time, e.g. output.clone()."
+            f"call {i + 1} wrote its output over that of call {i}, which is needed. Return a new tensor each time: output.clone()."
         )
     return place
 

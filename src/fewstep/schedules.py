@@ -436,9 +436,11 @@ class FromBetas(NoiseSchedule):
 
 def _same_table(a: NoiseSchedule, b: NoiseSchedule) -> bool:
     """Whether both are tables with the same entries, up to the rounding between a table of betas and one of their products."""
-    tables = [s._table if isinstance(s, FromBetas) else s for s in (a, b)]  # noqa: SLF001 - both classes live here
+    tables = [s._table if isinstance(s, FromBetas) else s for s in (a, b)]
     first, second = (np.asarray(s.alphas_cumprod) if isinstance(s, FromAlphasCumprod) else None for s in tables)
-    return first is not None and second is not None and first.shape == second.shape and np.allclose(first, second, rtol=1e-9, atol=0.0)
+    return (
+        first is not None and second is not None and first.shape == second.shape and np.allclose(first, second, rtol=1e-9, atol=0.0)
+    )
 
 
 KINDS: dict[str, type[NoiseSchedule]] = {cls.__name__: cls for cls in (VPLinear, VPCosine, EDM, Flow, FromBetas, FromAlphasCumprod)}
