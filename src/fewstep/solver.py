@@ -121,12 +121,20 @@ class Solver(abc.ABC):
         return calls
 
     def _provenance(self, grid: Any, start: float | None, final: str) -> dict[str, Any]:
-        options = json_value(dataclasses.asdict(self))  # type: ignore[call-overload]
         named = grid if isinstance(grid, str) else repr(grid) if callable(grid) else "own"
         return {
-            "solver": {"name": type(self).__name__, "options": options},
+            "solver": _described(self),
             "grid": named,
             "final": final,
             "start": start,
             "fewstep": __version__,
         }
+
+
+def _described(solver: Solver) -> dict[str, Any]:
+    """Name and options, those of a wrapped solver within."""
+    options = {field.name: getattr(solver, field.name) for field in dataclasses.fields(solver)}  # type: ignore[arg-type]
+    return {
+        "name": type(solver).__name__,
+        "options": {k: _described(v) if isinstance(v, Solver) else json_value(v) for k, v in options.items()},
+    }
