@@ -140,11 +140,11 @@ def test_the_bound_of_dmn_is_that_of_the_authors_code():
         ("time", 5, 3): 75.965308,
         ("lambda", 10, 3): 28.6121986,
         ("time", 10, 3): 25.8643034,
-        ("lambda", 10, 0): 15.9069,
+        ("lambda", 10, 0): 15.9069,  # printed to six digits
         ("time", 10, 0): 17.4991,
     }
     for (grid, nfe, apart), value in golden.items():
-        assert dmn_bound(vp.lam(make_grid(grid, vp, nfe)), DMN(3, 2.0, apart)) == pytest.approx(value, rel=2e-6)
+        assert dmn_bound(vp.lam(make_grid(grid, vp, nfe)), DMN(3, 2.0, apart)) == pytest.approx(value, rel=4e-6)
     # and where their search ends, whatever its start
     found = make_grid(DMN(3, 2.0, 3), vp, 5)
     assert dmn_bound(vp.lam(found), DMN(3, 2.0, 3)) == pytest.approx(49.9048192184469, rel=1e-6)
@@ -153,7 +153,9 @@ def test_the_bound_of_dmn_is_that_of_the_authors_code():
 
 def test_dmn_finds_a_minimum_and_remembers_it():
     vp = schedules.VPLinear()
-    for rule in (DMN(), DMN(order=3, power=2.0), DMN(order=1)):
+    # at order 1 and power 1 the bound is the sum of e^h - 1, least where all h are equal
+    np.testing.assert_allclose(make_grid(DMN(1, 1.0), vp, 6), make_grid("lambda", vp, 6), atol=1e-5)
+    for rule in (DMN(), DMN(order=3, power=2.0), DMN(order=1, power=2.0)):
         best = vp.lam(make_grid(rule, vp, 6))
         least = dmn_bound(best, rule)
         for i in range(1, 6):
