@@ -65,7 +65,9 @@ class Stored(Solver):
         for i, t in enumerate(times[:-1].tolist()):
             if self.kind == "noise":
                 ratio = float(alpha[i + 1] / alpha[i])
-                yield Row(t, (ratio,), (float(sigma[i + 1] - ratio * sigma[i]),), 1.0 / float(sigma[i]), -float(alpha[i] / sigma[i]))
+                yield Row(
+                    t, (ratio,), (float(sigma[i + 1] - ratio * sigma[i]),), 1.0 / float(sigma[i]), -float(alpha[i] / sigma[i])
+                )
             else:  # o_i = d_i / 2 + z_i + 0.3 o_{i-1}
                 ratio = float(sigma[i + 1] / sigma[i])
                 weight = 2.0 * float(alpha[i + 1] - alpha[i] * ratio)

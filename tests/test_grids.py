@@ -122,7 +122,9 @@ def test_beta_grids():
 def test_shifts():
     flow = schedules.Flow(t_end=0.0)
     shifted = make_grid(Shifted(3.0), flow, 6)
-    np.testing.assert_allclose(shifted, schedules.Flow(shift=3.0).sigma(np.linspace(1.0, 0.0, 7)), rtol=1e-12)  # a shifted schedule's
+    np.testing.assert_allclose(
+        shifted, schedules.Flow(shift=3.0).sigma(np.linspace(1.0, 0.0, 7)), rtol=1e-12
+    )  # a shifted schedule's
     uniform = flow.lam(np.linspace(1.0, 0.0, 7)[1:-1])
     np.testing.assert_allclose(flow.lam(shifted[1:-1]), uniform - np.log(3.0), rtol=1e-12)  # log k in lambda
     # diffusers' calculate_shift and its exponential time shift, with Flux's defaults: mu = 0.5 at 256 tokens, 1.15 at 4096

@@ -146,7 +146,11 @@ def test_a_prior_is_saved_bit_for_bit(tmp_path):
         (lambda: GaussianPrior.fit(np.zeros((4, 3)), rank=4), ValueError, "1 to 3 components"),
         (lambda: Teleport(DDIM(), prior(), 90.0).plan(fs.schedules.EDM(), 4), GridError, "not from t=80 to t=90"),
         (lambda: Teleport(DDIM(), prior(), 1e-4).plan(fs.schedules.EDM(), 4), GridError, "start noisier"),
-        (lambda: Teleport(Teleport(DDIM(), prior(), 5.0), prior(), 50.0).plan(fs.schedules.EDM(), 4), GridError, "start of its own"),
+        (
+            lambda: Teleport(Teleport(DDIM(), prior(), 5.0), prior(), 50.0).plan(fs.schedules.EDM(), 4),
+            GridError,
+            "start of its own",
+        ),
     ],
 )
 def test_refused(make, error, message):

@@ -8,8 +8,8 @@ range of `FINITE_LAM` there: the end itself keeps its exact place, the other nod
 
 Sources: `Karras` from "Elucidating the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364, eq. 5); `BetaTime` from "Beta
 Sampling is All You Need" (arXiv 2407.12173), `Beta` the variant in libraries; `DMN` from "Accelerating Diffusion Sampling with
-Optimized Time Steps" (arXiv 2402.17376, eq. 14-16); the shift of `Shifted` as in `Flow`; `Lambda` from "DPM-Solver" (arXiv 2206.00927); `Power` from DEIS (arXiv 2204.13902);
-the discrete spacings and the trailing rule from "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv 2305.08891);
+Optimized Time Steps" (arXiv 2402.17376); the shift of `Shifted` as in `Flow`; `Lambda` from "DPM-Solver" (arXiv 2206.00927); `Power`
+from DEIS (arXiv 2204.13902); the discrete spacings and the trailing rule from "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv 2305.08891);
 the tables of `AlignYourSteps` from "Align Your Steps" (arXiv 2404.14507).
 """
 
@@ -257,9 +257,9 @@ class DMN:
     r"""Lambdas that minimise a bound on the error of a multistep solver, whatever the model ("DM-NonUniform"). Needs SciPy.
 
     The weight of the data prediction at node n in step s of an exponential Adams method is, up to a common factor, $c_{sn}$, the integral
-    of $e^\lambda$ times the Lagrange polynomial of the node over the step. If the error of a prediction is at most proportional to
-    $\sigma^p / \alpha$, that of the sample is bounded by the sum over steps of $(\sum_n c_{sn}^2 \sigma_n^{2p} / \alpha_n^2)^{1/2}$ (root of
-    squares within a step, whose errors are taken as independent). It depends on the lambdas alone; alpha and sigma are those of the
+    of $e^\lambda$ times the Lagrange polynomial of the node over the step. If the error of a prediction is proportional to
+    $\sigma^p / \alpha$, that of the sample is at most the sum over steps of $(\sum_n c_{sn}^2 \sigma_n^{2p} / \alpha_n^2)^{1/2}$ (within a
+    step errors are taken as independent). It depends on the lambdas alone; alpha and sigma are those of the
     variance-preserving schedule of equal lambda.
 
     Args:
@@ -490,7 +490,9 @@ def dmn_bound(lams: ArrayLike, rule: DMN) -> float:
 def _dmn_bound(lams: torch.Tensor, rule: DMN, soft: float) -> torch.Tensor:
     """The bound; the absolute values of sums with sign are rounded off at `soft`."""
     nfe = len(lams) - 1
-    errors = torch.exp(-0.5 * rule.power * torch.logaddexp(torch.zeros_like(lams), 2.0 * lams)) * torch.sqrt(1.0 + torch.exp(-2.0 * lams))
+    errors = torch.exp(-0.5 * rule.power * torch.logaddexp(torch.zeros_like(lams), 2.0 * lams)) * torch.sqrt(
+        1.0 + torch.exp(-2.0 * lams)
+    )
     orders = np.minimum(rule.order, np.minimum(np.arange(nfe) + 1, nfe - np.arange(nfe)))
     apart = np.arange(nfe) < (nfe if rule.apart is None else max(rule.apart, 1))
     apart[-1] = True

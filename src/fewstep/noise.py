@@ -1,9 +1,9 @@
 r"""Noise that depends on a sample's seed and on nothing else: not on the batch, the workers, the order or the number of steps.
 
-`draw_noise` makes the starting noise, `add_noise` a partly noised start from clean data. `BrownianPath` gives the noise of stochastic plans: the increments of one Brownian motion W a
-sample over intervals of a clock $u \ge 0$, so plans with different numbers of steps follow the same path. W is drawn lazily: the
-clock is cut into octaves $[2^k, 2^{k+1})$, whose increments are independent draws, and inside an octave by bisection with Brownian
-bridges ("Virtual Brownian Tree", arXiv 2001.01328, section 4).
+`draw_noise` makes the starting noise, `add_noise` a partly noised start from clean data. `BrownianPath` gives the noise of stochastic
+plans: the increments of one Brownian motion W a sample over intervals of a clock $u \ge 0$, so plans with different numbers of steps
+follow the same path. W is drawn lazily: the clock is cut into octaves $[2^k, 2^{k+1})$, whose increments are independent draws, and inside
+an octave by bisection with Brownian bridges ("Virtual Brownian Tree", arXiv 2001.01328, section 4).
 
 Every draw is a pure function of (seed, place in the tree, element): a counter-based generator, SplitMix64's finaliser (Steele, Lea and
 Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) applied to counter and key, and the Box-Muller transform. It is

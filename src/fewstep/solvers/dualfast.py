@@ -9,12 +9,12 @@ is replaced by
 $$ \hat\epsilon_s = (1 + c)\,\epsilon_s - c\,\epsilon_\tau, \qquad
    x_t \mathrel{+}= -\sigma_t (e^h - 1)\, c\, (\epsilon_s - \epsilon_\tau), $$
 
-with an earlier, noisier time $\tau$ and $c \ge 0$. Terms of higher order stay as they are. A data-prediction solver with $\hat D =
-(x_s - \sigma_s \hat\epsilon_s)/\alpha_s$ in its first-order term gets the same correction, so there is one formula for both. The factor is
+with an earlier, noisier time $\tau$ and $c \ge 0$. Terms of higher order stay as they are. A data-prediction solver with
+$\hat D = (x_s - \sigma_s \hat\epsilon_s)/\alpha_s$ in its first-order term gets the same correction, so there is one formula for both. The factor is
 $\sigma_t (e^h - 1) = \alpha_t \sigma_s / \alpha_s - \sigma_t$, finite at $\sigma_t = 0$.
 
-With the step before as $\tau$ and $c = h / 2 h_{before}$ around DDIM, this *is* the second-order DPM-Solver multistep. With $c$ fixed and the
-first time as $\tau$, the method does not converge to the ODE.
+With the step before as $\tau$ and $c = h / 2 h_{before}$ around DDIM, this *is* the second-order DPM-Solver multistep. With $c$ fixed and
+the first time as $\tau$, the method does not converge to the ODE.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class DualFast(Solver):
         if self.anchor not in ANCHORS:
             raise UnknownNameError("anchor", self.anchor, ANCHORS)
         if self.solver.stages > 1:
-            raise ValueError(f"DualFast needs a solver of one call a step, {type(self.solver).__name__} takes {self.solver.stages}.")
+            raise ValueError(
+                f"DualFast needs a solver of one call a step, {type(self.solver).__name__} takes {self.solver.stages}."
+            )
 
     @property
     def claimed_order(self) -> int:
@@ -100,11 +102,13 @@ class DualFast(Solver):
             yield replace(rows[i], carry=tuple(step.carry), weights=tuple(step.weights))
 
     def _weights(self, nfe: int) -> list[float]:
-        """c of every call; the first has nothing to look back on."""
+        """C of every call; the first has nothing to look back on."""
         if not isinstance(self.weight, tuple):
             return [0.0, *(self.weight * (1.0 - i / (nfe - 1)) for i in range(1, nfe))]
         if len(self.weight) != nfe - 1:
-            raise ValueError(f"a plan of {nfe} calls needs {nfe - 1} weights, one for every call after the first, got {len(self.weight)}.")
+            raise ValueError(
+                f"a plan of {nfe} calls needs {nfe - 1} weights, one for every call after the first, got {len(self.weight)}."
+            )
         return [0.0, *self.weight]
 
 

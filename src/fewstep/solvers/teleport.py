@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from fewstep.artefacts import Artefact
 from fewstep.errors import ArtefactError, GridError
 from fewstep.grids import GridRule
-from fewstep.plan import Plan, Row, StartTransform
+from fewstep.plan import Plan, StartTransform
 from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
 
@@ -127,7 +127,9 @@ class GaussianPrior:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write it to one ``.safetensors`` file with a checksum."""
-        Artefact("gaussian-prior", {"rest": self.rest}, {"mean": self.mean, "axes": self.axes, "variances": self.variances}).save(path)
+        Artefact("gaussian-prior", {"rest": self.rest}, {"mean": self.mean, "axes": self.axes, "variances": self.variances}).save(
+            path
+        )
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> GaussianPrior:
@@ -138,7 +140,8 @@ class GaussianPrior:
         """
         artefact = Artefact.load(path, kind="gaussian-prior")
         try:
-            return cls(*(artefact.tensors[name] for name in ("mean", "axes", "variances")), artefact.meta["rest"])
+            mean, axes, variances = (artefact.tensors[name] for name in ("mean", "axes", "variances"))
+            return cls(mean, axes, variances, artefact.meta["rest"])
         except (KeyError, TypeError, ValueError) as error:
             raise ArtefactError(f"{path} holds no valid Gaussian: {error}") from error
 

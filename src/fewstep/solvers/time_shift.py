@@ -69,7 +69,9 @@ class TimeShift:
         True
     """
 
-    source: ClassVar[str] = "Alleviating Exposure Bias in Diffusion Models through Sampling with Shifted Time Steps, arXiv 2305.15583"
+    source: ClassVar[str] = (
+        "Alleviating Exposure Bias in Diffusion Models through Sampling with Shifted Time Steps, arXiv 2305.15583"
+    )
 
     schedule: NoiseSchedule
     window: float
