@@ -9,8 +9,8 @@ range of `FINITE_LAM` there: the end itself keeps its exact place, the other nod
 Sources: `Karras` from "Elucidating the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364, eq. 5); `BetaTime` from "Beta
 Sampling is All You Need" (arXiv 2407.12173), `Beta` the variant in libraries; `DMN` from "Accelerating Diffusion Sampling with
 Optimized Time Steps" (arXiv 2402.17376); the shift of `Shifted` as in `Flow`; `Lambda` from "DPM-Solver" (arXiv 2206.00927); `Power`
-from DEIS (arXiv 2204.13902); the discrete spacings and the trailing rule from "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv 2305.08891);
-the tables of `AlignYourSteps` from "Align Your Steps" (arXiv 2404.14507).
+from DEIS (arXiv 2204.13902); the discrete spacings and the trailing rule from "Common Diffusion Noise Schedules and Sample Steps are
+Flawed" (arXiv 2305.08891); the tables of `AlignYourSteps` from "Align Your Steps" (arXiv 2404.14507).
 """
 
 from __future__ import annotations

@@ -3,15 +3,15 @@ r"""DualFast: a noise prediction that is pushed away from an earlier one, around
 In exact arithmetic with an exact network it is no gain on a solver of order 2 or more; see the page of the method for what was measured.
 
 Source: "DualFast: Dual-Speedup Framework for Fast Sampling of Diffusion Models" (arXiv 2506.13058, eq. 12). The authors' code is not
-public. With $h = \lambda_t - \lambda_s$, the noise prediction $\epsilon_s = (x_s - \alpha_s D_s)/\sigma_s$ in the first-order term of a step
-is replaced by
+public. With $h = \lambda_t - \lambda_s$, the noise prediction $\epsilon_s = (x_s - \alpha_s D_s)/\sigma_s$ in the first-order term of a
+step is replaced by
 
 $$ \hat\epsilon_s = (1 + c)\,\epsilon_s - c\,\epsilon_\tau, \qquad
    x_t \mathrel{+}= -\sigma_t (e^h - 1)\, c\, (\epsilon_s - \epsilon_\tau), $$
 
 with an earlier, noisier time $\tau$ and $c \ge 0$. Terms of higher order stay as they are. A data-prediction solver with
-$\hat D = (x_s - \sigma_s \hat\epsilon_s)/\alpha_s$ in its first-order term gets the same correction, so there is one formula for both. The factor is
-$\sigma_t (e^h - 1) = \alpha_t \sigma_s / \alpha_s - \sigma_t$, finite at $\sigma_t = 0$.
+$\hat D = (x_s - \sigma_s \hat\epsilon_s)/\alpha_s$ in its first-order term gets the same correction, so there is one formula for
+both. The factor is $\sigma_t (e^h - 1) = \alpha_t \sigma_s / \alpha_s - \sigma_t$, finite at $\sigma_t = 0$.
 
 With the step before as $\tau$ and $c = h / 2 h_{before}$ around DDIM, this *is* the second-order DPM-Solver multistep. With $c$ fixed and
 the first time as $\tau$, the method does not converge to the ODE.
