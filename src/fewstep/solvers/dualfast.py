@@ -1,6 +1,6 @@
 r"""DualFast: a noise prediction that is pushed away from an earlier one, around any multistep solver. Experimental.
 
-In exact arithmetic with an exact network it is no gain on a solver of order 2 or more; see the page of the method for what was measured.
+It lowers the error of DDIM, and takes its order from a solver of order 2 or more; see the page of the method for what was measured.
 
 Source: "DualFast: Dual-Speedup Framework for Fast Sampling of Diffusion Models" (arXiv 2506.13058, eq. 12). The authors' code is not
 public. With $h = \lambda_t - \lambda_s$, the noise prediction $\epsilon_s = (x_s - \alpha_s D_s)/\sigma_s$ in the first-order term of a
