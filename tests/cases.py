@@ -28,6 +28,7 @@ SOLVERS: dict[str, SolverCase] = {
     "dpmpp_3m": SolverCase(3),
     "dpmpp_3m_official": SolverCase(2),
     "dpmpp_3m_sde": SolverCase(3, stochastic=True),
+    "dualfast": SolverCase(1),
 }
 
 BETAS = np.linspace(1e-4, 0.02, 1000)

@@ -138,7 +138,7 @@ GRID = np.array([0.9, 0.5])
     [
         (lambda: Plan(VP, GRID, ()), "at least 1 call"),
         (lambda: Plan(VP, np.array([0.9]), (Row(0.9, (1.0,), ()),)), "one more time"),
-        (lambda: Plan(VP, GRID[::-1], (Row(0.9, (1.0,), ()),)), "does not decrease"),
+        (lambda: Plan(VP, GRID[[0, 0]], (Row(0.9, (1.0,), ()),)), "repeats"),
         (lambda: Plan(VP, GRID, (Row(0.9, (float("nan"),), ()),)), "carry of call 0 is nan"),
         (lambda: Plan(VP, GRID, (Row(0.9, (np.array([1.0, np.inf]),), ()),)), "carry of call 0"),
         (lambda: Plan(VP, GRID, (Row(0.9, (1.0, 1.0), ()),)), "only 1 exist"),
@@ -152,7 +152,7 @@ GRID = np.array([0.9, 0.5])
     ],
 )
 def test_malformed_plans_cannot_be_made(make, message):
-    with pytest.raises(PlanError if "decrease" not in message else FewstepError, match=message):
+    with pytest.raises(PlanError if message != "repeats" else FewstepError, match=message):
         make()
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fewstep.errors import FewstepError
     from fewstep.integrate import invert, reference
     from fewstep.loading import check, load
-    from fewstep.noise import draw_noise
+    from fewstep.noise import add_noise, draw_noise
     from fewstep.plan import Plan
     from fewstep.sampler import Hooks, sample
     from fewstep.solvers import make_plan, solver_names
@@ -29,6 +29,7 @@ __all__ = [
     "ModelInfo",
     "Plan",
     "__version__",
+    "add_noise",
     "check",
     "draw_noise",
     "exact",
@@ -52,6 +53,7 @@ HOMES = {
     "Hooks": "sampler",
     "ModelInfo": "denoisers",
     "Plan": "plan",
+    "add_noise": "noise",
     "check": "loading",
     "draw_noise": "noise",
     "fit": "train.trainer",

@@ -123,8 +123,8 @@ class Plan:
 
     Args:
         schedule: the noise schedule it was made for.
-        grid: ``"N+1"`` times: the noise level of every state, inner stages of single-step methods included. Strictly decreasing where
-            the plan says nothing else; stages may share or pass levels, so only the ends are checked.
+        grid: ``"N+1"`` times: the noise level of every state, inner stages of single-step methods included. Stages may share or pass
+            levels, so only the ends are checked: they must differ. From noise to data, or back (`Solver.inverse_plan`).
         rows: one `Row` a call.
         start: how the starting noise becomes z_0, or None for as it is.
         provenance: JSON values: how it was made.
@@ -148,7 +148,7 @@ class Plan:
             raise PlanError(
                 f"a plan of {len(self.rows)} calls needs at least 1 call and one more time than calls, got {grid.shape}."
             )
-        check_grid(grid[[0, -1]], self.schedule)
+        _check_ends(grid[[0, -1]], self.schedule)
         object.__setattr__(self, "grid", grid)
         object.__setattr__(self, "rows", tuple(_checked_row(i, row) for i, row in enumerate(self.rows)))
         if not isinstance(self.provenance, Mapping):
@@ -340,6 +340,11 @@ class Dense:
             raise PlanError(
                 "row 0 of a dense plan is z_0 itself: A[0] = 1 and e[0] = 0. Put anything else into the start transform."
             )
+
+
+def _check_ends(ends: Floats, schedule: NoiseSchedule) -> None:
+    lams = schedule.lam(ends)
+    check_grid(ends[::-1] if lams[0] > lams[1] else ends, schedule)
 
 
 def _frozen(value: ArrayLike) -> Floats:

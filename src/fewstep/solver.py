@@ -87,6 +87,46 @@ class Solver(abc.ABC):
         levels = [row.tau for row in rows]
         return Plan(schedule, np.array([*levels, times[-1]]), rows, provenance=self._provenance(grid, start, final))
 
+    def inverse_plan(
+        self,
+        schedule: NoiseSchedule,
+        nfe: int | None = None,
+        grid: str | GridRule | ArrayLike = "auto",
+        *,
+        start: float | None = None,
+    ) -> Plan:
+        """Plan the way back: the ODE from data to noise, over the times of `plan` in reverse ("DDIM inversion" and its higher orders).
+
+        Run it with `fewstep.sample` on data; what comes out is the noise, up to the error of the solver, and `plan` leads back.
+        `fewstep.invert` solves the same ODE to a tolerance instead.
+
+        Args:
+            schedule, nfe, grid, start: as of `plan`: `start` is the noisiest time, which this plan ends at.
+
+        Raises:
+            GridError: also if sigma is 0 at the end of the data, where the noise in them is not determined.
+            ValueError: for a stochastic solver.
+
+        Example:
+            >>> from fewstep.schedules import VPLinear
+            >>> from fewstep.solvers.ddim import DDIM
+            >>> plan = DDIM().inverse_plan(VPLinear(), nfe=10, grid="lambda")
+            >>> float(plan.grid[0]), float(plan.grid[-1])
+            (0.001, 1.0)
+        """
+        times, calls = self._steps(schedule, nfe, grid, start, "t_end")
+        if float(schedule.sigma(times[-1])) == 0.0:
+            raise GridError(
+                f"the way back cannot begin at sigma = 0 (t={times[-1]:g}): clean data say nothing of the noise. Give the schedule a "
+                f"t_end of a little noise, or a list of times that ends with one."
+            )
+        if any(row.noise is not None for row in self.rows(schedule, times, calls)):
+            raise ValueError(f"{type(self).__name__} draws noise as it was given, so there is no way back.")
+        times, calls = times[::-1].copy(), calls[::-1]
+        rows = tuple(self.rows(schedule, times, calls))
+        made_with = {**self._provenance(grid, start, "t_end"), "inverse": True}
+        return Plan(schedule, np.array([*(row.tau for row in rows), times[-1]]), rows, provenance=made_with)
+
     def _steps(
         self, schedule: NoiseSchedule, nfe: int | None, grid: str | GridRule | ArrayLike, start: float | None, final: str
     ) -> tuple[Floats, list[int]]:
@@ -122,12 +162,20 @@ class Solver(abc.ABC):
         return calls
 
     def _provenance(self, grid: Any, start: float | None, final: str) -> dict[str, Any]:
-        options = json_value(dataclasses.asdict(self))  # type: ignore[call-overload]
         named = grid if isinstance(grid, str) else repr(grid) if callable(grid) else "own"
         return {
-            "solver": {"name": type(self).__name__, "options": options},
+            "solver": _described(self),
             "grid": named,
             "final": final,
             "start": start,
             "fewstep": __version__,
         }
+
+
+def _described(solver: Solver) -> dict[str, Any]:
+    """Name and options, those of a wrapped solver within."""
+    options = {field.name: getattr(solver, field.name) for field in dataclasses.fields(solver)}  # type: ignore[arg-type]
+    return {
+        "name": type(solver).__name__,
+        "options": {k: _described(v) if isinstance(v, Solver) else json_value(v) for k, v in options.items()},
+    }

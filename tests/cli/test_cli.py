@@ -86,7 +86,7 @@ def test_demo_makes_a_page_that_needs_nothing_else(tiny, tmp_path, capsys):
     assert "http" not in page.replace("http-equiv", "")
     results = json.loads((out / "results.json").read_text())
     assert results == json.loads(text)
-    assert len(results["rows"]) == 4 * 3 * 2
+    assert len(results["rows"]) == 3 * 3 * 2
     assert {"model", "solver", "grid", "nfe", "error"} == set(results["rows"][0])
 
 

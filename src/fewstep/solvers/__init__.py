@@ -13,8 +13,25 @@ from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
 from fewstep.solvers.ddim import DDIM
 from fewstep.solvers.dpm import DPMSolverPP
+from fewstep.solvers.dualfast import DualFast
+from fewstep.solvers.epsilon_scale import EpsilonScale
+from fewstep.solvers.teleport import GaussianPrior, Teleport
+from fewstep.solvers.time_shift import TimeShift
 
-__all__ = ["DDIM", "SOLVERS", "DPMSolverPP", "Solver", "make_plan", "make_solver", "solver_names"]
+__all__ = [
+    "DDIM",
+    "SOLVERS",
+    "DPMSolverPP",
+    "DualFast",
+    "EpsilonScale",
+    "GaussianPrior",
+    "Solver",
+    "Teleport",
+    "TimeShift",
+    "make_plan",
+    "make_solver",
+    "solver_names",
+]
 
 SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "auto": (DPMSolverPP, {"order": 2}),
@@ -28,6 +45,7 @@ SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "dpmpp_3m": (DPMSolverPP, {"order": 3}),
     "dpmpp_3m_official": (DPMSolverPP, {"order": 3, "compat": "official"}),
     "dpmpp_3m_sde": (DPMSolverPP, {"order": 3, "eta": 1.0}),
+    "dualfast": (DualFast, {"solver": DPMSolverPP(order=2)}),
 }
 """Name -> class and its options."""
 

@@ -61,7 +61,7 @@ class DDIM(Solver):
         lam, alpha, sigma = schedule.lam(times).tolist(), schedule.alpha(times).tolist(), schedule.sigma(times).tolist()
         for i, t in enumerate(times[:-1].tolist()):
             h = lam[i + 1] - lam[i]
-            fresh = self.eta**2 * -math.expm1(-2.0 * h)  # (c / sigma_t)^2
+            fresh = self.eta**2 * -math.expm1(-2.0 * h) if self.eta else 0.0  # (c / sigma_t)^2
             carry = math.sqrt(1.0 - fresh) * sigma[i + 1] / sigma[i]
             noise = None
             if fresh > 0.0 and sigma[i + 1] > 0.0:
