@@ -13,8 +13,9 @@ from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
 from fewstep.solvers.ddim import DDIM
 from fewstep.solvers.dpm import DPMSolverPP
+from fewstep.solvers.unipc import UniPC
 
-__all__ = ["DDIM", "SOLVERS", "DPMSolverPP", "Solver", "make_plan", "make_solver", "solver_names"]
+__all__ = ["DDIM", "SOLVERS", "DPMSolverPP", "Solver", "UniPC", "make_plan", "make_solver", "solver_names"]
 
 SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "auto": (DPMSolverPP, {"order": 2}),
@@ -28,6 +29,12 @@ SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "dpmpp_3m": (DPMSolverPP, {"order": 3}),
     "dpmpp_3m_official": (DPMSolverPP, {"order": 3, "compat": "official"}),
     "dpmpp_3m_sde": (DPMSolverPP, {"order": 3, "eta": 1.0}),
+    "unip_3": (UniPC, {"order": 3, "corrector": False}),
+    "unipc": (UniPC, {}),
+    "unipc_1": (UniPC, {"order": 1}),
+    "unipc_2": (UniPC, {"order": 2, "shortcut": "bh2"}),
+    "unipc_4": (UniPC, {"order": 4}),
+    "unipc_noise": (UniPC, {"prediction": "noise"}),
 }
 """Name -> class and its options."""
 
