@@ -154,7 +154,7 @@ def test_orders_from_noise():
         (UniPC(order=4), 5),
         (UniPC(order=4, prediction="noise"), 5),
     ):
-        coarse, fine = errors(solver, 160, 320) if order < 5 else errors(solver, 80, 160)
+        coarse, fine = errors(solver, 160, 320)
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15), solver
 
 
