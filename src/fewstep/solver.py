@@ -120,11 +120,14 @@ class Solver(abc.ABC):
             calls[k] += min(limit - 1, nfe - sum(calls))
         return calls
 
+    def options(self) -> dict[str, Any]:
+        """The options as JSON values, for the provenance. What is no JSON value is described: an artefact by its digest."""
+        return json_value(dataclasses.asdict(self))  # type: ignore[call-overload]
+
     def _provenance(self, grid: Any, start: float | None, final: str) -> dict[str, Any]:
-        options = json_value(dataclasses.asdict(self))  # type: ignore[call-overload]
         named = grid if isinstance(grid, str) else repr(grid) if callable(grid) else "own"
         return {
-            "solver": {"name": type(self).__name__, "options": options},
+            "solver": {"name": type(self).__name__, "options": self.options()},
             "grid": named,
             "final": final,
             "start": start,
