@@ -98,7 +98,9 @@ class ModelStatistics:
             array.setflags(write=False)
             object.__setattr__(self, name, array)
         if self.lam.ndim != 1 or len(self.lam) < 2 or not (np.diff(self.lam) > 0.0).all():
-            raise ArtefactError(f"model statistics need at least 2 nodes that increase in lambda, got lam of shape {self.lam.shape}.")
+            raise ArtefactError(
+                f"model statistics need at least 2 nodes that increase in lambda, got lam of shape {self.lam.shape}."
+            )
         shapes = {name: getattr(self, name).shape for name in ("l", "s", "b")}
         if any(shape[:1] != self.lam.shape for shape in shapes.values()):
             raise ArtefactError(f"model statistics need l, s and b on {len(self.lam)} nodes, got shapes {shapes}.")
@@ -115,7 +117,7 @@ class ModelStatistics:
 
     @classmethod
     def degenerate(cls, schedule: NoiseSchedule, ends: tuple[float, float] | None = None) -> ModelStatistics:
-        """l = 1, s = b = 0, with which the solver is the exponential integrator on the data prediction (UniP).
+        """L = 1, s = b = 0, with which the solver is the exponential integrator on the data prediction (UniP).
 
         Args:
             schedule: noise schedule.
@@ -219,7 +221,7 @@ class ModelStatistics:
         return Integrals(L, S, drift, tuple(moments), forcing)
 
     def align(self, lam: float, start: float, *, rule: str = "gauss") -> tuple[Floats, Floats]:
-        """u and v of g = u f + v: what the value f at `lam`, before or after a step's `start`, is in the variables of that step."""
+        """U and v of g = u f + v: what the value f at `lam`, before or after a step's `start`, is in the variables of that step."""
         if lam == start:
             return np.ones(self.shape), np.zeros(self.shape)
         between = self.integrals(min(lam, start), max(lam, start), count=0, rule=rule)
