@@ -24,8 +24,8 @@ def some_statistics(shape, nodes=120, schedule=VP):
     lam = np.linspace(float(schedule.lam(schedule.t_start)), float(schedule.lam(schedule.t_end)), nodes + 1)
     u = np.linspace(0.0, 1.0, nodes + 1).reshape(-1, *[1] * len(shape))
     place = np.arange(math.prod(shape)).reshape(shape)
-    l = 1.0 / (1.0 + np.exp(2.0 * lam.reshape(u.shape)) * (0.3 + 0.2 * place))
-    return ModelStatistics(schedule, lam, l, 0.2 * np.sin(3 * u + place), 0.3 * np.cos(2 * u + place))
+    slope = 1.0 / (1.0 + np.exp(2.0 * lam.reshape(u.shape)) * (0.3 + 0.2 * place))
+    return ModelStatistics(schedule, lam, slope, 0.2 * np.sin(3 * u + place), 0.3 * np.cos(2 * u + place))
 
 
 def test_degenerate_statistics_make_it_unip_3():

@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from os import PathLike
 from types import MappingProxyType
 from typing import Any
@@ -267,9 +268,9 @@ class ModelStatistics:
     def _pieces(self, start: float, end: float, rule: str) -> list[tuple[float, float]]:
         knots = [start, *self.lam[(self.lam > start + SLACK) & (self.lam < end - SLACK)].tolist(), end]
         if rule == "gauss":
-            cuts = [np.linspace(a, b, 1 + math.ceil((b - a) / WIDEST))[:-1] for a, b in zip(knots[:-1], knots[1:], strict=True)]
+            cuts = [np.linspace(a, b, 1 + math.ceil((b - a) / WIDEST))[:-1] for a, b in pairwise(knots)]
             knots = [*np.concatenate(cuts).tolist(), end]
-        return list(zip(knots[:-1], knots[1:], strict=True))
+        return list(pairwise(knots))
 
     def _cubic(self, k: int, points: Floats) -> tuple[slice, Floats]:
         """The four nodes around interval k, and the weights of their values at the points."""

@@ -51,8 +51,8 @@ class DPMSolverV3(Multistep):
             pseudo derivatives; ``"raised"``, of one more order in earnest, which the paper does not have.
         corrector_above: calls at this time or a cleaner one do not correct. The official ``half`` is 0.5.
         lower_order_final: the last steps drop to orders p-1, ..., 1.
-        compat: ``"exact"``, or ``"official"``: the authors' quadrature by trapezoids between the nodes of the statistics, and times moved to
-            the nearest nodes.
+        compat: ``"exact"``, or ``"official"``: the authors' quadrature by trapezoids between the nodes of the statistics, and times moved
+            to the nearest nodes.
 
     Raises:
         ValueError: for an order, corrector or compat that does not exist.
