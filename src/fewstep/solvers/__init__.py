@@ -18,7 +18,24 @@ from fewstep.solvers.dpm_v3 import DPMSolverV3
 from fewstep.solvers.mixed import Derivative, Mixed, Move, Recipe, Update
 from fewstep.solvers.unipc import UniPC
 
-__all__ = ["DDIM", "SOLVERS", "CascadePolynomial", "Compensated", "DPMSolverPP", "DPMSolverV3", "Derivative", "Mixed", "Move", "Recipe", "Solver", "UniPC", "Update", "make_plan", "make_solver", "solver_names"]
+__all__ = [
+    "DDIM",
+    "SOLVERS",
+    "CascadePolynomial",
+    "Compensated",
+    "DPMSolverPP",
+    "DPMSolverV3",
+    "Derivative",
+    "Mixed",
+    "Move",
+    "Recipe",
+    "Solver",
+    "UniPC",
+    "Update",
+    "make_plan",
+    "make_solver",
+    "solver_names",
+]
 
 SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "auto": (DPMSolverPP, {"order": 2}),

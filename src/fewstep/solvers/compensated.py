@@ -124,7 +124,9 @@ class Compensated(Solver):
             return
         for row in self.solver.rows(schedule, times, calls):
             if row.memory or len(row.carry) > 1:
-                raise TypeError(f"compensation needs steps that carry one state and store plain outputs; {self.solver!r:.80} does not.")
+                raise TypeError(
+                    f"compensation needs steps that carry one state and store plain outputs; {self.solver!r:.80} does not."
+                )
             kind = "data" if isinstance(row.state_gain, float) and row.state_gain == 0.0 else "other"
             gains = {"state_gain": row.state_gain, "output_gain": row.output_gain}
             yield Step(row.tau, row.carry[0], row.weights, stores=kind, offset=row.offset, noise=row.noise, **gains)
@@ -135,7 +137,9 @@ def _shares(near: Floats, ratio: float, call: int) -> Floats:
     units = (near - near[0]) / (near[0] - near[1])
     shares = lagrange_polynomials(units) @ (ratio - 1.0) ** np.arange(len(units))
     if abs(shares[0]) < SMALLEST_SHARE:
-        raise PlanError(f"ratio {call} is {ratio:g}, which leaves the prediction of call {call} a weight of {shares[0]:.1g}: no use.")
+        raise PlanError(
+            f"ratio {call} is {ratio:g}, which leaves the prediction of call {call} a weight of {shares[0]:.1g}: no use."
+        )
     return shares
 
 

@@ -422,7 +422,9 @@ class _Run:
     def _correct(self, move: Move, corrector: Update, target: int, predicted: Affine) -> Iterator[Row]:
         if math.isinf(self.lam[target - corrector.start]):
             if move.again:
-                raise PlanError(f"step {target - 1} starts at infinite lambda and is not corrected, but the recipe calls again there.")
+                raise PlanError(
+                    f"step {target - 1} starts at infinite lambda and is not corrected, but the recipe calls again there."
+                )
             return
         corrected = self._update(move, corrector, target)
         self.states[target] = _sum((1.0, self.seen[target]), (1.0, corrected), (-1.0, predicted))
