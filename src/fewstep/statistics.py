@@ -1,6 +1,6 @@
 r"""Empirical statistics of a model, as DPM-Solver-v3 needs them, and their integrals. Host float64, no torch.
 
-Source: "DPM-Solver-v3: Improved Diffusion ODE Solver with Empirical Model Statistics" (arXiv 2310.13268, section 3 and appendix H).
+Source: "DPM-Solver-v3: Improved Diffusion ODE Solver with Empirical Model Statistics" (arXiv 2310.13268, section 3).
 Three functions of $\lambda$, for every element of a sample, for every channel, or one number for all:
 
 - $l$: how the noise prediction varies with the state; the diagonal of $\mathbb{E}[\sigma\,\partial\varepsilon/\partial x]$;
@@ -251,7 +251,8 @@ class ModelStatistics:
         artefact = Artefact.load(path, kind=KIND)
         try:
             schedule, provenance = from_config(artefact.meta["schedule"]), artefact.meta["provenance"]
-            return cls(schedule, *(artefact.tensors[name] for name in ("lam", "l", "s", "b")), provenance)
+            lam, l, s, b = (artefact.tensors[name] for name in ("lam", "l", "s", "b"))  # noqa: E741
+            return cls(schedule, lam, l, s, b, provenance)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtefactError(f"{path} holds no valid model statistics: {error}") from error
 

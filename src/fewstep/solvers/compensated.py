@@ -1,7 +1,7 @@
 r"""Dynamic compensation (DC-Solver) around a multistep solver, and cascade polynomial regression of its ratios.
 
-Source: "DC-Solver: Improving Predictor-Corrector Diffusion Sampler via Dynamic Compensation" (arXiv 2409.03755, eq. 8-11 and 15-17,
-algorithms 1 and 2), and its official code. A corrector changes the state, but not the stored prediction m_i that was made before. Call
+Source: "DC-Solver: Improving Predictor-Corrector Diffusion Sampler via Dynamic Compensation" (arXiv 2409.03755,
+sections 3.2 to 3.4), and its official code. A corrector changes the state, but not the stored prediction m_i that was made before. Call
 i therefore replaces what it stores by the polynomial through the last three stored values, taken at another place,
 
 $$ o_i = w_0 m_i + w_1 o_{i-1} + w_2 o_{i-2}, \qquad w_k = l_k(t'), \quad t' = \rho_i t_i + (1 - \rho_i)\, t_{i-1}, $$
@@ -123,13 +123,14 @@ class Compensated(Solver):
             yield from self.solver.steps(schedule, times)
             return
         for row in self.solver.rows(schedule, times, calls):
-            if row.memory or len(row.carry) > 1:
+            (carry, *others) = row.carry
+            if row.memory or others:
                 raise TypeError(
                     f"compensation needs steps that carry one state and store plain outputs; {self.solver!r:.80} does not."
                 )
             kind = "data" if isinstance(row.state_gain, float) and row.state_gain == 0.0 else "other"
             gains = {"state_gain": row.state_gain, "output_gain": row.output_gain}
-            yield Step(row.tau, row.carry[0], row.weights, stores=kind, offset=row.offset, noise=row.noise, **gains)
+            yield Step(row.tau, carry, row.weights, stores=kind, offset=row.offset, noise=row.noise, **gains)
 
 
 def _shares(near: Floats, ratio: float, call: int) -> Floats:

@@ -1,7 +1,7 @@
 r"""DPM-Solver-v3: a multistep solver that uses empirical statistics of the model.
 
-Source: "DPM-Solver-v3: Improved Diffusion ODE Solver with Empirical Model Statistics" (arXiv 2310.13268, eq. 9-17, algorithms 1 and 2), and
-its official code. The statistics l, s and b (`fewstep.statistics`) turn the noise prediction into $f = (\sigma\varepsilon - l x)/\alpha$
+Source: "DPM-Solver-v3: Improved Diffusion ODE Solver with Empirical Model Statistics" (arXiv 2310.13268, section 3), and its
+official code. The statistics l, s and b (`fewstep.statistics`) turn the noise prediction into $f = (\sigma\varepsilon - l x)/\alpha$
 and f into $g = e^{S_s - S} f - e^{S_s} \int_s e^{-S} b$, which varies less. With all integrals from $\lambda_s$ on:
 
 $$ x_t = \frac{\alpha_t}{\alpha_s} e^{-L} x_s - \alpha_t e^{-L} \Big( \sum_{k \ge 0} E_k\, g^{(k)}_s + \int_s^t e^{L+S}\, e^{S_s}

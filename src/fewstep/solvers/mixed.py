@@ -1,7 +1,7 @@
 r"""Recipes of the unified sampling framework (USF): every decision of a solver, made for every step by itself.
 
-Source: "A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models" (arXiv 2312.07243, section 3 and table 1), and its
-official code. A step goes from an earlier state x_s to the next time t by a Taylor polynomial of a prediction g in lambda,
+Source: "A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models" (arXiv 2312.07243, section 3), and its official
+code. A step goes from an earlier state x_s to the next time t by a Taylor polynomial of a prediction g in lambda,
 
 $$ x_t = c\, x_s + e + \sum_{k=0}^{p-1} E_k\, g^{(k)}_s , $$
 
@@ -160,8 +160,8 @@ class Recipe:
     Args:
         moves: one a step.
         times: ``len(moves) + 1`` times, noisiest first; without them a plan says the grid.
-        first: ``"network"``, or an analytic first evaluation: ``"zero"``, no data at all, so the noise is the state over sigma; ``"mean"``, the
-            mean of the data. It saves a call.
+        first: ``"network"``, or an analytic first evaluation: ``"zero"``, no data at all, so the noise is the state over sigma;
+            ``"mean"``, the mean of the data. It saves a call.
 
     Raises:
         ValueError: if a step uses evaluations that are not there yet, or the last one would need a call for its corrector.
@@ -396,9 +396,10 @@ class _Run:
         if self.recipe.first == "network":
             self._call()
             return
-        mean = {} if solver.mean is None or self.recipe.first == "zero" else {("1", 0): solver.mean}
-        for nodes, affine in ((self.states, {("x", 0): 1.0}), (self.seen, {("x", 0): 1.0}), (self.data, mean)):
-            nodes.append(affine)
+        mean: Affine = {} if solver.mean is None or self.recipe.first == "zero" else {("1", 0): solver.mean}
+        self.states.append({("x", 0): 1.0})
+        self.seen.append({("x", 0): 1.0})
+        self.data.append(mean)
 
     def analytic_start(self) -> tuple[Entry, Entry]:
         """What the first step makes of x_T: the first state that the network sees, scale and shift."""
@@ -412,7 +413,7 @@ class _Run:
                 yield self._row(target - 1, predicted)
             else:
                 self._undo_start(*self.analytic_start())
-                predicted = {("z", 0): 1.0}
+                predicted: Affine = {("z", 0): 1.0}
             if target == len(self.recipe.moves):
                 return
             self._call()

@@ -1,7 +1,7 @@
 r"""UniPC: the unified predictor-corrector of any order.
 
-Source: "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models" (arXiv 2302.04867, eq. 3, 8 and 9,
-algorithms 1-4, appendix A for data predictions), and its official code. The model's prediction m is interpolated in lambda by the
+Source: "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models" (arXiv 2302.04867,
+section 3, algorithms 1 and 2), and its official code. The model's prediction m is interpolated in lambda by the
 polynomial through its last p values and integrated exactly, $h = \lambda_t - \lambda_s$:
 
 $$ x_t = \frac{\sigma_t}{\sigma_s} x_s + \alpha_t \int_0^1 h\,e^{-h(1-u)}\,m(\lambda_s + uh)\,du \quad\text{(data)}, \qquad
