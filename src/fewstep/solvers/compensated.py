@@ -1,7 +1,7 @@
 r"""Dynamic compensation (DC-Solver) around a multistep solver, and cascade polynomial regression of its ratios.
 
 Source: "DC-Solver: Improving Predictor-Corrector Diffusion Sampler via Dynamic Compensation" (arXiv 2409.03755,
-sections 3.2 to 3.4), and its official code. A corrector changes the state, but not the stored prediction m_i that was made before. Call
+section 3), and its official code. A corrector changes the state, but not the stored prediction m_i that was made before. Call
 i therefore replaces what it stores by the polynomial through the last three stored values, taken at another place,
 
 $$ o_i = w_0 m_i + w_1 o_{i-1} + w_2 o_{i-2}, \qquad w_k = l_k(t'), \quad t' = \rho_i t_i + (1 - \rho_i)\, t_{i-1}, $$

@@ -1,7 +1,7 @@
 r"""Recipes of the unified sampling framework (USF): every decision of a solver, made for every step by itself.
 
-Source: "A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models" (arXiv 2312.07243, section 3), and its official
-code. A step goes from an earlier state x_s to the next time t by a Taylor polynomial of a prediction g in lambda,
+Source: "A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models" (arXiv 2312.07243, section 3), and its
+official code. A step goes from an earlier state x_s to the next time t by a Taylor polynomial of a prediction g in lambda,
 
 $$ x_t = c\, x_s + e + \sum_{k=0}^{p-1} E_k\, g^{(k)}_s , $$
 
