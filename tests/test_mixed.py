@@ -13,7 +13,8 @@ from test_solvers import mixture, noise
 
 import fewstep as fs
 from fewstep.errors import GridError, PlanError, UnknownNameError
-from fewstep.solvers import DDIM, Derivative, DPMSolverPP, DPMSolverV3, Mixed, Move, Recipe, UniPC, Update
+from fewstep.recipes import Derivative, Move, Recipe, Update
+from fewstep.solvers import DDIM, DPMSolverPP, DPMSolverV3, Mixed, UniPC
 from fewstep.statistics import ModelStatistics
 
 VP = fs.schedules.VPLinear()

@@ -37,7 +37,7 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("0", ("errors", "numerics", "version")),
     ("1", ("artefacts", "schedules", "predictions")),
     ("2", ("denoisers", "exact", "grids", "guidance", "models")),
-    ("3", ("multistep", "plan", "solver", "statistics")),
+    ("3", ("multistep", "plan", "recipes", "solver", "statistics")),
     ("4", ("solvers", "discrete")),
     ("5", ("noise", "sampler", "integrate", "likelihood", "restoration")),
     ("5b", ("diffusers", "loading")),

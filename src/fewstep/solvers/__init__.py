@@ -15,7 +15,7 @@ from fewstep.solvers.compensated import CascadePolynomial, Compensated
 from fewstep.solvers.ddim import DDIM
 from fewstep.solvers.dpm import DPMSolverPP
 from fewstep.solvers.dpm_v3 import DPMSolverV3
-from fewstep.solvers.mixed import Derivative, Mixed, Move, Recipe, Update
+from fewstep.solvers.mixed import Mixed
 from fewstep.solvers.unipc import UniPC
 
 __all__ = [
@@ -25,13 +25,9 @@ __all__ = [
     "Compensated",
     "DPMSolverPP",
     "DPMSolverV3",
-    "Derivative",
     "Mixed",
-    "Move",
-    "Recipe",
     "Solver",
     "UniPC",
-    "Update",
     "make_plan",
     "make_solver",
     "solver_names",
