@@ -10,10 +10,15 @@ from fewstep import schedules
 
 
 class SolverCase(NamedTuple):
-    """What a named solver claims: the order of its deterministic part, and whether it draws noise."""
+    """What a named solver claims: the order of its deterministic part, and whether it draws noise.
+
+    `at_least`: the one first step of low order holds the claim down; where the prediction hardly changes at the start, the order seen is
+    higher, and the method's own test measures it.
+    """
 
     order: int
     stochastic: bool = False
+    at_least: bool = False
 
 
 SOLVERS: dict[str, SolverCase] = {
@@ -29,6 +34,12 @@ SOLVERS: dict[str, SolverCase] = {
     "dpmpp_3m_official": SolverCase(2),
     "dpmpp_3m_sde": SolverCase(3, stochastic=True),
     "dualfast": SolverCase(1),
+    "unip_3": SolverCase(2, at_least=True),
+    "unipc": SolverCase(3, at_least=True),
+    "unipc_1": SolverCase(2),
+    "unipc_2": SolverCase(3),
+    "unipc_4": SolverCase(3, at_least=True),
+    "unipc_noise": SolverCase(3, at_least=True),
 }
 
 BETAS = np.linspace(1e-4, 0.02, 1000)

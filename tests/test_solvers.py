@@ -68,7 +68,9 @@ def test_orders(schedule):
         for grid in ("lambda", "karras" if type(schedule).__name__ == "EDM" else "time"):
             plans = [fs.make_plan(name, schedule, n, grid=grid) for n in (coarse, 2 * coarse)]
             errors = [float((fs.sample(denoiser, x, plan) - exact).square().mean().sqrt()) for plan in plans]
-            assert math.log2(errors[0] / errors[1]) == pytest.approx(case.order, abs=0.15), (name, grid)
+            observed = math.log2(errors[0] / errors[1])
+            assert observed > case.order - 0.15, (name, grid)
+            assert case.at_least or observed < case.order + 0.15, (name, grid)
             tested += 1
     assert tested == 2 * sum(not case.stochastic for case in SOLVERS.values())
 

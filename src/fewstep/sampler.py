@@ -218,7 +218,7 @@ def _prepared(plan: Plan, x: Tensor) -> list[Step]:
 
 def _prepare(row: Row, x: Tensor) -> Step:
     gains = None
-    if row.memory or row.state_gain != 0.0 or row.output_gain != 1.0:
+    if row.memory or not (_is_number(row.state_gain, 0.0) and _is_number(row.output_gain, 1.0)):
         own = [(False, 0, row.state_gain), (True, 0, row.output_gain)]
         gains = _terms([*own, *((True, k, r) for k, r in enumerate(row.memory, start=1))], x)
     terms = [(False, k, c) for k, c in enumerate(row.carry)] + [(True, k, w) for k, w in enumerate(row.weights)]
@@ -234,6 +234,10 @@ def _terms(terms: list[tuple[bool, int, Entry]], x: Tensor) -> tuple[tuple[bool,
     ):  # a 0-dimensional tensor on the host: half the dispatch of a number, the same product
         used[0] = (*used[0][:2], torch.tensor(used[0][2], dtype=x.dtype, device="cpu"))
     return tuple(used)
+
+
+def _is_number(entry: Entry, value: float) -> bool:
+    return isinstance(entry, (float, int)) and entry == value
 
 
 def _factor(entry: Entry, x: Tensor) -> Factor:

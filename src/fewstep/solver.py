@@ -161,21 +161,21 @@ class Solver(abc.ABC):
             calls[k] += min(limit - 1, nfe - sum(calls))
         return calls
 
+    def options(self) -> dict[str, Any]:
+        """The options as JSON values, for the provenance: a wrapped solver with its own, an artefact by its digest."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {name: value.described() if isinstance(value, Solver) else json_value(value) for name, value in values.items()}
+
+    def described(self) -> dict[str, Any]:
+        """Name and options, as a plan's provenance has them."""
+        return {"name": type(self).__name__, "options": self.options()}
+
     def _provenance(self, grid: Any, start: float | None, final: str) -> dict[str, Any]:
         named = grid if isinstance(grid, str) else repr(grid) if callable(grid) else "own"
         return {
-            "solver": _described(self),
+            "solver": self.described(),
             "grid": named,
             "final": final,
             "start": start,
             "fewstep": __version__,
         }
-
-
-def _described(solver: Solver) -> dict[str, Any]:
-    """Name and options, those of a wrapped solver within."""
-    options = {field.name: getattr(solver, field.name) for field in dataclasses.fields(solver)}  # type: ignore[arg-type]
-    return {
-        "name": type(solver).__name__,
-        "options": {k: _described(v) if isinstance(v, Solver) else json_value(v) for k, v in options.items()},
-    }

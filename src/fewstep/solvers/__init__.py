@@ -11,23 +11,32 @@ from fewstep.grids import GridRule
 from fewstep.plan import Plan
 from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
+from fewstep.solvers.compensated import CascadePolynomial, Compensated
 from fewstep.solvers.ddim import DDIM
 from fewstep.solvers.dpm import DPMSolverPP
+from fewstep.solvers.dpm_v3 import DPMSolverV3
 from fewstep.solvers.dualfast import DualFast
 from fewstep.solvers.epsilon_scale import EpsilonScale
+from fewstep.solvers.mixed import Mixed
 from fewstep.solvers.teleport import GaussianPrior, Teleport
 from fewstep.solvers.time_shift import TimeShift
+from fewstep.solvers.unipc import UniPC
 
 __all__ = [
     "DDIM",
     "SOLVERS",
+    "CascadePolynomial",
+    "Compensated",
     "DPMSolverPP",
+    "DPMSolverV3",
     "DualFast",
     "EpsilonScale",
     "GaussianPrior",
+    "Mixed",
     "Solver",
     "Teleport",
     "TimeShift",
+    "UniPC",
     "make_plan",
     "make_solver",
     "solver_names",
@@ -46,6 +55,12 @@ SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "dpmpp_3m_official": (DPMSolverPP, {"order": 3, "compat": "official"}),
     "dpmpp_3m_sde": (DPMSolverPP, {"order": 3, "eta": 1.0}),
     "dualfast": (DualFast, {"solver": DPMSolverPP(order=2)}),
+    "unip_3": (UniPC, {"order": 3, "corrector": False}),
+    "unipc": (UniPC, {}),
+    "unipc_1": (UniPC, {"order": 1}),
+    "unipc_2": (UniPC, {"order": 2, "shortcut": "bh2"}),
+    "unipc_4": (UniPC, {"order": 4}),
+    "unipc_noise": (UniPC, {"prediction": "noise"}),
 }
 """Name -> class and its options."""
 
