@@ -11,15 +11,36 @@ from fewstep.grids import GridRule
 from fewstep.plan import Plan
 from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
+from fewstep.solvers.adams import Adams
 from fewstep.solvers.ddim import DDIM
+from fewstep.solvers.deis import DEIS, IPNDM
 from fewstep.solvers.dpm import DPMSolverPP
+from fewstep.solvers.runge_kutta import FlowRK, RhoRK
+from fewstep.solvers.sa import SASolver
 
-__all__ = ["DDIM", "SOLVERS", "DPMSolverPP", "Solver", "make_plan", "make_solver", "solver_names"]
+__all__ = [
+    "DDIM",
+    "DEIS",
+    "IPNDM",
+    "SOLVERS",
+    "Adams",
+    "DPMSolverPP",
+    "FlowRK",
+    "RhoRK",
+    "SASolver",
+    "Solver",
+    "make_plan",
+    "make_solver",
+    "solver_names",
+]
 
 SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "auto": (DPMSolverPP, {"order": 2}),
     "ddim": (DDIM, {}),
     "ddpm": (DDIM, {"eta": 1.0}),
+    "deis": (DEIS, {}),
+    "deis_logrho": (DEIS, {"variable": "logrho"}),
+    "deis_rho": (DEIS, {"variable": "rho"}),
     "dpmpp": (DPMSolverPP, {}),
     "dpmpp_1": (DPMSolverPP, {"order": 1}),
     "dpmpp_2m": (DPMSolverPP, {"order": 2}),
@@ -28,6 +49,19 @@ SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "dpmpp_3m": (DPMSolverPP, {"order": 3}),
     "dpmpp_3m_official": (DPMSolverPP, {"order": 3, "compat": "official"}),
     "dpmpp_3m_sde": (DPMSolverPP, {"order": 3, "eta": 1.0}),
+    "flow_adams": (Adams, {"order": 2, "prediction": "flow", "corrector": "every"}),
+    "flow_euler": (FlowRK, {"kind": "euler"}),
+    "flow_heun": (FlowRK, {"kind": "heun"}),
+    "flow_midpoint": (FlowRK, {"kind": "midpoint"}),
+    "flow_rk4": (FlowRK, {"kind": "rk4"}),
+    "ipndm": (IPNDM, {}),
+    "lms": (Adams, {}),
+    "lms_pc": (Adams, {"order": 2, "corrector": "every"}),
+    "rho_heun": (RhoRK, {"kind": "heun"}),
+    "rho_kutta3": (RhoRK, {"kind": "kutta3"}),
+    "rho_midpoint": (RhoRK, {"kind": "midpoint"}),
+    "rho_rk4": (RhoRK, {"kind": "rk4"}),
+    "sa": (SASolver, {}),
 }
 """Name -> class and its options."""
 
