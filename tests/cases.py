@@ -10,19 +10,23 @@ from fewstep import schedules
 
 
 class SolverCase(NamedTuple):
-    """What a named solver claims: the order of its deterministic part, and whether it draws noise."""
+    """What a named solver claims: the order of its deterministic part, and whether it draws noise.
+
+    `coarse` is the number of steps at which its error has begun to fall at that rate; the order is measured from there to twice as many.
+    """
 
     order: int
     stochastic: bool = False
+    coarse: int = 160
 
 
 SOLVERS: dict[str, SolverCase] = {
     "auto": SolverCase(2),
     "ddim": SolverCase(1),
     "ddpm": SolverCase(1, stochastic=True),
-    "deis": SolverCase(3),
-    "deis_logrho": SolverCase(3),
-    "deis_rho": SolverCase(3),
+    "deis": SolverCase(3, coarse=640),
+    "deis_logrho": SolverCase(3, coarse=640),
+    "deis_rho": SolverCase(3, coarse=640),
     "dpmpp": SolverCase(2),
     "dpmpp_1": SolverCase(1),
     "dpmpp_2m": SolverCase(2),
@@ -37,8 +41,7 @@ SOLVERS: dict[str, SolverCase] = {
     "flow_midpoint": SolverCase(2),
     "flow_rk4": SolverCase(4),
     "ipndm": SolverCase(2),
-    "lms": SolverCase(3),
-    "lms_pc": SolverCase(3),
+    "lms": SolverCase(3, coarse=640),
     "rho_heun": SolverCase(2),
     "rho_kutta3": SolverCase(3),
     "rho_midpoint": SolverCase(2),

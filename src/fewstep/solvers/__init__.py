@@ -56,7 +56,6 @@ SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "flow_rk4": (FlowRK, {"kind": "rk4"}),
     "ipndm": (IPNDM, {}),
     "lms": (Adams, {}),
-    "lms_pc": (Adams, {"order": 2, "corrector": "every"}),
     "rho_heun": (RhoRK, {"kind": "heun"}),
     "rho_kutta3": (RhoRK, {"kind": "kutta3"}),
     "rho_midpoint": (RhoRK, {"kind": "midpoint"}),

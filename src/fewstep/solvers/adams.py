@@ -51,8 +51,10 @@ class Adams(Solver):
 
     Note:
         The first step has one stored value and is of order 1, which caps the order of the whole at 2 wherever the prediction already
-        changes at the start. Corrected, it is of order 2, which makes room for the third order of the whole, but not for the fourth. With
-        the corrector on every step the order is one more than that of the predictor, within these limits.
+        changes at the start. Corrected, it is of order 2, which makes room for the third order of the whole, but not for the fourth. It
+        is corrected in the velocity, whatever the prediction: near alpha = 0 the slope of the noise prediction in sigma / alpha is steep,
+        and a corrector in that variable overshoots. With the corrector on every step the order is one more than that of the predictor,
+        within these limits.
 
         ``Adams(prediction="noise")`` takes the same steps as DEIS in rho.
 
@@ -65,7 +67,7 @@ class Adams(Solver):
 
     source: ClassVar[str] = "LMS of k-diffusion; Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, III.5"
 
-    order: int = 4
+    order: int = 3
     prediction: str = "noise"
     corrector: str = "start"
 
@@ -93,17 +95,31 @@ class Adams(Solver):
                 yield Row(t, (carry,), (float(alpha[i + 1] - alpha[i] * carry),))
                 continue
             nodes = np.arange(i, max(i - self.order, first - 1), -1)
+            carry = np.array([scale[i + 1] / scale[i]])
             weights = scale[i + 1] * self._weights(clock, i, nodes)
-            if i > first and (self.corrector == "every" or (self.corrector == "start" and i == first + 1)):
+            if i == first + 1 and self.corrector != "none":
+                states, outputs = self._start(alpha[first : i + 1], sigma[first : i + 1])
+                weights, carry = _add(weights, carry * outputs), carry * (states + [1.0, 0.0])
+            elif i > first + 1 and self.corrector == "every":
                 weights = _add(weights, scale[i + 1] * self._correction(clock, i, first))
             a, b = data_coefficients(self.prediction, float(alpha[i]), float(sigma[i]))
-            yield Row(t, (float(scale[i + 1] / scale[i]),), tuple(weights.tolist()), -a / b, 1.0 / b)
+            yield Row(t, tuple(carry.tolist()), tuple(weights.tolist()), -a / b, 1.0 / b)
 
     def _weights(self, clock: Floats, i: int, nodes: NDArray[np.intp]) -> Floats:
         """Weights over the scale of the values at `nodes` in the step from i to i + 1."""
         length = clock[i + 1] - clock[i]
         basis = lagrange_polynomials((clock[nodes] - clock[i]) / length)
         return length * (basis @ (1.0 / np.arange(1, len(nodes) + 1)))
+
+    def _start(self, alpha: Floats, sigma: Floats) -> tuple[Floats, Floats]:
+        """What the first step, of order 1, lacks of the trapezoidal rule in the velocity eps - x_0: weights of the states and stored
+        values at its end and its begin, in this order.
+        """
+        scale = alpha + sigma
+        half = 0.5 * scale[1] * (sigma[1] / scale[1] - sigma[0] / scale[0]) * np.array([1.0, -1.0])
+        if self.prediction == "flow":
+            return np.zeros(2), half
+        return -half / alpha[::-1], half * (scale / alpha)[::-1]
 
     def _correction(self, clock: Floats, i: int, first: int) -> Floats:
         """What the step from i - 1 to i lacks, known once value i is there: weights over the scale, newest first."""
