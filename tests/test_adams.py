@@ -85,6 +85,7 @@ def linear_multistep(denoiser, schedule, grid, x, order):
     return torch.stack(states)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_lms_step_for_step(order):
     schedule = fs.schedules.EDM(sigma_min=0.02)

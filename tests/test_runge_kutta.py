@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -92,9 +91,11 @@ def test_stages_are_those_of_the_tableau(make):
 def test_flow_heun_takes_two_calls_from_pure_noise():
     plan = FlowRK("heun").plan(fs.schedules.Flow(t_end=0.0), 5, grid="time")
     np.testing.assert_allclose(plan.tau, [1.0, 0.6, 0.6, 0.2, 0.2], atol=1e-12)
-    assert Counter(len(row.carry) for row in RhoRK("heun").plan(fs.schedules.Flow(t_end=0.0), 4, grid="time").rows) == {1: 3, 2: 1}
+    plan = RhoRK("heun").plan(fs.schedules.Flow(t_end=0.0), 4, grid="time")  # in rho it is singular, and the end is in both
+    np.testing.assert_allclose(plan.tau, [1.0, 0.75, 0.25, 0.25], atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_diffusers_flow_match_euler_step_for_step(shift):
     diffusers = pytest.importorskip("diffusers")
@@ -111,6 +112,7 @@ def test_diffusers_flow_match_euler_step_for_step(shift):
     torch.testing.assert_close(ours, torch.stack(theirs).double(), rtol=0, atol=2e-6)  # it works in float32
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
 def test_diffusers_flow_match_heun_step_for_step():
     diffusers = pytest.importorskip("diffusers")
     schedule = fs.schedules.Flow(t_end=0.0)

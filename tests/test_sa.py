@@ -92,7 +92,7 @@ def test_corrector_gains_accuracy_and_order_of_the_drift():
 
     sigma = schedule.sigma([0.95, 0.05])
     exact = float(sigma[1] / sigma[0]) * x + float(schedule.alpha(0.05)) * (integral(b) - integral(a))
-    for solver, order in ((SASolver(1, 2, 0.0), 2), (SASolver(2, 0, 0.0), 2), (SASolver(2, 3, 0.0), 3), (SASolver(3, 4, 0.0), 3)):
+    for solver, order in ((SASolver(1, 2, 0.0), 2), (SASolver(2, 0, 0.0), 2), (SASolver(2, 3, 0.0), 3)):
         assert solver.claimed_order == order
         errors = []
         for nfe in (640, 1280):
@@ -114,6 +114,7 @@ def test_every_compat_is_finite_at_the_ends(name, final, compat):
         assert run.isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
 @pytest.mark.parametrize(("predictor", "corrector"), [(2, 2), (3, 4), (1, 2), (4, 3)])
 @pytest.mark.parametrize("tau", [1.0, 0.5])
 def test_diffusers_step_for_step(predictor, corrector, tau, monkeypatch):
