@@ -101,7 +101,9 @@ def test_lms_step_for_step(order):
     for label, t in zip(scheduler.timesteps, plan.tau.tolist(), strict=True):
         state = scheduler.step((state - denoiser(state, t)) / t, label, state, order=order).prev_sample
         theirs.append(state)
-    torch.testing.assert_close(ours, torch.stack(theirs), rtol=0, atol=1e-6)  # it integrates to a relative 1e-4, of polynomials exactly
+    torch.testing.assert_close(
+        ours, torch.stack(theirs), rtol=0, atol=1e-6
+    )  # it integrates to a relative 1e-4, of polynomials exactly
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -62,7 +63,7 @@ def test_coefficients_are_the_papers_integrals(name, variable):
                 here = float(places(variable, schedule, schedule.t_of_lam(at)))
                 return -math.exp(-at) * math.prod((here - other) / (own - other) for other in others)
 
-            pairs = zip(edges[:-1], edges[1:], strict=True)
+            pairs = itertools.pairwise(edges)
             integral = math.fsum(quad(integrand, a, b, epsabs=0.0, epsrel=1e-13, limit=200)[0] for a, b in pairs)
             assert weight == pytest.approx(float(schedule.alpha(plan.grid[i + 1])) * integral, rel=2e-11)
 
@@ -149,7 +150,7 @@ def run_scheduler(scheduler, plan, schedule, denoiser, x):
     scheduler.set_timesteps(plan.nfe)
     scheduler.sigmas = torch.tensor(np.exp(-schedule.lam(plan.grid)))
     trajectory = [x]
-    for i, (label, t) in enumerate(zip(scheduler.timesteps, plan.tau.tolist(), strict=True)):
+    for label, t in zip(scheduler.timesteps, plan.tau.tolist(), strict=True):
         state = trajectory[-1]
         alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
         eps = (state - alpha * denoiser(state, t)) / sigma
@@ -175,9 +176,11 @@ def test_diffusers_deis_step_for_step(order):
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
 def test_diffusers_ipndm_step_for_step():
     diffusers = pytest.importorskip("diffusers")
-    sigmas = np.float32([0.984375, 0.96875, 0.9375, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])  # its own table: sigma, in float32
+    sigmas = np.float32(
+        [0.984375, 0.96875, 0.9375, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
+    )  # its own table: sigma, in float32
     schedule = fs.schedules.VPLinear()
-    grid = schedule.t_of_lam(0.5 * np.log1p(-np.float64(sigmas) ** 2) - np.log(np.float64(sigmas)))
+    grid = schedule.t_of_lam(0.5 * np.log1p(-(np.float64(sigmas) ** 2)) - np.log(np.float64(sigmas)))
     plan = IPNDM(4).plan(schedule, grid=grid)
     denoiser, x = mixture(schedule), noise(schedule)
     scheduler = diffusers.IPNDMScheduler(trained_betas=sigmas)

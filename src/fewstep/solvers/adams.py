@@ -99,7 +99,7 @@ class Adams(Solver):
             weights = scale[i + 1] * self._weights(clock, i, nodes)
             if i == first + 1 and self.corrector != "none":
                 states, outputs = self._start(alpha[first : i + 1], sigma[first : i + 1])
-                weights, carry = _add(weights, carry * outputs), carry * (states + [1.0, 0.0])
+                weights, carry = _add(weights, carry * outputs), carry * states
             elif i > first + 1 and self.corrector == "every":
                 weights = _add(weights, scale[i + 1] * self._correction(clock, i, first))
             a, b = data_coefficients(self.prediction, float(alpha[i]), float(sigma[i]))
@@ -112,14 +112,14 @@ class Adams(Solver):
         return length * (basis @ (1.0 / np.arange(1, len(nodes) + 1)))
 
     def _start(self, alpha: Floats, sigma: Floats) -> tuple[Floats, Floats]:
-        """What the first step, of order 1, lacks of the trapezoidal rule in the velocity eps - x_0: weights of the states and stored
-        values at its end and its begin, in this order.
+        """The end of the first step, brought from order 1 to the trapezoidal rule in the velocity eps - x_0: weights of the states and
+        of the stored values at the step's end and begin, in this order.
         """
         scale = alpha + sigma
         half = 0.5 * scale[1] * (sigma[1] / scale[1] - sigma[0] / scale[0]) * np.array([1.0, -1.0])
         if self.prediction == "flow":
-            return np.zeros(2), half
-        return -half / alpha[::-1], half * (scale / alpha)[::-1]
+            return np.array([1.0, 0.0]), half
+        return np.array([1.0, 0.0]) - half / alpha[::-1], half * (scale / alpha)[::-1]
 
     def _correction(self, clock: Floats, i: int, first: int) -> Floats:
         """What the step from i - 1 to i lacks, known once value i is there: weights over the scale, newest first."""

@@ -8,7 +8,8 @@ $$ \frac{x_t}{\alpha_t} = \frac{x_s}{\alpha_s} + \int_{\rho_s}^{\rho_t} \varepsi
    C_j = \int_{\rho_s}^{\rho_t} \prod_{k \ne j} \frac{u - u_k}{u_j - u_k}\,d\rho : $$
 
 the noise prediction is replaced by the polynomial through its last values in the variable u, which is t (tAB), $\rho$ ($\rho$AB) or
-$\log\rho = -\lambda$ (log-$\rho$AB). The last two integrals have closed forms; the first is a Gauss-Legendre sum in lambda, exact to rounding.
+$\log\rho = -\lambda$ (log-$\rho$AB). The last two integrals have closed forms; the first is a Gauss-Legendre sum in lambda, exact to
+rounding.
 
 iPNDM is the transfer of DDIM with the average of the last values that Adams-Bashforth takes on *equal* steps, whatever the grid; see
 also "Pseudo Numerical Methods for Diffusion Models on Manifolds" (arXiv 2202.09778, eq. 9 and 12).
@@ -60,7 +61,7 @@ class DEIS(Solver):
     Note:
         The first step of a multistep method has one stored value and is of order 1, which caps the order of the whole at 2 wherever the
         noise prediction already changes at the start. From order 3 that step is therefore corrected when the second prediction is known
-        (by the interpolant through both), at no call. That is enough for order 3; the fourth order shows where the prediction hardly
+        (by the trapezoidal rule in the velocity eps - x_0), at no call. That is enough for order 3; the fourth order shows where the prediction hardly
         changes at the start, as it does when sampling starts in noise. ``compat="official"`` leaves the correction out.
 
         On a table of a discrete-time model t(lambda) has a kink at every entry; the quadrature is cut there.
@@ -103,7 +104,7 @@ class DEIS(Solver):
             if i == first + 1 and self.order > 2 and self.compat == "exact":
                 states, outputs = _correction(alpha[first : i + 1], sigma[first : i + 1])
                 weights[:2] += carry * outputs
-                carry = carry * (states + [1.0, 0.0])
+                carry = carry * states
             yield Row(t, tuple(carry.tolist()), tuple(weights.tolist()), 1.0 / float(sigma[i]), float(-alpha[i] / sigma[i]))
 
     def _weights(self, schedule: NoiseSchedule, times: Floats, lam: Floats, i: int, nodes: NDArray[np.intp]) -> Floats:
@@ -171,15 +172,15 @@ def _first_order(t: float, alpha: Floats, sigma: Floats) -> Row:
 
 
 def _correction(alpha: Floats, sigma: Floats) -> tuple[Floats, Floats]:
-    """What a first-order step lacks of the trapezoidal rule in the velocity eps - x_0: weights of the states and noise predictions at
-    its end and its begin, in this order.
+    """The end of a first-order step, brought to the trapezoidal rule in the velocity eps - x_0: weights of the states and of the noise
+    predictions at the step's end and begin, in this order.
 
     In this variable the rule is tame where the step is long, which it is not in rho: near alpha = 0 the slope of the noise prediction
     is steep.
     """
     scale = alpha + sigma
     half = 0.5 * scale[1] * (sigma[1] / scale[1] - sigma[0] / scale[0]) * np.array([1.0, -1.0])
-    return -half / alpha[::-1], half * (scale / alpha)[::-1]
+    return np.array([1.0, 0.0]) - half / alpha[::-1], half * (scale / alpha)[::-1]
 
 
 def _kinks(schedule: NoiseSchedule) -> Floats:

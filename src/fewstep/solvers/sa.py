@@ -1,7 +1,7 @@
 r"""SA-Solver: stochastic Adams predictor-corrector for diffusion SDEs, data prediction.
 
-Source: "SA-Solver: Stochastic Adams Solver for Fast Sampling of Diffusion Models" (arXiv 2309.05019, eq. 8 for the solution, eq. 14-15 for
-the predictor, eq. 17-18 for the corrector, appendix D for the second-order shortcut of the authors' code). For every $\tau(\lambda) \ge 0$
+Source: "SA-Solver: Stochastic Adams Solver for Fast Sampling of Diffusion Models" (arXiv 2309.05019, eq. 14-15 for the predictor, eq. 17-18
+for the corrector, appendix D for the second-order shortcut of the authors' code). For every $\tau(\lambda) \ge 0$
 the reverse SDE has the same marginals; $\tau = 0$ is the probability-flow ODE, $\tau = 1$ the usual reverse SDE. With
 $E(a, b) = \int_a^b \tau^2 d\lambda$ its solution is
 
@@ -18,6 +18,7 @@ Left out: the noise-prediction form and the second call at the corrected state (
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class SASolver(Solver):
 
     @property
     def eta(self) -> float:
-        """tau squared: eta of SDE-DPM-Solver++."""
+        """The square of tau: eta of SDE-DPM-Solver++."""
         return self.tau**2
 
     @property
@@ -105,7 +106,7 @@ class SASolver(Solver):
 
     def rows(self, schedule: NoiseSchedule, times: Floats, calls: Sequence[int]) -> Iterator[Row]:
         lam, alpha, sigma = schedule.lam(times), schedule.alpha(times), schedule.sigma(times)
-        nfe, first, clock = len(times) - 1, int(np.isinf(lam[0])), 0.0
+        first = int(np.isinf(lam[0]))
         edges = (-math.inf, math.inf) if self.interval is None else tuple(schedule.lam(self.interval[::-1]).tolist())
         for i, t in enumerate(times[:-1].tolist()):
             pieces = self._pieces(lam, i, edges)
@@ -129,7 +130,7 @@ class SASolver(Solver):
         begin, end = float(lam[i]), float(lam[i + 1])
         if self.compat == "exact":
             cuts = [begin, *(edge for edge in edges if begin < edge < end), end]
-            return [(a, b, self.eta * (edges[0] <= a and b <= edges[1])) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+            return [(a, b, self.eta * (edges[0] <= a and b <= edges[1])) for a, b in itertools.pairwise(cuts)]
         last = i == len(lam) - 2 and self.compat == "official"
         at = end if self.compat == "official" else begin
         return [(begin, end, self.eta * (edges[0] <= at <= edges[1] and not last))]
@@ -137,7 +138,7 @@ class SASolver(Solver):
     def _clock(self, lam: Floats, i: int, edges: tuple[float, ...]) -> list[float]:
         """Begin and end of the step in the clock exp(2 int tau^2 dlambda)."""
         if self.compat == "exact":
-            lam = np.clip(lam, *edges)
+            lam = np.clip(lam, edges[0], edges[1])
         return [math.exp(2.0 * self.eta * float(lam[j])) for j in (i, i + 1)]
 
     def _orders(self, i: int, first: int, nfe: int) -> tuple[int, int]:
