@@ -61,8 +61,9 @@ class DEIS(Solver):
     Note:
         The first step of a multistep method has one stored value and is of order 1, which caps the order of the whole at 2 wherever the
         noise prediction already changes at the start. From order 3 that step is therefore corrected when the second prediction is known
-        (by the trapezoidal rule in the velocity eps - x_0), at no call. That is enough for order 3; the fourth order shows where the prediction hardly
-        changes at the start, as it does when sampling starts in noise. ``compat="official"`` leaves the correction out.
+        (by the trapezoidal rule in the velocity eps - x_0), at no call. That is enough for order 3; the fourth order shows where the
+        prediction hardly changes at the start, as it does when sampling starts in noise. ``compat="official"`` leaves the correction
+        out. The authors' code takes four values, ``order=4``, by default.
 
         On a table of a discrete-time model t(lambda) has a kink at every entry; the quadrature is cut there.
 

@@ -57,8 +57,8 @@ class SASolver(Solver):
         UnknownNameError: for an unknown compat.
 
     Note:
-        The authors use 3 and 4, and 2 and 2 with strong guidance; their readme's tau is 1 between t = 0.2 and 0.8. The first step is of order
-        2 when corrected, which caps the order of the drift at 3.
+        The authors use 3 and 4, and 2 and 2 with strong guidance; their readme's tau is 1 between t = 0.2 and 0.8. The first step is of
+        order 2 when corrected, which caps the order of the drift at 3.
 
         ``"official"`` and ``"diffusers"`` lower the orders in the last steps, replace second-order weights by a shortcut that differs in
         the third order of the step, and hold tau constant over a step: at its value at the end (official, with a last step that draws no
