@@ -126,8 +126,8 @@ class FlowRK(Solver):
 
     Example:
         >>> from fewstep.schedules import Flow
-        >>> [round(t, 3) for t in FlowRK("midpoint").plan(Flow(t_end=0.0), nfe=4).tau.tolist()]
-        [1.0, 0.667, 0.333, 0.167]
+        >>> [round(t, 3) for t in FlowRK("midpoint").plan(Flow(t_end=0.0), nfe=5, grid="time").tau.tolist()]
+        [1.0, 0.8, 0.6, 0.4, 0.2]
     """
 
     source: ClassVar[str] = "Flow Straight and Fast, arXiv 2209.03003"

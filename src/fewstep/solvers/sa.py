@@ -66,7 +66,7 @@ class SASolver(Solver):
 
     Example:
         >>> from fewstep.schedules import VPLinear
-        >>> plan = SASolver(interval=(0.2, 0.8)).plan(VPLinear(), nfe=10, grid="time")
+        >>> plan = SASolver(interval=(0.25, 0.75)).plan(VPLinear(), nfe=10, grid="time")
         >>> [row.noise is not None for row in plan.rows].count(True)
         6
     """
