@@ -14,17 +14,22 @@ class SolverCase(NamedTuple):
 
     `at_least`: the one first step of low order holds the claim down; where the prediction hardly changes at the start, the order seen is
     higher, and the method's own test measures it.
+    `coarse` is the number of steps at which its error has begun to fall at that rate; the order is measured from there to twice as many.
     """
 
     order: int
     stochastic: bool = False
     at_least: bool = False
+    coarse: int = 160
 
 
 SOLVERS: dict[str, SolverCase] = {
     "auto": SolverCase(2),
     "ddim": SolverCase(1),
     "ddpm": SolverCase(1, stochastic=True),
+    "deis": SolverCase(3),
+    "deis_logrho": SolverCase(3, coarse=320),
+    "deis_rho": SolverCase(3, coarse=320),
     "dpmpp": SolverCase(2),
     "dpmpp_1": SolverCase(1),
     "dpmpp_2m": SolverCase(2),
@@ -40,6 +45,18 @@ SOLVERS: dict[str, SolverCase] = {
     "unipc_2": SolverCase(3),
     "unipc_4": SolverCase(3, at_least=True),
     "unipc_noise": SolverCase(3, at_least=True),
+    "flow_adams": SolverCase(3),
+    "flow_euler": SolverCase(1),
+    "flow_heun": SolverCase(2),
+    "flow_midpoint": SolverCase(2),
+    "flow_rk4": SolverCase(4),
+    "ipndm": SolverCase(2),
+    "lms": SolverCase(3, coarse=320),
+    "rho_heun": SolverCase(2),
+    "rho_kutta3": SolverCase(3),
+    "rho_midpoint": SolverCase(2),
+    "rho_rk4": SolverCase(4),
+    "sa": SolverCase(3, stochastic=True),
 }
 
 BETAS = np.linspace(1e-4, 0.02, 1000)

@@ -60,10 +60,11 @@ def test_every_name_has_its_row():
 @pytest.mark.parametrize("schedule", FINITE.values(), ids=FINITE)
 def test_orders(schedule):
     denoiser, x = mixture(schedule), noise(schedule)
-    exact, tested, coarse = exact_solution(denoiser, x), 0, 160
+    exact, tested = exact_solution(denoiser, x), 0
     for name, case in SOLVERS.items():
         if case.stochastic:
             continue
+        coarse = case.coarse * fs.solvers.make_solver(name).stages
         # uniform sigma takes EDM's steps where nothing happens: its asymptotic range begins late, so Karras stands in there
         for grid in ("lambda", "karras" if type(schedule).__name__ == "EDM" else "time"):
             plans = [fs.make_plan(name, schedule, n, grid=grid) for n in (coarse, 2 * coarse)]
@@ -72,7 +73,7 @@ def test_orders(schedule):
             assert observed > case.order - 0.15, (name, grid)
             assert case.at_least or observed < case.order + 0.15, (name, grid)
             tested += 1
-    assert tested == 2 * sum(not case.stochastic for case in SOLVERS.values())
+    assert tested == 2 * sum(not case.stochastic for case in SOLVERS.values()) >= 16
 
 
 @pytest.mark.parametrize("schedule", FINITE.values(), ids=FINITE)
@@ -98,7 +99,7 @@ def test_orders_of_the_drift_of_stochastic_solvers(schedule):
             errors.append(float((run - (decay * x + shift)).abs().max()))
         assert math.log2(errors[0] / errors[1]) == pytest.approx(case.order, abs=0.15), name
         tested += 1
-    assert tested == 3
+    assert tested == sum(case.stochastic for case in SOLVERS.values()) >= 3
 
 
 # RMS end-point errors of independent implementations (the authors' formulas, fixed-step RK4 reference) on a two-dimensional isotropic
@@ -214,7 +215,8 @@ def test_every_number_of_calls_grid_and_end(name):
                         plan = fs.make_plan(solver, schedule, nfe, grid=grid, final=final)
                         assert plan.nfe == nfe
                         assert all(any(abs(w) > 0 for w in row.weights) for row in plan.rows)
-                        assert len(set(plan.tau.tolist())) == nfe
+                        if fs.solvers.make_solver(solver).stages == 1:  # stages may lie at the same time
+                            assert len(set(plan.tau.tolist())) == nfe
                     tested += 1
     assert tested >= 10 * len(SOLVERS) * 2
 

@@ -44,12 +44,16 @@ class Solver(abc.ABC):
 
     @property
     def stages(self) -> int:
-        """The most calls a step takes: 1 for multistep methods. A step from or to an infinite lambda always takes one."""
+        """The most calls a step takes: 1 for multistep methods. See `single_call` for the exceptions."""
         return 1
 
     def split(self, budget: int) -> list[int]:
         """How single-step methods spend `budget` calls on steps between finite lambdas: the calls of every step."""
         return [self.stages] * (budget // self.stages) + [budget % self.stages] * (budget % self.stages > 0)
+
+    def single_call(self, lams: Floats) -> NDArray[np.bool_]:
+        """At which lambdas a step that begins or ends there takes one call: the infinite ones."""
+        return np.isinf(lams)
 
     @abc.abstractmethod
     def rows(self, schedule: NoiseSchedule, times: Floats, calls: Sequence[int]) -> Iterator[Row]:
@@ -138,7 +142,7 @@ class Solver(abc.ABC):
             times = make_grid(grid, schedule, start=start, final=final)
             return times, self._shares(schedule, times, nfe)
         fine = make_grid(grid, schedule, nfe, start=start, final=final)
-        ends = np.isinf(schedule.lam(fine[[0, -1]]))
+        ends = self.single_call(schedule.lam(fine[[0, -1]]))
         first = int(ends[0])
         last = int(ends[1]) if len(fine) > 2 else 0
         calls = [1] * first + self.split(len(fine) - 1 - first - last) + [1] * last
@@ -148,8 +152,8 @@ class Solver(abc.ABC):
 
     def _shares(self, schedule: NoiseSchedule, times: Floats, nfe: int | None) -> list[int]:
         """The calls of every step of an explicit grid."""
-        lams = schedule.lam(times)
-        most = [1 if np.isinf(lams[k : k + 2]).any() else self.stages for k in range(len(times) - 1)]
+        single = self.single_call(schedule.lam(times))
+        most = [1 if single[k : k + 2].any() else self.stages for k in range(len(times) - 1)]
         if nfe is None:
             return most
         if not len(most) <= nfe <= sum(most):

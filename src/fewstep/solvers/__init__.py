@@ -11,28 +11,38 @@ from fewstep.grids import GridRule
 from fewstep.plan import Plan
 from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
+from fewstep.solvers.adams import Adams
 from fewstep.solvers.compensated import CascadePolynomial, Compensated
 from fewstep.solvers.ddim import DDIM
+from fewstep.solvers.deis import DEIS, IPNDM
 from fewstep.solvers.dpm import DPMSolverPP
 from fewstep.solvers.dpm_v3 import DPMSolverV3
 from fewstep.solvers.dualfast import DualFast
 from fewstep.solvers.epsilon_scale import EpsilonScale
 from fewstep.solvers.mixed import Mixed
+from fewstep.solvers.runge_kutta import FlowRK, RhoRK
+from fewstep.solvers.sa import SASolver
 from fewstep.solvers.teleport import GaussianPrior, Teleport
 from fewstep.solvers.time_shift import TimeShift
 from fewstep.solvers.unipc import UniPC
 
 __all__ = [
     "DDIM",
+    "DEIS",
+    "IPNDM",
     "SOLVERS",
+    "Adams",
     "CascadePolynomial",
     "Compensated",
     "DPMSolverPP",
     "DPMSolverV3",
     "DualFast",
     "EpsilonScale",
+    "FlowRK",
     "GaussianPrior",
     "Mixed",
+    "RhoRK",
+    "SASolver",
     "Solver",
     "Teleport",
     "TimeShift",
@@ -46,6 +56,9 @@ SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "auto": (DPMSolverPP, {"order": 2}),
     "ddim": (DDIM, {}),
     "ddpm": (DDIM, {"eta": 1.0}),
+    "deis": (DEIS, {}),
+    "deis_logrho": (DEIS, {"variable": "logrho"}),
+    "deis_rho": (DEIS, {"variable": "rho"}),
     "dpmpp": (DPMSolverPP, {}),
     "dpmpp_1": (DPMSolverPP, {"order": 1}),
     "dpmpp_2m": (DPMSolverPP, {"order": 2}),
@@ -61,6 +74,18 @@ SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "unipc_2": (UniPC, {"order": 2, "shortcut": "bh2"}),
     "unipc_4": (UniPC, {"order": 4}),
     "unipc_noise": (UniPC, {"prediction": "noise"}),
+    "flow_adams": (Adams, {"order": 2, "prediction": "flow", "corrector": "every"}),
+    "flow_euler": (FlowRK, {"kind": "euler"}),
+    "flow_heun": (FlowRK, {"kind": "heun"}),
+    "flow_midpoint": (FlowRK, {"kind": "midpoint"}),
+    "flow_rk4": (FlowRK, {"kind": "rk4"}),
+    "ipndm": (IPNDM, {}),
+    "lms": (Adams, {}),
+    "rho_heun": (RhoRK, {"kind": "heun"}),
+    "rho_kutta3": (RhoRK, {"kind": "kutta3"}),
+    "rho_midpoint": (RhoRK, {"kind": "midpoint"}),
+    "rho_rk4": (RhoRK, {"kind": "rk4"}),
+    "sa": (SASolver, {}),
 }
 """Name -> class and its options."""
 
