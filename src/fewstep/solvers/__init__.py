@@ -12,22 +12,43 @@ from fewstep.plan import Plan
 from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
 from fewstep.solvers.ddim import DDIM
-from fewstep.solvers.dpm import DPMSolverPP
+from fewstep.solvers.dpm import DPMSolver, DPMSolverPP, DPMSolverPPSinglestep, DPMSolverSinglestep
 
-__all__ = ["DDIM", "SOLVERS", "DPMSolverPP", "Solver", "make_plan", "make_solver", "solver_names"]
+__all__ = [
+    "DDIM",
+    "SOLVERS",
+    "DPMSolver",
+    "DPMSolverPP",
+    "DPMSolverPPSinglestep",
+    "DPMSolverSinglestep",
+    "Solver",
+    "make_plan",
+    "make_solver",
+    "solver_names",
+]
 
 SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "auto": (DPMSolverPP, {"order": 2}),
     "ddim": (DDIM, {}),
     "ddpm": (DDIM, {"eta": 1.0}),
+    "dpm_2m": (DPMSolver, {"order": 2}),
+    "dpm_2s": (DPMSolverSinglestep, {"order": 2}),
+    "dpm_3m": (DPMSolver, {"order": 3}),
+    "dpm_3m_official": (DPMSolver, {"order": 3, "compat": "official"}),
+    "dpm_3s": (DPMSolverSinglestep, {"order": 3}),
     "dpmpp": (DPMSolverPP, {}),
     "dpmpp_1": (DPMSolverPP, {"order": 1}),
     "dpmpp_2m": (DPMSolverPP, {"order": 2}),
     "dpmpp_2m_taylor": (DPMSolverPP, {"order": 2, "variant": "taylor"}),
     "dpmpp_2m_sde": (DPMSolverPP, {"order": 2, "eta": 1.0}),
+    "dpmpp_1_sde": (DPMSolverPP, {"order": 1, "eta": 1.0}),
+    "dpmpp_2s": (DPMSolverPPSinglestep, {"order": 2}),
+    "dpmpp_2s_sde": (DPMSolverPPSinglestep, {"order": 2, "eta": 1.0}),
     "dpmpp_3m": (DPMSolverPP, {"order": 3}),
     "dpmpp_3m_official": (DPMSolverPP, {"order": 3, "compat": "official"}),
     "dpmpp_3m_sde": (DPMSolverPP, {"order": 3, "eta": 1.0}),
+    "dpmpp_3s": (DPMSolverPPSinglestep, {"order": 3}),
+    "dpmpp_3s_sde": (DPMSolverPPSinglestep, {"order": 3, "eta": 1.0}),
 }
 """Name -> class and its options."""
 
