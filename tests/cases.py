@@ -10,10 +10,12 @@ from fewstep import schedules
 
 
 class SolverCase(NamedTuple):
-    """What a named solver claims: the order of its deterministic part, and whether it draws noise."""
+    """What a named solver claims: the order of its deterministic part, and whether it draws noise; and the number of calls from which
+    that order can be seen on every interval and grid: whole steps of 2, 3 and 4 calls."""
 
     order: int
     stochastic: bool = False
+    coarse: int = 168
 
 
 SOLVERS: dict[str, SolverCase] = {
@@ -22,8 +24,7 @@ SOLVERS: dict[str, SolverCase] = {
     "ddpm": SolverCase(1, stochastic=True),
     "dpm_2m": SolverCase(2),
     "dpm_2s": SolverCase(2),
-    "dpm_3m": SolverCase(3),
-    "dpm_3m_official": SolverCase(2),
+    "dpm_3m": SolverCase(3, coarse=672),
     "dpm_3s": SolverCase(3),
     "dpmpp": SolverCase(2),
     "dpmpp_1": SolverCase(1),
@@ -36,8 +37,10 @@ SOLVERS: dict[str, SolverCase] = {
     "dpmpp_3m": SolverCase(3),
     "dpmpp_3m_official": SolverCase(2),
     "dpmpp_3m_sde": SolverCase(3, stochastic=True),
-    "dpmpp_3s": SolverCase(3),
+    "dpmpp_3s": SolverCase(3, coarse=336),
     "dpmpp_3s_sde": SolverCase(3, stochastic=True),
+    "edm_euler": SolverCase(1),
+    "edm_heun": SolverCase(2),
 }
 
 BETAS = np.linspace(1e-4, 0.02, 1000)

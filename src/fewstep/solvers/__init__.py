@@ -13,6 +13,7 @@ from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
 from fewstep.solvers.ddim import DDIM
 from fewstep.solvers.dpm import DPMSolver, DPMSolverPP, DPMSolverPPSinglestep, DPMSolverSinglestep
+from fewstep.solvers.edm import EDMEuler, EDMHeun
 
 __all__ = [
     "DDIM",
@@ -21,6 +22,8 @@ __all__ = [
     "DPMSolverPP",
     "DPMSolverPPSinglestep",
     "DPMSolverSinglestep",
+    "EDMEuler",
+    "EDMHeun",
     "Solver",
     "make_plan",
     "make_solver",
@@ -34,7 +37,6 @@ SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "dpm_2m": (DPMSolver, {"order": 2}),
     "dpm_2s": (DPMSolverSinglestep, {"order": 2}),
     "dpm_3m": (DPMSolver, {"order": 3}),
-    "dpm_3m_official": (DPMSolver, {"order": 3, "compat": "official"}),
     "dpm_3s": (DPMSolverSinglestep, {"order": 3}),
     "dpmpp": (DPMSolverPP, {}),
     "dpmpp_1": (DPMSolverPP, {"order": 1}),
@@ -49,6 +51,8 @@ SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "dpmpp_3m_sde": (DPMSolverPP, {"order": 3, "eta": 1.0}),
     "dpmpp_3s": (DPMSolverPPSinglestep, {"order": 3}),
     "dpmpp_3s_sde": (DPMSolverPPSinglestep, {"order": 3, "eta": 1.0}),
+    "edm_euler": (EDMEuler, {}),
+    "edm_heun": (EDMHeun, {}),
 }
 """Name -> class and its options."""
 
