@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from fewstep.version import __version__
 
 if TYPE_CHECKING:
-    from fewstep import exact, grids, guidance, schedules, solvers, train
+    from fewstep import denoisers, exact, grids, guidance, schedules, solvers, train
     from fewstep.denoisers import Denoiser, ModelInfo
     from fewstep.errors import FewstepError
-    from fewstep.integrate import invert, reference
+    from fewstep.integrate import adaptive, invert, reference
     from fewstep.loading import check, load
     from fewstep.noise import draw_noise
     from fewstep.plan import Plan
@@ -29,7 +29,9 @@ __all__ = [
     "ModelInfo",
     "Plan",
     "__version__",
+    "adaptive",
     "check",
+    "denoisers",
     "draw_noise",
     "exact",
     "fit",
@@ -52,6 +54,7 @@ HOMES = {
     "Hooks": "sampler",
     "ModelInfo": "denoisers",
     "Plan": "plan",
+    "adaptive": "integrate",
     "check": "loading",
     "draw_noise": "noise",
     "fit": "train.trainer",

@@ -1,18 +1,19 @@
 r"""The samplers of EDM: Heun's method and Euler's, with or without churn, on every noise schedule.
 
 Source: "Elucidating the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364, algorithm 2, and algorithm 1 for the
-deterministic part; appendix D.2 for the Euler variant). With the paper's noise level $\sigma/\alpha$, written $\varrho$ here, and $y = x/\alpha$,
-the probability-flow ODE is $dy/d\varrho = (y - D)/\varrho$ on every schedule. A step from $\varrho$ to $\varrho'$ first adds noise,
+deterministic part). With the paper's noise level $\sigma/\alpha$, written $\varrho$ here, and $y = x/\alpha$, the probability-flow ODE is
+$dy/d\varrho = (y - D)/\varrho$ on every schedule. A step from $\varrho$ to $\varrho'$ first adds noise,
 
 $$ \hat\varrho = (1 + \gamma)\,\varrho, \qquad \hat y = y + \sqrt{\hat\varrho^2 - \varrho^2}\; S_\text{noise}\, \xi, \qquad
    \gamma = \min(S_\text{churn}/K, \sqrt 2 - 1) \;\text{ if }\; S_\text{tmin} \le \varrho \le S_\text{tmax}, \;\text{ else } 0, $$
 
-where K is the number of steps, and then solves the ODE from $\hat\varrho$: by Euler's method $y_p = \hat y + (\varrho' - \hat\varrho)\, s$ with the
-slope $s = (\hat y - D)/\hat\varrho$, which is DDIM, or by Heun's, which calls the network a second time at $(y_p, \varrho')$ and takes the
-mean of both slopes. In data predictions $D$ and $D'$ that is $y' = y_p + \tfrac12 (\hat\varrho/\varrho' - 1)(D' - D)$.
+where K is the number of steps, and then solves the ODE from $\hat\varrho$: by Euler's method
+$y_p = \hat y + (\varrho' - \hat\varrho)\, s$ with the slope $s = (\hat y - D)/\hat\varrho$, which is DDIM, or by Heun's, which calls the
+network a second time at $(y_p, \varrho')$ and takes the mean of both slopes. In data predictions $D$ and $D'$ that is
+$y' = y_p + \tfrac12 (\hat\varrho/\varrho' - 1)(D' - D)$.
 
-Left out: the choice of other second-order methods by a parameter alpha (appendix D.1), and time and scale functions other than the schedule's
-own; both change the ODE's discretisation only.
+Left out: other second-order methods (the family with a parameter alpha in the paper's appendix D), and its time and scale functions
+other than the schedule's own.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class EDMHeun(Solver):
 
     Args:
         s_churn: S_churn, at least 0; how much noise is added in all, spread over the steps. 0: deterministic.
-        s_tmin, s_tmax: noise is added where sigma / alpha lies between them.
+        s_tmin, s_tmax: noise is added where sigma / alpha lies between them; without s_tmax there is no upper bound.
         s_noise: S_noise, positive; deviation of the added noise relative to what was, slightly over 1 against a network that removes
             too much.
 
@@ -70,11 +71,11 @@ class EDMHeun(Solver):
 
     s_churn: float = 0.0
     s_tmin: float = 0.0
-    s_tmax: float = math.inf
+    s_tmax: float | None = None
     s_noise: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(self.s_churn, self.s_tmin, self.s_tmax, self.s_noise)
+        _check(self)
 
     @property
     def claimed_order(self) -> int:
@@ -85,7 +86,7 @@ class EDMHeun(Solver):
         return 2
 
     def rows(self, schedule: NoiseSchedule, times: Floats, calls: Sequence[int]) -> Iterator[Row]:
-        yield from _rows(schedule, times, calls, _churn(schedule, times, self.s_churn, self.s_tmin, self.s_tmax, self.s_noise))
+        yield from _rows(schedule, times, calls, _churn(schedule, times, self))
 
 
 @dataclass(frozen=True)
@@ -108,18 +109,18 @@ class EDMEuler(Solver):
 
     s_churn: float = 0.0
     s_tmin: float = 0.0
-    s_tmax: float = math.inf
+    s_tmax: float | None = None
     s_noise: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(self.s_churn, self.s_tmin, self.s_tmax, self.s_noise)
+        _check(self)
 
     @property
     def claimed_order(self) -> int:
         return 1
 
     def rows(self, schedule: NoiseSchedule, times: Floats, calls: Sequence[int]) -> Iterator[Row]:
-        yield from _rows(schedule, times, calls, _churn(schedule, times, self.s_churn, self.s_tmin, self.s_tmax, self.s_noise))
+        yield from _rows(schedule, times, calls, _churn(schedule, times, self))
 
 
 class _Level(NamedTuple):
@@ -131,21 +132,21 @@ class _Level(NamedTuple):
     noise: Interval | None
 
 
-def _churn(schedule: NoiseSchedule, times: Floats, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> list[_Level]:
+def _churn(schedule: NoiseSchedule, times: Floats, options: EDMHeun | EDMEuler) -> list[_Level]:
     """The level from which every step begins, and that of the end."""
     lam, steps = schedule.lam(times).tolist(), len(times) - 1
     noisiest = min(lam[0], float(schedule.lam(schedule.t_start)))
-    gamma = min(s_churn / steps, LARGEST_GAMMA)
+    gamma, s_tmax = min(options.s_churn / steps, LARGEST_GAMMA), math.inf if options.s_tmax is None else options.s_tmax
     levels = []
     for k, t in enumerate(times.tolist()):
         grows = min(math.log1p(gamma), lam[k] - noisiest)  # of log(sigma / alpha)
-        if not (0 < k < steps and grows > 0.0 and s_tmin <= math.exp(-lam[k]) <= s_tmax):
+        if not (0 < k < steps and grows > 0.0 and options.s_tmin <= math.exp(-lam[k]) <= s_tmax):
             levels.append(_Level(t, float(schedule.alpha(t)), float(schedule.sigma(t)), None))
             continue
         t = float(schedule.t_of_lam(lam[k] - grows))
         alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
         # alpha^ sqrt(rho^^2 - rho^2) = sigma^ sqrt(1 - (rho / rho^)^2); independent over steps, in the clock of the reverse SDE
-        scale = s_noise * sigma * math.sqrt(-math.expm1(-2.0 * grows))
+        scale = options.s_noise * sigma * math.sqrt(-math.expm1(-2.0 * grows))
         levels.append(_Level(t, alpha, sigma, Interval(scale, *(math.exp(2.0 * lam[j]) for j in (k - 1, k)))))
     return levels
 
@@ -166,10 +167,13 @@ def _rows(schedule: NoiseSchedule, times: Floats, calls: Sequence[int], levels: 
         yield Row(t, (rise,), (mend, -mend), noise=end.noise)
 
 
-def _check(s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> None:
-    if not (math.isfinite(s_churn) and s_churn >= 0.0):
-        raise ValueError(f"s_churn must be at least 0, got {s_churn:g}.")
-    if not 0.0 <= s_tmin <= s_tmax:
-        raise ValueError(f"s_tmin and s_tmax are noise levels sigma / alpha with 0 <= s_tmin <= s_tmax, got {s_tmin:g} and {s_tmax:g}.")
-    if not (math.isfinite(s_noise) and s_noise > 0.0):
-        raise ValueError(f"s_noise must be positive, got {s_noise:g}.")
+def _check(options: EDMHeun | EDMEuler) -> None:
+    if not (math.isfinite(options.s_churn) and options.s_churn >= 0.0):
+        raise ValueError(f"s_churn must be at least 0, got {options.s_churn:g}.")
+    highest = math.inf if options.s_tmax is None else options.s_tmax
+    if not 0.0 <= options.s_tmin <= highest:
+        raise ValueError(
+            f"s_tmin and s_tmax are noise levels sigma / alpha with 0 <= s_tmin <= s_tmax, got {options.s_tmin:g} and {highest:g}."
+        )
+    if not (math.isfinite(options.s_noise) and options.s_noise > 0.0):
+        raise ValueError(f"s_noise must be positive, got {options.s_noise:g}.")
