@@ -260,6 +260,7 @@ def adaptive(
     atol: float = 0.0078,
     first_step: float = 0.05,
     safety: float = 0.9,
+    growth: float = 5.0,
     together: bool = False,
     t_start: float | None = None,
     t_end: float | None = None,
@@ -311,7 +312,7 @@ def adaptive(
         >>> run.nfe == run.calls.max(), run.grids[0][[0, -1]].tolist()
         (True, [1.0, 0.001])
     """
-    _check_adaptive(order, rtol, atol, first_step, safety)
+    _check_adaptive(order, rtol, atol, first_step, safety, growth)
     begin = float(schedule.t_start if t_start is None else t_start)
     end = float(schedule.t_end if t_end is None else t_end)
     _check_order(schedule, [begin, end])
@@ -319,7 +320,7 @@ def adaptive(
     x = noise.detach() if noise.dtype in (torch.float32, torch.float64) else noise.detach().float()
     pair = _Pair(denoiser, schedule, dict(cond or {}), (begin, end), order, predicts, max_calls)
     x = x if pair.begin == begin else pair.plain_step(x, begin, pair.begin)
-    x, tries = _adapt(pair, x, 1 if together else len(x), first_step, _Control(rtol, atol, safety))
+    x, tries = _adapt(pair, x, 1 if together else len(x), first_step, _Control(rtol, atol, safety, growth))
     x = x if pair.end == end else pair.plain_step(x, pair.end, end)
     ends = int(pair.begin != begin) + int(pair.end != end)
     grids = [np.array([begin, *grid, end][int(pair.begin == begin) : len(grid) + 1 + int(pair.end != end)]) for grid in tries.grids]
@@ -588,6 +589,7 @@ class _Control(NamedTuple):
     rtol: float
     atol: float
     safety: float
+    growth: float
 
 
 class _Tries(NamedTuple):
@@ -642,6 +644,10 @@ class _Pair:
         carry = float(self.schedule.sigma(t)) / float(self.schedule.sigma(s))
         return carry * x + (float(self.schedule.alpha(t)) - float(self.schedule.alpha(s)) * carry) * d
 
+    @staticmethod
+    def normalised(x: Tensor, at: _Level) -> Tensor:
+        return x / _column(np.hypot(at.alpha, at.sigma), x)
+
     def predict(self, x: Tensor, at: _Level) -> Tensor:
         """The prediction of the kind that steps are made of."""
         d = self._call(x, float(at.t[0]) if len(at.t) < len(x) else at.t)
@@ -686,13 +692,14 @@ def _adapt(pair: _Pair, x: Tensor, count: int, first_step: float, control: _Cont
     """From the pair's first noise level to its last, with `count` step sizes: one a sample or one for all."""
     lam, h = np.full(count, pair.low), np.full(count, min(first_step, pair.high - pair.low))
     tries = _Tries([[pair.begin] for _ in range(count)], np.zeros(count, np.int64))
-    before, o, moved = x, x, True
+    before, o, moved = pair.normalised(x, pair.level(lam)), x, True
     while (lam < pair.high).any():
         a = pair.level(lam)
         b = pair.level(np.where(h >= pair.high - lam, pair.high, lam + h))
         o = pair.predict(x, a) if moved else o
         low, high = pair.step(x, o, a, b)
-        errors = _step_errors(low, high, before, control)
+        low, change = pair.normalised(low, b), pair.normalised(high - low, b)
+        errors = _step_errors(change, low, before, control)
         errors = errors.max(keepdims=True) if count < len(x) else errors
         under_way = lam < pair.high
         accepted = under_way & (errors <= 1.0)
@@ -702,24 +709,24 @@ def _adapt(pair: _Pair, x: Tensor, count: int, first_step: float, control: _Cont
         taken = _column(accepted, x).bool()
         x, before, moved = torch.where(taken, high, x), torch.where(taken, low, before), bool(accepted.any())
         lam = np.where(accepted, b.lam, lam)
-        h = np.minimum(h * _change(errors, pair.order, control.safety), pair.high - lam)
+        h = np.minimum(h * _change(errors, pair.order, control), pair.high - lam)
         short = under_way & (h < np.minimum(SHORTEST, pair.high - lam))
         if short.any():
             _shrunk(pair, float(errors[short].max()), float(a.t[short][0]))
     return x, tries
 
 
-def _step_errors(low: Tensor, high: Tensor, before: Tensor, control: _Control) -> Floats:
+def _step_errors(change: Tensor, low: Tensor, before: Tensor, control: _Control) -> Floats:
     """The error of every sample in units of what is allowed, ``"batch"``; infinite where it is not a number."""
     allowed = (control.rtol * torch.maximum(low.abs(), before.abs())).clamp_min(control.atol)
-    errors = _rms((high - low) / allowed).cpu().double().numpy()
+    errors = _rms(change / allowed).cpu().double().numpy()
     return np.where(np.isnan(errors), math.inf, errors)
 
 
-def _change(errors: Floats, order: int, safety: float) -> Floats:
+def _change(errors: Floats, order: int, control: _Control) -> Floats:
     """By how much to change the steps."""
     tamed = np.clip(errors, 1e-200, 1e200)
-    return np.where(np.isinf(errors), 0.2, safety * tamed ** (-1.0 / order))
+    return np.where(np.isinf(errors), 0.2, np.minimum(control.growth, control.safety * tamed ** (-1.0 / order)))
 
 
 def _moment(z: Floats) -> Floats:
@@ -747,13 +754,15 @@ def _unfinished(reason: str, nfe: int) -> ToleranceError:
     return ToleranceError(message, math.inf, nfe)
 
 
-def _check_adaptive(order: int, rtol: float, atol: float, first_step: float, safety: float) -> None:
+def _check_adaptive(order: int, rtol: float, atol: float, first_step: float, safety: float, growth: float) -> None:
     if order not in (2, 3):
         raise ValueError(f"adaptive has orders 2 and 3, got {order!r}.")
     if not (0.0 <= rtol < math.inf and 0.0 < atol < math.inf):
         raise ValueError(f"rtol must be at least 0 and atol positive, got rtol={rtol:g} and atol={atol:g}.")
     if not (0.0 < first_step < math.inf and 0.0 < safety < 1.0):
         raise ValueError(f"first_step must be positive and safety between 0 and 1, got {first_step:g} and {safety:g}.")
+    if not growth > 1.0:
+        raise ValueError(f"growth must be over 1, or no step ever grows, got {growth:g}.")
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------------------------
