@@ -150,6 +150,7 @@ def diffusers_run(kind, denoiser, schedule, x, nfe, **config):
     return x, times
 
 
+@pytest.mark.filterwarnings("ignore")  # their own
 @pytest.mark.parametrize("algorithm", ["dpmsolver", "dpmsolver++", "sde-dpmsolver++"])
 @pytest.mark.parametrize("variant", ["midpoint", "heun"])
 def test_multistep_as_diffusers(algorithm, variant):
@@ -177,6 +178,7 @@ def test_multistep_as_diffusers(algorithm, variant):
             assert float((ours - theirs).abs().max()) < 5e-6, (order, nfe)
 
 
+@pytest.mark.filterwarnings("ignore")  # their own
 @pytest.mark.parametrize("algorithm", ["dpmsolver", "dpmsolver++", "sde-dpmsolver++"])
 @pytest.mark.parametrize("variant", ["midpoint", "heun"])
 def test_singlestep_as_diffusers(algorithm, variant, monkeypatch):
@@ -246,7 +248,7 @@ def test_what_is_wrong_elsewhere_is_reproduced_with_its_order():
 
 
 def test_third_order_where_it_starts_in_noise():
-    """VP-linear from 1 to 0.01, uniform in lambda, N from 81 to 324: the slopes of the notes' bench within 0.15, variants included."""
+    """VP-linear from 1 to 0.01, uniform in lambda, N from 324 to 648: slopes within 0.15, variants included."""
     schedule = fs.schedules.VPLinear(t_end=0.01)
     denoiser, x = mixture(schedule), noise(schedule)
     exact = exact_solution(denoiser, x)
@@ -254,7 +256,7 @@ def test_third_order_where_it_starts_in_noise():
         for order in (1, 2, 3):
             for variant in ("midpoint", "taylor"):
                 solver = family(order=order, variant=variant)
-                runs = [fs.sample(denoiser, x, solver.plan(schedule, n, "lambda")) for n in (162, 324)]
+                runs = [fs.sample(denoiser, x, solver.plan(schedule, n, "lambda")) for n in (324, 648)]
                 errors = [float((run - exact).square().mean().sqrt()) for run in runs]
                 assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15), solver
 
@@ -275,25 +277,30 @@ def test_states_have_the_marginals_variance_on_data_at_zero(name):
                 np.testing.assert_allclose(variance, sigma**2, rtol=1e-9, err_msg=f"{solver} {nfe} {grid}")
 
 
-@pytest.mark.parametrize("solver", STOCHASTIC[1:])
-def test_more_steps_approach_the_solution_along_the_same_path(solver):
-    """Strong convergence, order 1 for additive noise: the distance to a run of 512 calls, same seeds, falls by 4 from 32 to 128."""
+def test_more_steps_approach_the_same_solution_along_the_same_path():
+    """Strong convergence, order 1 for additive noise: the distance to one fine run, same seeds, falls by 8 from 64 calls to 512; by half of
+    that is asked, for few samples of the mixture decide it."""
     schedule = FINITE["vp_linear"]
     denoiser, x = mixture(schedule), noise(schedule, 64)
-    runs = {n: fs.sample(denoiser, x, fs.make_plan(solver, schedule, n, grid="lambda"), seeds=range(64)) for n in (32, 128, 512)}
-    other = fs.sample(denoiser, x, fs.make_plan(solver, schedule, 512, grid="lambda"), seeds=range(64, 128))
-    far, near = (float((runs[n] - runs[512]).square().mean().sqrt()) for n in (32, 128))
-    assert near < 0.4 * far
-    assert near < 0.15 * float((other - runs[512]).square().mean().sqrt())
+
+    def run(name, n, first=0):
+        return fs.sample(denoiser, x, fs.make_plan(name, schedule, n, grid="lambda"), seeds=range(first, first + 64))
+
+    fine = run("dpmpp_2m_sde", 2048)
+    apart = float((run("dpmpp_2m_sde", 512, 64) - fine).square().mean().sqrt())
+    for solver in STOCHASTIC[1:]:
+        far, near = (float((run(solver, n) - fine).square().mean().sqrt()) for n in (64, 512))
+        assert near < far / 3.5, solver
+        assert near < 0.02 * apart, solver
 
 
 @pytest.mark.parametrize("solver", ["dpmpp_2s_sde", "dpmpp_3s_sde", "dpmpp_3m_sde"])
 def test_a_gaussian_keeps_its_moments(solver):
-    """20,000 samples, 60 calls: mean and variance within 4 standard errors of the marginal's, plus the bias of the discretisation."""
+    """10,000 samples, 60 calls: mean and variance within 4 standard errors of the marginal's, plus the bias of the discretisation."""
     schedule = fs.schedules.VPLinear(t_end=0.05)
     variances = torch.tensor([0.5, 1.5], dtype=torch.float64)
     exact = fs.exact.Gaussian(schedule, [0.7, -0.2], variances)
-    count, alpha, sigma = 20_000, float(schedule.alpha(0.05)), float(schedule.sigma(0.05))
+    count, alpha, sigma = 10_000, float(schedule.alpha(0.05)), float(schedule.sigma(0.05))
     x = fs.draw_noise((2,), range(count), dtype=torch.float64)
     run = fs.sample(exact, x, fs.make_plan(solver, schedule, 60, grid="lambda"), seeds=range(count))
     variance = alpha**2 * variances + sigma**2
