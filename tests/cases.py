@@ -26,6 +26,7 @@ SOLVERS: dict[str, SolverCase] = {
     "dpm_2s": SolverCase(2),
     "dpm_3m": SolverCase(3, coarse=672),
     "dpm_3s": SolverCase(3),
+    "dpm_fast": SolverCase(2, coarse=672),
     "dpmpp": SolverCase(2),
     "dpmpp_1": SolverCase(1),
     "dpmpp_2m": SolverCase(2),
@@ -39,6 +40,7 @@ SOLVERS: dict[str, SolverCase] = {
     "dpmpp_3m_sde": SolverCase(3, stochastic=True),
     "dpmpp_3s": SolverCase(3, coarse=336),
     "dpmpp_3s_sde": SolverCase(3, stochastic=True),
+    "dpmpp_fast": SolverCase(2, coarse=672),
     "edm_euler": SolverCase(1),
     "edm_heun": SolverCase(2),
 }

@@ -38,6 +38,7 @@ SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "dpm_2s": (DPMSolverSinglestep, {"order": 2}),
     "dpm_3m": (DPMSolver, {"order": 3}),
     "dpm_3s": (DPMSolverSinglestep, {"order": 3}),
+    "dpm_fast": (DPMSolverSinglestep, {"order": 3, "budget": "fast"}),
     "dpmpp": (DPMSolverPP, {}),
     "dpmpp_1": (DPMSolverPP, {"order": 1}),
     "dpmpp_2m": (DPMSolverPP, {"order": 2}),
@@ -51,6 +52,7 @@ SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "dpmpp_3m_sde": (DPMSolverPP, {"order": 3, "eta": 1.0}),
     "dpmpp_3s": (DPMSolverPPSinglestep, {"order": 3}),
     "dpmpp_3s_sde": (DPMSolverPPSinglestep, {"order": 3, "eta": 1.0}),
+    "dpmpp_fast": (DPMSolverPPSinglestep, {"order": 3, "budget": "fast"}),
     "edm_euler": (EDMEuler, {}),
     "edm_heun": (EDMHeun, {}),
 }
