@@ -40,7 +40,6 @@ SOLVERS: dict[str, SolverCase] = {
     "dpmpp_3m_sde": SolverCase(3, stochastic=True),
     "dpmpp_3s": SolverCase(3, coarse=336),
     "dpmpp_3s_sde": SolverCase(3, stochastic=True),
-    "dpmpp_fast": SolverCase(2, coarse=672),
     "edm_euler": SolverCase(1),
     "edm_heun": SolverCase(2),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -212,7 +213,8 @@ def test_every_number_of_calls_grid_and_end(name):
                         plan = fs.make_plan(solver, schedule, nfe, grid=grid, final=final)
                         assert plan.nfe == nfe
                         assert all(any(abs(w) > 0 for w in row.weights) for row in plan.rows)
-                        assert len(set(plan.tau.tolist())) == nfe
+                        # no null steps: a time comes back only as the second call of a step and the first of the next
+                        assert Counter(plan.tau.tolist()).most_common(1)[0][1] <= min(2, fs.solvers.make_solver(solver).stages)
                     tested += 1
     assert tested >= 10 * len(SOLVERS) * 2
 

@@ -52,7 +52,6 @@ SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "dpmpp_3m_sde": (DPMSolverPP, {"order": 3, "eta": 1.0}),
     "dpmpp_3s": (DPMSolverPPSinglestep, {"order": 3}),
     "dpmpp_3s_sde": (DPMSolverPPSinglestep, {"order": 3, "eta": 1.0}),
-    "dpmpp_fast": (DPMSolverPPSinglestep, {"order": 3, "budget": "fast"}),
     "edm_euler": (EDMEuler, {}),
     "edm_heun": (EDMHeun, {}),
 }
