@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -64,16 +65,15 @@ def test_orders(schedule):
     for name, case in SOLVERS.items():
         if case.stochastic:
             continue
-        coarse = case.coarse * fs.solvers.make_solver(name).stages
         # uniform sigma takes EDM's steps where nothing happens: its asymptotic range begins late, so Karras stands in there
         for grid in ("lambda", "karras" if type(schedule).__name__ == "EDM" else "time"):
-            plans = [fs.make_plan(name, schedule, n, grid=grid) for n in (coarse, 2 * coarse)]
+            plans = [fs.make_plan(name, schedule, n, grid=grid) for n in (case.coarse, 2 * case.coarse)]
             errors = [float((fs.sample(denoiser, x, plan) - exact).square().mean().sqrt()) for plan in plans]
             observed = math.log2(errors[0] / errors[1])
             assert observed > case.order - 0.15, (name, grid)
             assert case.at_least or observed < case.order + 0.15, (name, grid)
             tested += 1
-    assert tested == 2 * sum(not case.stochastic for case in SOLVERS.values()) >= 16
+    assert tested == 2 * sum(not case.stochastic for case in SOLVERS.values())
 
 
 @pytest.mark.parametrize("schedule", FINITE.values(), ids=FINITE)
@@ -99,7 +99,7 @@ def test_orders_of_the_drift_of_stochastic_solvers(schedule):
             errors.append(float((run - (decay * x + shift)).abs().max()))
         assert math.log2(errors[0] / errors[1]) == pytest.approx(case.order, abs=0.15), name
         tested += 1
-    assert tested == sum(case.stochastic for case in SOLVERS.values()) >= 3
+    assert tested == sum(case.stochastic for case in SOLVERS.values())
 
 
 # RMS end-point errors of independent implementations (the authors' formulas, fixed-step RK4 reference) on a two-dimensional isotropic
@@ -215,8 +215,8 @@ def test_every_number_of_calls_grid_and_end(name):
                         plan = fs.make_plan(solver, schedule, nfe, grid=grid, final=final)
                         assert plan.nfe == nfe
                         assert all(any(abs(w) > 0 for w in row.weights) for row in plan.rows)
-                        if fs.solvers.make_solver(solver).stages == 1:  # stages may lie at the same time
-                            assert len(set(plan.tau.tolist())) == nfe
+                        # no null steps: a time comes back only as the second call of a step and the first of the next
+                        assert Counter(plan.tau.tolist()).most_common(1)[0][1] <= min(2, fs.solvers.make_solver(solver).stages)
                     tested += 1
     assert tested >= 10 * len(SOLVERS) * 2
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from fewstep.version import __version__
 
 if TYPE_CHECKING:
-    from fewstep import exact, grids, guidance, schedules, solvers, train
+    from fewstep import denoisers, exact, grids, guidance, schedules, solvers, train
     from fewstep.denoisers import Denoiser, ModelInfo
     from fewstep.errors import FewstepError
-    from fewstep.integrate import invert, reference
+    from fewstep.integrate import adaptive, invert, reference
     from fewstep.loading import check, load
     from fewstep.noise import add_noise, draw_noise
     from fewstep.plan import Plan
@@ -29,8 +29,10 @@ __all__ = [
     "ModelInfo",
     "Plan",
     "__version__",
+    "adaptive",
     "add_noise",
     "check",
+    "denoisers",
     "draw_noise",
     "exact",
     "fit",
@@ -54,6 +56,7 @@ HOMES = {
     "ModelInfo": "denoisers",
     "Plan": "plan",
     "add_noise": "noise",
+    "adaptive": "integrate",
     "check": "loading",
     "draw_noise": "noise",
     "fit": "train.trainer",

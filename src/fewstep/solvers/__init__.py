@@ -15,9 +15,10 @@ from fewstep.solvers.adams import Adams
 from fewstep.solvers.compensated import CascadePolynomial, Compensated
 from fewstep.solvers.ddim import DDIM
 from fewstep.solvers.deis import DEIS, IPNDM
-from fewstep.solvers.dpm import DPMSolverPP
+from fewstep.solvers.dpm import DPMSolver, DPMSolverPP, DPMSolverPPSinglestep, DPMSolverSinglestep
 from fewstep.solvers.dpm_v3 import DPMSolverV3
 from fewstep.solvers.dualfast import DualFast
+from fewstep.solvers.edm import EDMEuler, EDMHeun
 from fewstep.solvers.epsilon_scale import EpsilonScale
 from fewstep.solvers.mixed import Mixed
 from fewstep.solvers.runge_kutta import FlowRK, RhoRK
@@ -34,9 +35,14 @@ __all__ = [
     "Adams",
     "CascadePolynomial",
     "Compensated",
+    "DPMSolver",
     "DPMSolverPP",
+    "DPMSolverPPSinglestep",
+    "DPMSolverSinglestep",
     "DPMSolverV3",
     "DualFast",
+    "EDMEuler",
+    "EDMHeun",
     "EpsilonScale",
     "FlowRK",
     "GaussianPrior",
@@ -59,11 +65,19 @@ SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "deis": (DEIS, {}),
     "deis_logrho": (DEIS, {"variable": "logrho"}),
     "deis_rho": (DEIS, {"variable": "rho"}),
+    "dpm_2m": (DPMSolver, {"order": 2}),
+    "dpm_2s": (DPMSolverSinglestep, {"order": 2}),
+    "dpm_3m": (DPMSolver, {"order": 3}),
+    "dpm_3s": (DPMSolverSinglestep, {"order": 3}),
+    "dpm_fast": (DPMSolverSinglestep, {"order": 3, "budget": "fast"}),
     "dpmpp": (DPMSolverPP, {}),
     "dpmpp_1": (DPMSolverPP, {"order": 1}),
     "dpmpp_2m": (DPMSolverPP, {"order": 2}),
     "dpmpp_2m_taylor": (DPMSolverPP, {"order": 2, "variant": "taylor"}),
     "dpmpp_2m_sde": (DPMSolverPP, {"order": 2, "eta": 1.0}),
+    "dpmpp_1_sde": (DPMSolverPP, {"order": 1, "eta": 1.0}),
+    "dpmpp_2s": (DPMSolverPPSinglestep, {"order": 2}),
+    "dpmpp_2s_sde": (DPMSolverPPSinglestep, {"order": 2, "eta": 1.0}),
     "dpmpp_3m": (DPMSolverPP, {"order": 3}),
     "dpmpp_3m_official": (DPMSolverPP, {"order": 3, "compat": "official"}),
     "dpmpp_3m_sde": (DPMSolverPP, {"order": 3, "eta": 1.0}),
@@ -86,6 +100,10 @@ SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "rho_midpoint": (RhoRK, {"kind": "midpoint"}),
     "rho_rk4": (RhoRK, {"kind": "rk4"}),
     "sa": (SASolver, {}),
+    "dpmpp_3s": (DPMSolverPPSinglestep, {"order": 3}),
+    "dpmpp_3s_sde": (DPMSolverPPSinglestep, {"order": 3, "eta": 1.0}),
+    "edm_euler": (EDMEuler, {}),
+    "edm_heun": (EDMHeun, {}),
 }
 """Name -> class and its options."""
 

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.errors import UnknownNameError
-from fewstep.numerics import exponential_weights
+from fewstep.numerics import exponential_weights, noise_clock
 from fewstep.plan import Interval, Row
 from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
@@ -136,10 +136,10 @@ class SASolver(Solver):
         return [(begin, end, self.eta * (edges[0] <= at <= edges[1] and not last))]
 
     def _clock(self, lam: Floats, i: int, edges: tuple[float, ...]) -> list[float]:
-        """Begin and end of the step in the clock exp(2 int tau^2 dlambda)."""
+        """Begin and end of the step in the clock of its noise, which stands still outside the interval."""
         if self.compat == "exact":
             lam = np.clip(lam, edges[0], edges[1])
-        return [math.exp(2.0 * self.eta * float(lam[j])) for j in (i, i + 1)]
+        return [noise_clock(float(lam[j]), self.eta) for j in (i, i + 1)]
 
     def _orders(self, i: int, first: int, nfe: int) -> tuple[int, int]:
         """How many predictions predictor and corrector use in the step from i to i + 1."""
