@@ -1,14 +1,27 @@
-"""Other libraries' solvers behind one interface, for the benchmarks: ``run(denoiser, noise, nfe, cond) -> samples``.
+"""Other libraries' solvers behind two interfaces, for the benchmarks.
 
-Their network is asked at the exact noise level that their scheduler is at, and their tables are fine samplings of the model's own
-schedule, so what is measured is the solver and its grid, not a rounding of times.
+`Setting`: a solver with its own grid, ``run(denoiser, noise, nfe, cond) -> samples``. The network is asked at the exact noise level that
+the scheduler is at, and its tables are fine samplings of the model's own schedule, so what is measured is the solver and its grid, not a
+rounding of times.
+
+`Stepper`: a solver on any noise levels it is handed, ``run(predict, levels, noise) -> samples``, to measure its order of convergence.
+
+diffusers comes with the extra `dev`. azula, k-diffusion and the papers' own code are used where they are found:
+``pip install --no-deps azula k-diffusion einops torchdiffeq torchsde trampoline``, and files of the papers' repositories in a folder.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import importlib.util
+import io
+import sys
+import types
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +30,7 @@ from torch import Tensor
 
 from fewstep.schedules import Flow, NoiseSchedule
 
-__all__ = ["Setting", "diffusers_settings"]
+__all__ = ["Levels", "Setting", "Stepper", "diffusers_settings", "steppers"]
 
 COUNT = 1000
 Denoiser = Callable[..., Tensor]
@@ -67,8 +80,7 @@ def diffusers_settings(schedule: NoiseSchedule) -> list[Setting]:
 
 
 def _preserving(schedule: NoiseSchedule) -> list[Setting]:
-    import diffusers
-
+    diffusers = importlib.import_module("diffusers")
     times = np.linspace(schedule.t_end, schedule.t_start, COUNT)
     alphas = schedule.alpha(times) ** 2
     betas = 1.0 - alphas / np.concatenate([[1.0], alphas[:-1]])
@@ -119,8 +131,7 @@ def _preserving(schedule: NoiseSchedule) -> list[Setting]:
 
 
 def _flow(schedule: Flow) -> list[Setting]:
-    import diffusers
-
+    diffusers = importlib.import_module("diffusers")
     settings = []
 
     def euler(nfe: int, **options: Any) -> Any:
@@ -153,3 +164,289 @@ def _flow(schedule: Flow) -> list[Setting]:
 
 def _bind(function: Callable[..., Any], **options: Any) -> Callable[[int], Any]:
     return lambda nfe: function(nfe, **options)
+
+
+# ---- solvers on given noise levels -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The noise levels of a run, noisiest first: float64 ``"N+1"`` each."""
+
+    schedule: NoiseSchedule
+    times: np.ndarray
+
+    @property
+    def alpha(self) -> np.ndarray:
+        return self.schedule.alpha(self.times)
+
+    @property
+    def sigma(self) -> np.ndarray:
+        return self.schedule.sigma(self.times)
+
+    @property
+    def ratio(self) -> np.ndarray:
+        """sigma / alpha."""
+        return np.exp(-self.schedule.lam(self.times))
+
+
+Predict = Callable[[Tensor, float, float], Tensor]
+"""(x, alpha, sigma) -> data prediction."""
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """A peer's solver.
+
+    Attributes:
+        library, solver: whose, and which with its options.
+        claim: the order it is published or documented with.
+        run: ``(predict, levels, noise) -> samples``.
+    """
+
+    library: str
+    solver: str
+    claim: int
+    run: Callable[[Predict, Levels, Tensor], Tensor]
+
+
+def steppers(official: Path | None = None) -> tuple[list[Stepper], list[str]]:
+    """Every peer that can be imported, and what could not, in words."""
+    found, missing = _diffusers_steppers(), []
+    for what, make in (("azula", _azula_steppers), ("k_diffusion", _k_diffusion_steppers)):
+        if importlib.util.find_spec(what) is None:
+            missing.append(f"{what} (not installed)")
+        else:
+            found += make()
+    if official is None:
+        missing.append("the papers' own code (no --official folder)")
+    else:
+        found += _official_steppers(official)
+    return found, missing
+
+
+def _diffusers_steppers() -> list[Stepper]:
+    diffusers = importlib.import_module("diffusers")
+    names = {
+        "DPMSolverMultistep": diffusers.DPMSolverMultistepScheduler,
+        "DPMSolverSinglestep": diffusers.DPMSolverSinglestepScheduler,
+        "UniPCMultistep": diffusers.UniPCMultistepScheduler,
+        "DEISMultistep": diffusers.DEISMultistepScheduler,
+        "SASolver": diffusers.SASolverScheduler,
+    }
+
+    def preserving(name: str, options: dict[str, Any]) -> Callable[[Predict, Levels, Tensor], Tensor]:
+        def run(predict: Predict, levels: Levels, x: Tensor) -> Tensor:
+            count = len(levels.times) - 1
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                scheduler = names[name](num_train_timesteps=max(1000, 2 * count), **options)
+                scheduler.set_timesteps(count)
+            scheduler.sigmas = torch.from_numpy(levels.ratio)
+            scheduler.timesteps = torch.arange(count, 0, -1)
+            scheduler.set_begin_index(0)
+            for i, t in enumerate(scheduler.timesteps):
+                alpha, sigma = float(levels.alpha[i]), float(levels.sigma[i])
+                output = (x - alpha * predict(x, alpha, sigma)) / sigma
+                x = scheduler.step(output, t, x, return_dict=False)[0].double()
+            return x
+
+        return run
+
+    def exploding(make: Callable[[], Any], stages: int) -> Callable[[Predict, Levels, Tensor], Tensor]:
+        """Classes that step in x / alpha and sigma / alpha."""
+
+        def run(predict: Predict, levels: Levels, x: Tensor) -> Tensor:
+            ratio = levels.ratio[::stages]
+            y = x / float(levels.alpha[0])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                scheduler = make()
+                scheduler.set_timesteps(len(ratio) - 1)
+            sigmas = torch.from_numpy(
+                np.repeat(ratio, stages)[stages - 1 : len(ratio) * stages - (stages - 1)] if stages > 1 else ratio
+            )
+            scheduler.sigmas = sigmas
+            scheduler.timesteps = torch.arange(len(sigmas) - 1, 0, -1, dtype=torch.float64)
+            scheduler.set_begin_index(0)
+            for i, t in enumerate(scheduler.timesteps):
+                sigma = float(sigmas[i])
+                y = scheduler.step((y - _scaled(predict, levels, y, sigma)) / sigma, t, y, return_dict=False)[0].double()
+            return y * float(levels.alpha[-1])
+
+        return run
+
+    found = []
+
+    def add(claim: int, name: str, words: str, **options: Any) -> None:
+        found.append(Stepper("diffusers", f"{name} {words}", claim, preserving(name, options)))
+
+    plain = {"lower_order_final": False}
+    for order in (1, 2, 3):
+        for algorithm in ("dpmsolver++", "dpmsolver"):
+            kind = {"solver_order": order, "algorithm_type": algorithm, "final_sigmas_type": "sigma_min"}
+            kind |= {"solver_type": "heun"} if order == 3 else {}
+            add(order, "DPMSolverMultistep", f"{algorithm} order {order}", **kind, **plain)
+            if order > 1:
+                add(order, "DPMSolverSinglestep", f"{algorithm} order {order}", **kind)
+        for kind_of in ("bh1", "bh2"):
+            add(order + 1, "UniPCMultistep", f"{kind_of} order {order}", solver_order=order, solver_type=kind_of, **plain)
+        add(order, "DEISMultistep", f"order {order}", solver_order=order, **plain)
+    add(4, "SASolver", "tau 0, predictor 3, corrector 4", predictor_order=3, corrector_order=4, tau_func=lambda t: 0, **plain)
+    for name, claim, make, stages in (
+        ("EulerDiscrete", 1, diffusers.EulerDiscreteScheduler, 1),
+        ("LMSDiscrete order 4", 4, diffusers.LMSDiscreteScheduler, 1),
+        ("HeunDiscrete", 2, diffusers.HeunDiscreteScheduler, 2),
+    ):
+        found.append(Stepper("diffusers", name, claim, exploding(make, stages)))
+    return found
+
+
+def _scaled(predict: Predict, levels: Levels, y: Tensor, ratio: float) -> Tensor:
+    """The data prediction of y = x / alpha at sigma / alpha = `ratio`."""
+    t = levels.schedule.t_of_lam(-np.log(ratio))
+    alpha, sigma = float(levels.schedule.alpha(t)), float(levels.schedule.sigma(t))
+    return predict(y * alpha, alpha, sigma)
+
+
+def _azula_steppers() -> list[Stepper]:
+    azula_sample = importlib.import_module("azula.sample")
+    denoise = importlib.import_module("azula.denoise")
+
+    def stepper(name: str, claim: int, stages: int = 1, **options: Any) -> Stepper:
+        def run(predict: Predict, levels: Levels, x: Tensor) -> Tensor:
+            times = levels.times[::stages]
+            span = np.linspace(1.0, 0.0, len(times))
+
+            def schedule(s: Tensor) -> tuple[Tensor, Tensor]:
+                lams = np.interp(
+                    s.numpy(), span[::-1], levels.schedule.lam(times)[::-1]
+                )  # exact at the levels, and lambda is uniform
+                t = levels.schedule.t_of_lam(lams)
+                return torch.as_tensor(levels.schedule.alpha(t)), torch.as_tensor(levels.schedule.sigma(t))
+
+            class Wrapped(denoise.Denoiser):
+                def __init__(self) -> None:
+                    super().__init__()
+                    self.schedule = schedule
+
+                def forward(self, x_t: Tensor, t: Tensor, **kwargs: Any) -> Any:
+                    alpha, sigma = schedule(t)
+                    return denoise.DiracPosterior(mean=predict(x_t, float(alpha), float(sigma)))
+
+            sampler = getattr(azula_sample, name)(Wrapped(), steps=len(times) - 1, silent=True, dtype=torch.float64, **options)
+            return sampler(x)
+
+        words = f"{name} order {claim}" if "order" in options else name
+        return Stepper("azula", words, claim, run)
+
+    found = [stepper("DDIMSampler", 1), stepper("EulerSampler", 1), stepper("HeunSampler", 2, stages=2)]
+    for name in ("zABSampler", "vABSampler", "zEABSampler", "xEABSampler", "REABSampler"):
+        found += [stepper(name, order, order=order) for order in (2, 3) if hasattr(azula_sample, name)]
+    return found
+
+
+def _k_diffusion_steppers() -> list[Stepper]:
+    sampling = _k_diffusion_sampling()
+
+    def stepper(name: str, claim: int, stages: int = 1, **options: Any) -> Stepper:
+        def run(predict: Predict, levels: Levels, x: Tensor) -> Tensor:
+            def model(y: Tensor, sigma: Tensor) -> Tensor:
+                return _scaled(predict, levels, y, float(sigma.flatten()[0]))
+
+            sigmas = torch.from_numpy(levels.ratio[::stages].copy())
+            y = getattr(sampling, name)(model, x / float(levels.alpha[0]), sigmas, disable=True, **options)
+            return y * float(levels.alpha[-1])
+
+        return Stepper("k-diffusion", name, claim, run)
+
+    return [
+        stepper("sample_euler", 1),
+        stepper("sample_heun", 2, 2),
+        stepper("sample_dpm_2", 2, 2),
+        stepper("sample_lms", 4),
+        stepper("sample_dpmpp_2s_ancestral", 2, 2, eta=0.0),
+        stepper("sample_dpmpp_2m", 2),
+        stepper("sample_dpmpp_2m_sde", 2, eta=0.0),
+        stepper("sample_dpmpp_3m_sde", 3, eta=0.0),
+    ]
+
+
+def _k_diffusion_sampling() -> types.ModuleType:
+    """Its module of samplers, without the package's own imports, which want vision libraries that sampling does not use."""
+    spec = importlib.util.find_spec("k_diffusion")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("not installed")
+    package = types.ModuleType("k_diffusion")
+    package.__path__ = list(spec.submodule_search_locations)
+    sys.modules["k_diffusion"] = package
+    for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+        sys.modules.setdefault(name, types.ModuleType(name))
+    sys.modules["torchvision.transforms"].functional = sys.modules["torchvision.transforms.functional"]  # type: ignore[attr-defined]
+    return importlib.import_module("k_diffusion.sampling")
+
+
+def _official_steppers(folder: Path) -> list[Stepper]:
+    """The papers' code on VP-linear, uniform in lambda, as their options name it."""
+    found = []
+
+    def load(path: str) -> types.ModuleType:
+        spec = importlib.util.spec_from_file_location(path.replace("/", "_").removesuffix(".py"), folder / path)
+        if spec is None or spec.loader is None or not (folder / path).is_file():
+            raise FileNotFoundError(f"--official needs {folder / path}.")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def noise_of(predict: Predict, levels: Levels) -> Callable[[Tensor, Tensor], Tensor]:
+        def model(x: Tensor, t: Tensor) -> Tensor:
+            at = float(t.flatten()[0])
+            alpha, sigma = float(levels.schedule.alpha(at)), float(levels.schedule.sigma(at))
+            return (x - alpha * predict(x.flatten(1), alpha, sigma).reshape(x.shape)) / sigma
+
+        return model
+
+    def add(paper: str, words: str, claim: int, make: Callable[..., Any]) -> None:
+        def run(predict: Predict, levels: Levels, x: Tensor) -> Tensor:
+            ends = {"t_start": float(levels.times[0]), "t_end": float(levels.times[-1]), "steps": len(levels.times) - 1}
+            image = x.reshape(len(x), 1, 1, -1)  # UniPC's code wants images
+            torch.set_default_dtype(torch.float64)  # it makes tensors of that
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):  # and says at length what it does
+                    return make(noise_of(predict, levels), image, ends).reshape(x.shape)
+            finally:
+                torch.set_default_dtype(torch.float32)
+
+        found.append(Stepper("official", f"{paper} {words}", claim, run))
+
+    dpm, unipc, sa = load("dpm-solver/dpm_solver_pytorch.py"), load("UniPC/uni_pc.py"), load("SA-Solver/sa_solver.py")
+    options = {"skip_type": "logSNR", "lower_order_final": False}
+
+    def vp(module: types.ModuleType) -> Any:
+        return module.NoiseScheduleVP("linear", continuous_beta_0=0.1, continuous_beta_1=20.0, dtype=torch.float64)
+
+    for order in (1, 2, 3):
+        for algorithm in ("dpmsolver++", "dpmsolver"):
+            for method in ("multistep", "singlestep"):
+
+                def solve(model: Any, x: Tensor, ends: Any, o: int = order, a: str = algorithm, m: str = method) -> Tensor:
+                    solver = dpm.DPM_Solver(model, vp(dpm), algorithm_type=a)
+                    return solver.sample(x, order=o, method=m, **options, **ends)
+
+                add("DPM-Solver", f"{algorithm} {method} order {order}", order, solve)
+        for variant in ("bh1", "bh2", "vary_coeff"):
+
+            def unified(model: Any, x: Tensor, ends: Any, o: int = order, v: str = variant) -> Tensor:
+                solver = unipc.UniPC(model, vp(unipc), variant=v)
+                return solver.sample(x, order=o, method="multistep", **options, **ends)
+
+            add("UniPC", f"{variant} order {order}", order + 1, unified)
+
+    def adams(model: Any, x: Tensor, ends: Any) -> Tensor:
+        solver = sa.SASolver(model, vp(sa))
+        return solver.sample("few_steps", x, tau=lambda t: 0.0, skip_type="logSNR", **ends)
+
+    add("SA-Solver", "tau 0, predictor 3, corrector 4", 4, adams)
+    return found

@@ -10,6 +10,7 @@ was measured on other noise. A setting that ends at sigma = 0 is compared with t
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import platform
@@ -153,7 +154,7 @@ def problem(denoiser: Any, first_seed: int, count: int) -> Problem:
 
 
 def peer_versions() -> dict[str, str]:
-    import diffusers
+    diffusers = importlib.import_module("diffusers")
 
     return {"diffusers": diffusers.__version__}
 

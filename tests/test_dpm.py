@@ -280,20 +280,23 @@ def test_states_have_the_marginals_variance_on_data_at_zero(name):
 
 
 def test_more_steps_approach_the_same_solution_along_the_same_path():
-    """Strong convergence, order 1 for additive noise: the distance to one fine run, same seeds, falls by 8 from 32 calls to 256; by half of
-    that is asked, for few samples of the mixture decide it."""
+    """Strong convergence, order 1 for additive noise: the distance to one fine run, same seeds, falls by 8 from 32 calls to 256. The
+    median over the samples, for a few of them change to another component of the mixture; 5 is asked, which order 1/2 (2.8) misses."""
     schedule = FINITE["vp_linear"]
-    denoiser, x = mixture(schedule), noise(schedule, 32)
+    denoiser, x = mixture(schedule), noise(schedule, 128)
 
     def run(name, n, first=0):
-        return fs.sample(denoiser, x, fs.make_plan(name, schedule, n, grid="lambda"), seeds=range(first, first + 32))
+        return fs.sample(denoiser, x, fs.make_plan(name, schedule, n, grid="lambda"), seeds=range(first, first + 128))
+
+    def distance(samples):
+        return float((samples - fine).square().mean(1).sqrt().median())
 
     fine = run("dpmpp_2m_sde", 1024)
-    apart = float((run("dpmpp_2m_sde", 256, 64) - fine).square().mean().sqrt())
+    apart = distance(run("dpmpp_2m_sde", 256, 128))
     for solver in STOCHASTIC[2:]:
-        far, near = (float((run(solver, n) - fine).square().mean().sqrt()) for n in (32, 256))
-        assert near < far / 3.5, solver
-        assert near < 0.04 * apart, solver
+        far, near = (distance(run(solver, n)) for n in (32, 256))
+        assert near < far / 5.0, solver
+        assert near < 0.01 * apart, solver
 
 
 @pytest.mark.parametrize("solver", ["dpmpp_2s_sde", "dpmpp_3s_sde", "dpmpp_3m_sde"])
@@ -339,7 +342,7 @@ def test_explicit_grids_take_the_calls_they_pay_for():
     [
         (lambda: DPMSolver(order=4), "DPM-Solver has orders 1, 2 and 3"),
         (lambda: DPMSolverSinglestep(order=0), "orders 1, 2 and 3"),
-        (lambda: DPMSolverPPSinglestep(eta=-1.0), "eta must be at least 0"),
+        (lambda: DPMSolverPPSinglestep(eta=-1.0), r"\[0, 10\]"),
         (lambda: DPMSolverPPSinglestep(inner="lam"), "Did you mean 'lambda'"),
         (lambda: DPMSolverPPSinglestep(budget="quick"), "fast"),
         (lambda: DPMSolverPPSinglestep(compat="difusers"), "Did you mean 'diffusers'"),
