@@ -9,7 +9,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,28 +72,53 @@ def image_grid(samples: Tensor, data_range: tuple[float, float], *, columns: int
     return file.getvalue()
 
 
-def line_plot(lines: Mapping[str, Sequence[tuple[float, float]]], *, xlabel: str, ylabel: str) -> bytes:
-    """A PNG of lines over a logarithmic vertical axis: label -> points."""
+def line_plot(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    faint: Iterable[Sequence[tuple[float, float]]] = (),
+    levels: Mapping[str, float] | None = None,
+) -> bytes:
+    """A PNG of lines over a logarithmic vertical axis.
+
+    Args:
+        lines: label -> points.
+        xlabel, ylabel: of the axes.
+        faint: lines in grey, without labels.
+        levels: label -> height of a dashed horizontal line.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
     except ImportError as error:
         raise MissingExtraError("Matplotlib", "demo", "Plotting") from error
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    background = [list(points) for points in faint]
+    for points in background:
+        axes.plot(*zip(*points, strict=True), color="0.8", linewidth=0.8, zorder=1)
     for (label, points), marker in zip(lines.items(), "osD^vPX<>*" * len(lines), strict=False):
         axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.4, label=label)
+    for label, height in (levels or {}).items():
+        axes.axhline(height, color="0.3", linewidth=1.0, linestyle="--", label=label)
     axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
-    ticks = sorted({x for points in lines.values() for x, _ in points})
+    drawn = [*background, *lines.values()]
+    ticks = sorted({x for points in drawn for x, _ in points})
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    heights = [y for points in drawn for _, y in points] + list((levels or {}).values())
+    narrow = max(heights) < 20.0 * min(heights)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if narrow else (1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(True, which="both", linewidth=0.3)
-    axes.legend(frameon=False, fontsize=9)
+    axes.grid(True, which="major", linewidth=0.3)
+    if len(lines) + len(levels or {}) > 5:
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    else:
+        axes.legend(frameon=False, fontsize=9)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=144, metadata={"Software": None})
     return file.getvalue()
