@@ -19,10 +19,14 @@ class EvaluateOptions(Common):
     samples: str = option(
         None, "samples: a folder of `fewstep sample` or of pictures, a .npz or .npy file, or digits or photos", positional=True
     )
-    data: str = option("digits", "what they are compared with: the same kinds, or the shipped data digits or photos", positional=True)
+    data: str = option(
+        "digits", "what they are compared with: the same kinds, or the shipped data digits or photos", positional=True
+    )
     part: str = option("held_out", "part of the shipped data", choices=("held_out", "train"))
     distances: str = option("frechet,kid,mmd,sliced_wasserstein", "distances, separated by commas; wasserstein is the exact one")
-    features: str = option("auto", "what they look at: pixels, digits (a small classifier), inception; auto: digits for 1 x 8 x 8, else pixels")
+    features: str = option(
+        "auto", "what they look at: pixels, digits (a small classifier), inception; auto: digits if 1 x 8 x 8, else pixels"
+    )
     weights: str = option("", "file of Inception's weights")
     count: int = option(1000, "use at most so many of either; the exact distance uses equally many of both")
     resamples: int = option(200, "resamples of the intervals, and again of the floor and the test")
@@ -51,10 +55,10 @@ def run(options: EvaluateOptions) -> int:
         raise ValueError(f"--count must be at least 2, got {options.count}.")
     sets = [read_samples(source, options) for source in (options.samples, options.data)]
     if sets[0].shape[1:] != sets[1].shape[1:]:
-        raise ValueError(f"the samples have shape {tuple(sets[0].shape[1:])}, what they are compared with {tuple(sets[1].shape[1:])}.")
-    features = make_features(
-        options.features, tuple(sets[0].shape[1:]), weights=options.weights or None, device=options.device
-    )
+        raise ValueError(
+            f"the samples have shape {tuple(sets[0].shape[1:])}, what they are compared with {tuple(sets[1].shape[1:])}."
+        )
+    features = make_features(options.features, tuple(sets[0].shape[1:]), weights=options.weights or None, device=options.device)
     first, second = (features(samples) for samples in sets)
     least, measured = min(len(first), len(second)), []
     with new_folder(options.out) if options.out else nullcontext() as folder:
@@ -101,7 +105,9 @@ def read_samples(source: str, options: EvaluateOptions) -> Any:
         last = array.ndim == 4 and array.shape[-1] in (1, 3) and array.shape[1] not in (1, 3)
         array = (array.transpose(0, 3, 1, 2) if last else array).astype(np.float32) / 127.5 - 1.0
     if array.ndim < 2 or len(array) < 2 or array.dtype.kind != "f":
-        raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}; wanted at least 2 samples (n, *shape), floats or bytes.")
+        raise ValueError(
+            f"{path} holds {array.dtype} of shape {array.shape}; wanted at least 2 samples (n, *shape), floats or bytes."
+        )
     return torch.from_numpy(np.ascontiguousarray(array, np.float32))
 
 

@@ -20,7 +20,17 @@ from fewstep.guidance import ClassifierFree
 from fewstep.loading import load
 from fewstep.version import __version__
 
-__all__ = ["ask_for", "guided", "machine", "new_folder", "open_model", "parse_labels", "parse_numbers", "parse_seeds", "state_dtype"]
+__all__ = [
+    "ask_for",
+    "guided",
+    "machine",
+    "new_folder",
+    "open_model",
+    "parse_labels",
+    "parse_numbers",
+    "parse_seeds",
+    "state_dtype",
+]
 
 
 def open_model(name: str, options: Common) -> Denoiser:

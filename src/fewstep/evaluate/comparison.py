@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -78,20 +79,26 @@ def candidates(
     seen: dict[Any, str] = {}
     for name in solvers.solver_names() if names is None else names:
         mine: list[tuple[str, str, Plan]] = []
-        for grid in grids:
-            for nfe in nfes:
-                try:
-                    mine.append((name, grid, solvers.make_plan(name, schedule, nfe, grid=grid)))
-                except (TypeError, ValueError) as error:
-                    if names is not None:
-                        raise
-                    found.skipped[name] = f"not with {nfe} calls: {error}" if mine else str(error)
+        for grid, nfe in itertools.product(grids, nfes):
+            plan = _plan(name, schedule, nfe, grid, None if names is not None else found.skipped)
+            mine += [] if plan is None else [(name, grid, plan)]
         twin = name if names is not None else seen.setdefault(tuple((grid, _numbers(plan)) for _, grid, plan in mine), name)
         if twin == name:
             found.plans.extend(mine)
         elif mine:
             found.same[name] = twin
     return found
+
+
+def _plan(name: str, schedule: NoiseSchedule, nfe: int, grid: str, skipped: dict[str, str] | None) -> Plan | None:
+    """The plan; or None, and the reason in `skipped` if that is given."""
+    try:
+        return solvers.make_plan(name, schedule, nfe, grid=grid)
+    except (TypeError, ValueError) as error:
+        if skipped is None:
+            raise
+        skipped[name] = f"with {nfe} calls and grid {grid}: {str(error).rstrip('.')}"
+        return None
 
 
 def _nameless() -> dict[str, str]:
@@ -181,7 +188,7 @@ class Comparison:
     same: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
-    def keys(self) -> list[Key]:
+    def contestants(self) -> list[Key]:
         """Solvers and grids, in the order in which they ran."""
         return list(dict.fromkeys((row.solver, row.grid) for row in self.rows))
 
@@ -198,7 +205,7 @@ class Comparison:
         figures = self.figures(by)
         best = {n: min((v for (*_, m), v in figures.items() if m == n), default=math.nan) for n in self.nfes}
         ranked = []
-        for solver, grid in self.keys():
+        for solver, grid in self.contestants():
             ratios = [figures[solver, grid, n] / best[n] for n in self.nfes if (solver, grid, n) in figures]
             if ratios:
                 ranked.append(Ranked((solver, grid), math.exp(sum(map(math.log, ratios)) / len(ratios))))
@@ -332,10 +339,12 @@ def add_comparison(
     _pictures(report, found, shown, calls, titles or {})
     low, high = found.info.data_range or (-1.0, 1.0)
     report.heading("Error against calls", 3)
-    caption = f"{found.model}: RMS error against the exact solution of the same noise, {found.count} samples; values span {low:g} to {high:g}"
+    caption = f"{found.model}: RMS error against the exact solution, {found.count} samples; values span {low:g} to {high:g}"
     _curves(report, found, curves or order, found.errors(), titles or {}, f"{found.model}-error.png", "RMS error", caption, {})
     _table(report, found, order, "error", titles or {})
-    report.text(f"The best at each number of calls is set off. The exact solution is known to within {found.exact_error:.1e}.", note=True)
+    report.text(
+        f"The best at each number of calls is set off. The exact solution is known to within {found.exact_error:.1e}.", note=True
+    )
     if found.judge is not None:
         _distances(report, found, titles or {})
     _remarks(report, found)
@@ -401,13 +410,16 @@ def _table(report: Report, found: Comparison, order: Sequence[Key], by: str, tit
     """Ranks and figures, one row a solver."""
     figures = found.figures(by)
     scores = {place.key: (i + 1, place.score) for i, place in enumerate(found.ranking(by))}
-    grids = len({grid for _, grid in found.keys()}) > 1
+    grids = len({grid for _, grid in found.contestants()}) > 1
     keys = [key for key in order if key in scores]
     body, best = [], set()
     for key in keys:
         rank, score = scores[key]
-        values = [figures.get((*key, n)) for n in found.nfes]
-        cells = ["–" if v is None else "diverged" if math.isinf(v) else _cell(found, (*key, n), v, by) for v, n in zip(values, found.nfes, strict=True)]
+        cells = [_cell(found, (*key, n), figures.get((*key, n)), by) for n in found.nfes]
+        cells = [
+            "–" if v is None else "diverged" if math.isinf(v) else _cell(found, (*key, n), v, by)
+            for v, n in zip(values, found.nfes, strict=True)
+        ]
         body.append([_title(key, titles, grids), str(rank), f"{score:.2f}", *cells])
     for j, n in enumerate(found.nfes):
         column = {i: figures[(*key, n)] for i, key in enumerate(keys) if (*key, n) in figures}
@@ -417,12 +429,12 @@ def _table(report: Report, found: Comparison, order: Sequence[Key], by: str, tit
     report.table(head, body, best=best)
 
 
-def _cell(found: Comparison, key: tuple[str, str, int], value: float, by: str) -> str:
-    if by == "error":
-        return f"{value:.3g}"
+def _cell(found: Comparison, key: tuple[str, str, int], value: float | None, by: str) -> str:
+    if value is None or by == "error":
+        return "–" if value is None else "diverged" if math.isinf(value) else f"{value:.3g}"
     judged = found.distances[key]
-    mark = "" if judged.excess_low > 0.0 else " ≈"
-    return f"{value:.3g} [{judged.low:.3g}, {judged.high:.3g}]{mark}"
+    mark = " ≈" if judged.excess_low <= 0.0 <= judged.excess_high else ""
+    return f"{value:.3g}{mark}\n{judged.excess:+.2g} [{judged.excess_low:.2g}, {judged.excess_high:.2g}]"
 
 
 def _distances(report: Report, found: Comparison, titles: Mapping[str, str]) -> None:
@@ -433,18 +445,28 @@ def _distances(report: Report, found: Comparison, titles: Mapping[str, str]) -> 
     order = [place.key for place in found.ranking("distance")]
     report.heading("Distance of the distributions", 3)
     report.text(
-        f"{title}: {found.count} samples of every solver against {len(judge.others)} exact solutions of other noise. The exact solutions "
-        f"of the same noise are {floor:.3g} away: that is the floor, which no error at all would show. The lower a curve, the better, "
-        f"down to the floor."
+        f"{title[0].upper()}{title[1:]}: {found.count} samples of every solver against {len(judge.others)} exact solutions of other noise. "
+        f"The exact solutions of the same noise are {floor:.3g} away. That is the floor: a solver without any error shows as much, because "
+        f"the sets are finite."
     )
     figures = found.figures("distance")
     caption = f"{found.model}: {title}, {found.count} against {len(judge.others)} samples"
     name = f"{found.model}-{judge.distance.name}.png"
-    _curves(report, found, order, figures, titles, name, judge.distance.title, caption, {"exact, same noise": floor} if floor > 0.0 else {})
+    _curves(
+        report,
+        found,
+        order,
+        figures,
+        titles,
+        name,
+        judge.distance.title,
+        caption,
+        {"exact, same noise": floor} if floor > 0.0 else {},
+    )
     _table(report, found, order, "distance", titles)
     report.text(
-        f"In brackets, 95 % intervals of the expected figure at these sizes, from {judge.resamples} resamples, seed {judge.seed}. With ≈, the "
-        f"interval of what is above the floor holds 0: these samples do not tell the solver from the exact solution.",
+        f"Below each figure, how much it is above the floor, and the 95 % interval of that at these sizes, from {judge.resamples} "
+        f"resamples, seed {judge.seed}. With ≈ the interval holds 0: by this distance, these samples do not tell the solver from the exact solution.",
         note=True,
     )
 

@@ -322,7 +322,7 @@ def measure(
         after: called after each of the 2 * resamples evaluations of every distance, for progress.
 
     Raises:
-        ValueError: if the sets or the options make no sense.
+        ValueError: if the sets or the options make no sense, or both sets are the same samples.
 
     Example:
         >>> draw = np.random.default_rng(0).standard_normal
@@ -333,6 +333,8 @@ def measure(
     if resamples < 20 or not 0.5 <= level < 1.0:
         raise ValueError(f"resamples must be at least 20 and level within [0.5, 1), got {resamples} and {level:g}.")
     pool, n = _pool(x, y)
+    if 2 * n == len(pool) and np.array_equal(pool[:n], pool[n:]):
+        raise ValueError("both sets are the same samples; a distance of distributions needs sets that were drawn independently.")
     given = [distances] if isinstance(distances, str) else list(distances)
     chosen = [d for item in given for d in ([item] if isinstance(item, Distance) else make_distances(item))]
     return [_measure(distance, pool, n, resamples, level, seed, after or (lambda: None)) for distance in chosen]

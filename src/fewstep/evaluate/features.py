@@ -92,7 +92,9 @@ class Inception:
         if samples.ndim != 4 or samples.shape[1] not in (1, 3):
             raise ValueError(f"Inception sees pictures (n, 1 or 3, height, width), got {tuple(samples.shape)}.")
         low, high = self.data_range
-        bytes_ = ((samples.detach().to(self.device).float() - low) / (high - low)).clamp(0.0, 1.0).mul(255.0).round().to(torch.uint8)
+        bytes_ = (
+            ((samples.detach().to(self.device).float() - low) / (high - low)).clamp(0.0, 1.0).mul(255.0).round().to(torch.uint8)
+        )
         return _blockwise(self.network, bytes_.expand(-1, 3, -1, -1))
 
 

@@ -35,6 +35,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 .wide { overflow-x: auto }
 th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid var(--line) }
 th:first-child, td:first-child { text-align: left }
+td small { font-weight: 400; font-size: .8em; opacity: .8; white-space: nowrap }
 td.best { font-weight: 700; background: var(--soft) } p.note, footer { font-size: .85rem; opacity: .8 } code { font-size: .9em }
 """
 
@@ -124,6 +125,11 @@ def line_plot(
     return file.getvalue()
 
 
+def _cell(text: str) -> str:
+    first, *rest = (html.escape(line) for line in text.split("\n"))
+    return "".join([first, *(f"<br><small>{line}</small>" for line in rest)])
+
+
 @dataclass
 class Report:
     """A page that is put together piece by piece and then written.
@@ -160,11 +166,11 @@ class Report:
         self.pieces.append(f'<div class="strip">{"".join(figures)}</div>')
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], *, best: set[tuple[int, int]] | None = None) -> None:
-        """Add a table; cells in `best` (row, column) are set off."""
+        """Add a table; cells in `best` (row, column) are set off, and what follows the first line of a cell is small."""
         marked = best or set()
         lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
         for i, row in enumerate(rows):
-            cells = (f"<td{' class=best' if (i, j) in marked else ''}>{html.escape(cell)}</td>" for j, cell in enumerate(row))
+            cells = (f"<td{' class=best' if (i, j) in marked else ''}>{_cell(cell)}</td>" for j, cell in enumerate(row))
             lines.append("".join(cells))
         self.pieces.append(f'<div class="wide"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>')
 

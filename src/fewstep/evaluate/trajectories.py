@@ -175,7 +175,9 @@ def settled_solution(
                 return Settled(samples, error, nfe, calls)
         nfe, last = 2 * nfe, samples
     raise ToleranceError(
-        f"solutions with {nfe // 4} and {nfe // 2} calls differ by {error:.2g}, more than {tol:.2g}. Ask for less (tol=).", error, calls
+        f"solutions with {nfe // 4} and {nfe // 2} calls differ by {error:.2g}, more than {tol:.2g}. Ask for less (tol=).",
+        error,
+        calls,
     )
 
 
