@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.version import __version__
 
 if TYPE_CHECKING:
-    from fewstep import exact, grids, guidance, schedules, solvers, train
+    from fewstep import evaluate, exact, grids, guidance, schedules, solvers, train
     from fewstep.denoisers import Denoiser, ModelInfo
     from fewstep.errors import FewstepError
     from fewstep.integrate import invert, reference
@@ -31,6 +31,7 @@ __all__ = [
     "__version__",
     "check",
     "draw_noise",
+    "evaluate",
     "exact",
     "fit",
     "grids",

@@ -20,7 +20,7 @@ class CompareOptions(Common):
     grids: str = option("auto", "names of time grids, separated by commas")
     count: int = option(200, "samples of every solver")
     others: int = option(0, "exact solutions of other noise that the samples are compared with; 0: twice --count")
-    distance: str = option("sliced_wasserstein", "distance of distributions: sliced_wasserstein, frechet, kid, mmd, wasserstein")
+    distance: str = option("sliced_wasserstein", "distance of distributions: sliced_wasserstein, frechet or wasserstein")
     features: str = option("pixels", "what the distance looks at: pixels, digits (a small classifier), inception, auto")
     weights: str = option("", "file of Inception's weights")
     resamples: int = option(100, "resamples of every interval")
@@ -74,7 +74,7 @@ def run(options: CompareOptions) -> int:
 def _prepare(model: Any, nfes: list[int], options: CompareOptions) -> tuple[Any, Any]:
     """The plans, and the distance with its features, so that wrong names are refused before any work."""
     from fewstep.cli.setup import ask_for
-    from fewstep.evaluate.comparison import candidates
+    from fewstep.evaluate.comparison import candidates, check_distance
     from fewstep.evaluate.distances import make_distances
     from fewstep.evaluate.features import make_features
 
@@ -82,7 +82,9 @@ def _prepare(model: Any, nfes: list[int], options: CompareOptions) -> tuple[Any,
     found = candidates(model.schedule, nfes, names=names, grids=options.grids.split(","))
     shape = ask_for(model.info.shape, model.info.name)
     features = make_features(options.features, shape, weights=options.weights or None, device=options.device)
-    return found, (make_distances(options.distance)[0], features)
+    (distance,) = make_distances([options.distance])
+    check_distance(distance, options.count, options.others or 2 * options.count)
+    return found, (distance, features)
 
 
 def _model(report: Any, model: Any, found: Any, judged: Any, options: CompareOptions, bar: Any) -> None:

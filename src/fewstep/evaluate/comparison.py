@@ -24,14 +24,14 @@ from torch import Tensor
 
 from fewstep import solvers
 from fewstep.denoisers import ModelInfo
-from fewstep.evaluate.distances import Distance, Excess, excess
+from fewstep.evaluate.distances import KID, MMD, Distance, Excess, Wasserstein, excess
 from fewstep.evaluate.report import Report, image_grid, line_plot
 from fewstep.evaluate.trajectories import ErrorRow, compare_plans
 from fewstep.plan import Plan
 from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
 
-__all__ = ["Candidates", "Comparison", "Judge", "Ranked", "add_comparison", "candidates", "compare_solvers"]
+__all__ = ["Candidates", "Comparison", "Judge", "Ranked", "add_comparison", "candidates", "check_distance", "compare_solvers"]
 
 Key = tuple[str, str]
 """Name of the solver, name of the grid."""
@@ -129,6 +129,9 @@ class Judge:
         others: ``"n *shape"``: exact solutions of other noise.
         told: what the features are, in words.
         resamples, seed: of the intervals.
+
+    Raises:
+        ValueError: for a distance that can be negative, of which no ratios can be formed, or sets that it does not take.
     """
 
     distance: Distance
@@ -138,6 +141,21 @@ class Judge:
     told: str
     resamples: int = 100
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_distance(self.distance, len(self.twin), len(self.others))
+
+
+def check_distance(distance: Distance, count: int, others: int) -> None:
+    """Whether a distance can rank solvers, with sets of these sizes.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if isinstance(distance, (KID, MMD)):
+        raise ValueError(f"{distance.name} can be negative, so it ranks nothing: take frechet, sliced_wasserstein or wasserstein.")
+    if isinstance(distance, Wasserstein) and count != others:
+        raise ValueError(f"the exact Wasserstein distance needs sets of equal size, got {count} and {others}.")
 
 
 @dataclass(frozen=True)
@@ -206,7 +224,7 @@ class Comparison:
         best = {n: min((v for (*_, m), v in figures.items() if m == n), default=math.nan) for n in self.nfes}
         ranked = []
         for solver, grid in self.contestants():
-            ratios = [figures[solver, grid, n] / best[n] for n in self.nfes if (solver, grid, n) in figures]
+            ratios = [_ratio(figures[solver, grid, n], best[n]) for n in self.nfes if (solver, grid, n) in figures]
             if ratios:
                 ranked.append(Ranked((solver, grid), math.exp(sum(map(math.log, ratios)) / len(ratios))))
         return sorted(ranked, key=lambda place: place.score)
@@ -243,6 +261,10 @@ class Comparison:
                 record["distance"] = {name: _finite(value) for name, value in found.items()}
             records.append(record)
         return records
+
+
+def _ratio(value: float, best: float) -> float:
+    return 1.0 if value == best else value / best if best > 0.0 else math.inf
 
 
 def _finite(value: float) -> float | None:
@@ -389,7 +411,9 @@ def _curves(
 ) -> None:
     lines: dict[Key, list[tuple[float, float]]] = {}
     for solver, grid in order:
-        points = [(n, figures[solver, grid, n]) for n in found.nfes if math.isfinite(figures.get((solver, grid, n), math.inf))]
+        points = [
+            (float(n), figures[solver, grid, n]) for n in found.nfes if math.isfinite(figures.get((solver, grid, n), math.inf))
+        ]
         if points and all(value > 0.0 for _, value in points):
             lines[solver, grid] = points
     named = list(lines)[:SHOWN_LINES]
@@ -416,10 +440,6 @@ def _table(report: Report, found: Comparison, order: Sequence[Key], by: str, tit
     for key in keys:
         rank, score = scores[key]
         cells = [_cell(found, (*key, n), figures.get((*key, n)), by) for n in found.nfes]
-        cells = [
-            "–" if v is None else "diverged" if math.isinf(v) else _cell(found, (*key, n), v, by)
-            for v, n in zip(values, found.nfes, strict=True)
-        ]
         body.append([_title(key, titles, grids), str(rank), f"{score:.2f}", *cells])
     for j, n in enumerate(found.nfes):
         column = {i: figures[(*key, n)] for i, key in enumerate(keys) if (*key, n) in figures}
@@ -466,7 +486,8 @@ def _distances(report: Report, found: Comparison, titles: Mapping[str, str]) -> 
     _table(report, found, order, "distance", titles)
     report.text(
         f"Below each figure, how much it is above the floor, and the 95 % interval of that at these sizes, from {judge.resamples} "
-        f"resamples, seed {judge.seed}. With ≈ the interval holds 0: by this distance, these samples do not tell the solver from the exact solution.",
+        f"resamples, seed {judge.seed}. With ≈ the interval holds 0: by this distance, these samples do not tell the solver from the "
+        f"exact solution.",
         note=True,
     )
 
