@@ -51,9 +51,13 @@ def digit_features(samples: Tensor) -> Tensor:
         >>> digit_features(torch.zeros(3, 1, 8, 8)).shape
         torch.Size([3, 64])
     """
-    if tuple(samples.shape[1:]) != SmallClassifier.shape:
-        raise ValueError(f"the classifier of digits sees samples of shape {SmallClassifier.shape}, got {tuple(samples.shape[1:])}.")
+    _check_shape(tuple(samples.shape[1:]))
     return _blockwise(_classifier().features, samples.detach().cpu().float().clamp(-1.0, 1.0))
+
+
+def _check_shape(shape: tuple[int, ...]) -> None:
+    if shape != SmallClassifier.shape:
+        raise ValueError(f"the classifier of digits sees samples of shape {SmallClassifier.shape}, got {shape}.")
 
 
 class Inception:
@@ -113,6 +117,7 @@ def make_features(name: str, shape: tuple[int, ...], *, weights: str | None = No
 
     Raises:
         UnknownNameError: for an unknown name, with the nearest one.
+        ValueError: if the features are of samples of another shape.
 
     Example:
         >>> make_features("auto", (1, 8, 8)) is digit_features, make_features("auto", (2,)) is pixels
@@ -124,6 +129,8 @@ def make_features(name: str, shape: tuple[int, ...], *, weights: str | None = No
         return Inception(weights, device=device)
     if name not in FEATURES:
         raise UnknownNameError("features", name, [*FEATURES, "inception", "auto"])
+    if name == "digits":
+        _check_shape(tuple(shape))
     return FEATURES[name]
 
 
