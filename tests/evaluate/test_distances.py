@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 
@@ -11,7 +12,7 @@ import torch
 from scipy.linalg import sqrtm
 
 import fewstep as fs
-from fewstep.errors import UnknownNameError
+from fewstep.errors import ArtefactError, UnknownNameError
 from fewstep.evaluate import (
     DISTANCES,
     KID,
@@ -21,6 +22,7 @@ from fewstep.evaluate import (
     Wasserstein,
     digit_features,
     excess,
+    features,
     frechet_of_gaussians,
     make_distances,
     make_features,
@@ -183,9 +185,9 @@ def test_the_shipped_classifier_knows_held_out_digits():
     assert meta["training"]["seed"] == 0
     assert "CC BY 4.0" in meta["licence"]
     assert CLASSIFIER.stat().st_size < 300_000
-    features = digit_features(data["x"][:300])
-    torch.testing.assert_close(features, network.features(data["x"][:300]).double(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(features.square().mean(1), torch.ones(300).double(), rtol=0.01, atol=0.0)
+    found = digit_features(data["x"][:300])
+    torch.testing.assert_close(found, network.features(data["x"][:300]).double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.square().mean(1), torch.ones(300).double(), rtol=0.01, atol=0.0)
 
 
 def test_features_by_name(tmp_path):
@@ -197,3 +199,33 @@ def test_features_by_name(tmp_path):
         digit_features(torch.zeros(2, 3, 8, 8))
     with pytest.raises(FileNotFoundError, match="weights of Inception are not at"):
         make_features("inception", (3, 32, 32), weights=str(tmp_path / "none.pth"))
+    (tmp_path / "other.pth").write_bytes(b"weights")
+    with pytest.raises(ArtefactError, match="its SHA-256 begins with"):
+        make_features("inception", (3, 32, 32), weights=str(tmp_path / "other.pth"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_inception_distance_is_that_of_torchmetrics(tmp_path, monkeypatch):
+    """With random weights in the place of the real ones, which are not shipped: the path from pictures to the figure is the same."""
+    fid = pytest.importorskip("torchmetrics.image.fid")
+    pytest.importorskip("torch_fidelity")
+    file = tmp_path / "weights.pth"
+    file.write_bytes(b"")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: {})
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: None)
+    monkeypatch.setattr(features, "INCEPTION_SHA256", hashlib.sha256(b"").hexdigest())
+    torch.manual_seed(0)
+    inception = features.Inception(file)
+    random = np.random.default_rng(0)
+    sets = [torch.from_numpy(random.integers(0, high, (12, 3, 32, 32)).astype(np.uint8)) for high in (256, 200)]
+    mine = [inception(x.float() / 127.5 - 1.0) for x in sets]
+    assert mine[0].shape == (12, 2048)
+    wanted = fid._compute_fid(*(value for x in mine for value in (x.mean(0), torch.cov(x.T))))
+    assert Frechet()(*mine) == pytest.approx(float(wanted), rel=1e-3)  # their square root of a matrix of rank 11
+    theirs = inception.network(sets[0])
+    torch.testing.assert_close(mine[0].float(), theirs, rtol=1e-4, atol=1e-4)
+    gray = inception(torch.zeros(2, 1, 8, 8))
+    torch.testing.assert_close(gray, inception(torch.zeros(2, 3, 8, 8)))
+    with pytest.raises(ValueError, match="1 or 3"):
+        inception(torch.zeros(2, 8, 8))

@@ -124,7 +124,13 @@ def _model(report: Any, model: Any, found: Any, judged: Any, options: CompareOpt
     ranking = [place.key for place in comparison.ranking("error")]
     by_distance = [place.key for place in comparison.ranking("distance")]
     shown = list(dict.fromkeys([*ranking[:2], *by_distance[:1], *(k for k in ranking if k[0] == "ddim"), *ranking[-1:]]))
-    add_comparison(report, comparison, summary=_summary(comparison), shown=shown, calls=comparison.nfes[:5], order=ranking)
+    add_comparison(report, comparison, summary=_summary(comparison), shown=shown, calls=_some(comparison.nfes), order=ranking)
+
+
+def _some(nfes: list[int]) -> list[int]:
+    """At most four of them, the first and the last included."""
+    places = {round(i * (len(nfes) - 1) / 3) for i in range(4)}
+    return [nfes[i] for i in sorted(places)]
 
 
 def _told(options: CompareOptions, model: Any) -> str:

@@ -11,6 +11,7 @@ A function of your own that does the same may stand in for them everywhere.
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ __all__ = ["FEATURES", "Inception", "digit_features", "make_features", "pixels"]
 CLASSIFIER = Path(__file__).parents[1] / "shipped" / "digits_classifier.safetensors"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 """The file of the reference implementation's weights, as torch-fidelity and torchmetrics name it."""
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""Its checksum. torch-fidelity unpickles the file, which executes what is in it: so this one or none."""
 BLOCK = 256
 
 Features = Callable[[Tensor], Tensor]
@@ -73,6 +76,7 @@ class Inception:
     Raises:
         MissingExtraError: if torchmetrics or torch-fidelity is not installed.
         FileNotFoundError: if the weights are not there. Nothing is downloaded.
+        ArtefactError: if the file is not that of the reference implementation.
     """
 
     def __init__(
@@ -83,6 +87,8 @@ class Inception:
             raise FileNotFoundError(
                 f"the weights of Inception are not at {file}. Get {INCEPTION_FILE} from the releases of torch-fidelity and name it."
             )
+        if (found := hashlib.sha256(file.read_bytes()).hexdigest()) != INCEPTION_SHA256:
+            raise ArtefactError(f"{file} is not {INCEPTION_FILE}: its SHA-256 begins with {found[:8]}.")
         try:
             from torchmetrics.image.fid import NoTrainInceptionV3
 
