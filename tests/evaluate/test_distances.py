@@ -175,6 +175,26 @@ def test_excess_cancels_the_noise_that_is_shared():
         excess(twin[:9], twin, y, KID())
 
 
+def test_groups_are_kept_when_the_numbers_of_samples_of_each_are_fixed():
+    """Two far clusters, equally many of each in both sets: independent draws would put the floor on the clusters' numbers."""
+    random = np.random.default_rng(0)
+    labels = np.arange(80) % 2
+    x, y = (random.standard_normal((80, 2)) + 20.0 * labels[:, None] for _ in range(2))
+    (kept,) = measure(x, y, [Frechet()], groups=(labels, torch.from_numpy(labels)), resamples=60)
+    (free,) = measure(x, y, [Frechet()], resamples=60)
+    assert (kept.groups, free.groups) == (2, 1)
+    assert kept.value == free.value
+    assert kept.floor < 0.2 * free.floor
+    assert kept.high - kept.low < 0.5 * (free.high - free.low)
+    assert kept.p > 0.05
+    (moved,) = measure(x + 0.7, y, [Frechet()], groups=(labels, labels), resamples=60)
+    assert moved.p == 1 / 61
+    inside = excess(x + 0.1, x, y, SlicedWasserstein(), groups=(labels, labels), resamples=30)
+    assert inside.high - inside.low < 0.5 * (lambda e: e.high - e.low)(excess(x + 0.1, x, y, SlicedWasserstein(), resamples=30))
+    with pytest.raises(ValueError, match="one number a sample"):
+        measure(x, y, [Frechet()], groups=(labels, labels[:7]))
+
+
 # ---- features ----------------------------------------------------------------------------------------------------------------------
 
 

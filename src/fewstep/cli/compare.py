@@ -104,10 +104,11 @@ def _model(report: Any, model: Any, found: Any, judged: Any, options: CompareOpt
         return noise, cond, settled_solution(model, noise, model.schedule, tol=options.tol, cond=cond, block=options.batch)
 
     noise, cond, exact = solve(options.seed, options.count)
-    *_, others = solve(options.seed + FAR, options.others or 2 * options.count)
+    _, other_cond, others = solve(options.seed + FAR, options.others or 2 * options.count)
     bar.set_description(model.info.name)
     distance, features = judged
-    judge = Judge(distance, features, exact.samples, others.samples, _told(options, model), options.resamples, options.seed)
+    groups = (cond["label"], other_cond["label"]) if "label" in cond else None
+    judge = Judge(distance, features, exact.samples, others.samples, _told(options, model), options.resamples, options.seed, groups)
     comparison = compare_solvers(
         model,
         noise,

@@ -53,7 +53,8 @@ def run(options: EvaluateOptions) -> int:
     chosen = make_distances(options.distances)
     if options.count < 2:
         raise ValueError(f"--count must be at least 2, got {options.count}.")
-    sets = [read_samples(source, options) for source in (options.samples, options.data)]
+    (samples, labels), (data, classes) = (read_samples(source, options) for source in (options.samples, options.data))
+    sets, groups = [samples, data], _groups(labels, classes)
     if sets[0].shape[1:] != sets[1].shape[1:]:
         raise ValueError(
             f"the samples have shape {tuple(sets[0].shape[1:])}, what they are compared with {tuple(sets[1].shape[1:])}."
@@ -67,21 +68,32 @@ def run(options: EvaluateOptions) -> int:
             for distance in chosen:
                 cut = least if isinstance(distance, Wasserstein) else None
                 drawn = {"resamples": options.resamples, "seed": options.seed, "after": bar.update}
-                measured += measure(first[:cut], second[:cut], [distance], **drawn)
+                within = None if groups is None else (groups[0][:cut], groups[1][:cut])
+                measured += measure(first[:cut], second[:cut], [distance], groups=within, **drawn)
         results = _results(measured, options)
         if folder is not None:
             _write(folder, sets, measured, results, options)
     if options.json:
         print(json.dumps(results))
     elif not options.quiet:
-        print(f"{_told(options)}, {options.resamples} resamples, seed {options.seed}")
+        print(f"{_told(options)}, {options.resamples} resamples{_within(measured)}, seed {options.seed}")
         for figure in measured:
             print(figure)
     return 0
 
 
-def read_samples(source: str, options: EvaluateOptions) -> Any:
-    """Samples ``"n *shape"`` in float32; pictures and bytes are brought to [-1, 1]."""
+def _groups(labels: Any, classes: Any) -> tuple[Any, Any] | None:
+    """The classes of both, if both have the same ones."""
+    known = labels is not None and classes is not None and set(labels.tolist()) == set(classes.tolist())
+    return (labels, classes) if known else None
+
+
+def _within(measured: list[Any]) -> str:
+    return f" within {measured[0].groups} classes" if measured[0].groups > 1 else ""
+
+
+def read_samples(source: str, options: EvaluateOptions) -> tuple[Any, Any]:
+    """Samples ``"n *shape"`` in float32, pictures and bytes brought to [-1, 1]; and their labels, or None."""
     import numpy as np
     import torch
 
@@ -90,7 +102,7 @@ def read_samples(source: str, options: EvaluateOptions) -> Any:
         return _shipped(source, options)
     if path.is_dir():
         if not (path / "samples.npz").is_file():
-            return _pictures(path, options.count)
+            return _pictures(path, options.count), None
         path = path / "samples.npz"
     try:
         loaded = np.load(path, allow_pickle=False)
@@ -108,18 +120,22 @@ def read_samples(source: str, options: EvaluateOptions) -> Any:
         raise ValueError(
             f"{path} holds {array.dtype} of shape {array.shape}; wanted at least 2 samples (n, *shape), floats or bytes."
         )
-    return torch.from_numpy(np.ascontiguousarray(array, np.float32))
+    label = next((arrays[name] for name in ("labels", "label") if name in arrays), None)
+    if label is not None and (label.ndim != 1 or len(label) < len(array) or label.dtype.kind not in "iu"):
+        raise ValueError(f"{path} holds labels {label.dtype} of shape {label.shape}; wanted one whole number a sample.")
+    return torch.from_numpy(np.ascontiguousarray(array, np.float32)), None if label is None else label[: len(array)]
 
 
-def _shipped(name: str, options: EvaluateOptions) -> Any:
+def _shipped(name: str, options: EvaluateOptions) -> tuple[Any, Any]:
     import torch
 
     from fewstep.train.recipes import digits, photos
 
     if name == "photos":
-        return photos(options.part)(options.count, torch.Generator().manual_seed(options.seed))["x"]
-    x = digits(options.part)["x"]
-    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(options.seed))[: options.count]]
+        return photos(options.part)(options.count, torch.Generator().manual_seed(options.seed))["x"], None
+    whole = digits(options.part)
+    rows = torch.randperm(len(whole["x"]), generator=torch.Generator().manual_seed(options.seed))[: options.count]
+    return whole["x"][rows], whole["label"][rows].numpy()
 
 
 def _pictures(folder: Path, count: int) -> Any:
@@ -182,8 +198,8 @@ def _write(folder: Path, sets: list[Any], measured: list[Any], results: dict[str
     report.text(f"Told apart at the 5 % level: {', '.join(told) if told else 'by none of them'}.")
     report.text(
         f"Interval: of the expected figure at these sizes. Floor: what sets of these sizes show if nothing distinguishes them, from random "
-        f"partitions of both together. p: share of these partitions that show at least the value. {options.resamples} resamples each, "
-        f"seed {options.seed}.",
+        f"partitions of both together. p: share of these partitions that show at least the value. {options.resamples} resamples "
+        f"each{_within(measured)}, seed {options.seed}.",
         note=True,
     )
     report.write(folder)

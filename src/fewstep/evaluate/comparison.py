@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fewstep import solvers
 from fewstep.denoisers import ModelInfo
-from fewstep.evaluate.distances import KID, MMD, Distance, Excess, Wasserstein, excess
+from fewstep.evaluate.distances import KID, MMD, Distance, Excess, Groups, Wasserstein, excess
 from fewstep.evaluate.report import Report, image_grid, line_plot
 from fewstep.evaluate.trajectories import ErrorRow, compare_plans
 from fewstep.plan import Plan
@@ -129,6 +129,7 @@ class Judge:
         others: ``"n *shape"``: exact solutions of other noise.
         told: what the features are, in words.
         resamples, seed: of the intervals.
+        groups: of the twin and of the others, as of `fewstep.evaluate.measure`.
 
     Raises:
         ValueError: for a distance that can be negative, of which no ratios can be formed, or sets that it does not take.
@@ -141,6 +142,7 @@ class Judge:
     told: str
     resamples: int = 100
     seed: int = 0
+    groups: Groups | None = None
 
     def __post_init__(self) -> None:
         check_distance(self.distance, len(self.twin), len(self.others))
@@ -302,7 +304,7 @@ def compare_solvers(
 
     def measure_row(row: ErrorRow) -> None:
         if judge is not None and features is not None and bool(row.samples.isfinite().all()):
-            options = {"resamples": judge.resamples, "seed": judge.seed}
+            options = {"resamples": judge.resamples, "seed": judge.seed, "groups": judge.groups}
             distances[row.key] = excess(judge.features(row.samples), *features, judge.distance, **options)
         if after is not None:
             after(row)

@@ -23,6 +23,9 @@ draws add a bias of their own. The interval is for the expected figure *at these
 what sets of these sizes show if nothing distinguishes them. The share of them that is at least as large as the figure, p, is
 an exact test of that ("Permutation Tests", Good, 2000): under equal distributions p <= 0.05 happens to 5 % of independent draws.
 
+*Groups.* Sets with a fixed number of samples of every class are more alike than independent draws, and floor and intervals of independent draws
+would be far too wide for them (for features of a classifier, several times). Given the classes, all of this is done within each.
+
 All of it is decided by one seed. Optimal assignments need SciPy (``pip install "fewstep[evaluate]"``).
 """
 
@@ -35,7 +38,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fewstep.errors import MissingExtraError, UnknownNameError
@@ -61,6 +64,7 @@ Counts = NDArray[np.int64]
 Statistic = Callable[[Counts, Counts], float]
 """The distance of two sets that are given as how often each member of a pool is in them."""
 Vectors = Tensor | Floats
+Groups = tuple[ArrayLike | Tensor, ArrayLike | Tensor]
 
 
 class Distance(abc.ABC):
@@ -278,6 +282,7 @@ class Measured:
         sizes: of the two sets.
         resamples: how many were drawn for the interval, and again for the floor.
         seed: that decided them.
+        groups: within how many groups they were drawn.
     """
 
     distance: str
@@ -291,6 +296,7 @@ class Measured:
     sizes: tuple[int, int]
     resamples: int
     seed: int
+    groups: int = 1
 
     def __str__(self) -> str:
         told = "not told apart" if self.p > 0.05 else "told apart"
@@ -308,6 +314,7 @@ def measure(
     resamples: int = 200,
     level: float = 0.95,
     seed: int = 0,
+    groups: Groups | None = None,
     after: Callable[[], Any] | None = None,
 ) -> list[Measured]:
     """Distances of two independent sets, each with interval, floor and test.
@@ -319,6 +326,7 @@ def measure(
         resamples: how many sets are drawn for the interval, and how many for the floor and the test; p is at least 1 / (resamples + 1).
         level: of the interval.
         seed: of both.
+        groups: whole numbers ``"n"`` and ``"m"``, e.g. classes, if the number of samples of every group was fixed beforehand.
         after: called after each of the 2 * resamples evaluations of every distance, for progress.
 
     Raises:
@@ -337,12 +345,14 @@ def measure(
         raise ValueError("both sets are the same samples; a distance of distributions needs sets that were drawn independently.")
     given = [distances] if isinstance(distances, str) else list(distances)
     chosen = [d for item in given for d in ([item] if isinstance(item, Distance) else make_distances(item))]
-    return [_measure(distance, pool, n, resamples, level, seed, after or (lambda: None)) for distance in chosen]
+    members = _Members(len(pool), n, groups)
+    return [_measure(distance, pool, members, resamples, level, seed, after or (lambda: None)) for distance in chosen]
 
 
 def _measure(
-    distance: Distance, pool: Floats, n: int, resamples: int, level: float, seed: int, after: Callable[[], Any]
+    distance: Distance, pool: Floats, members: _Members, resamples: int, level: float, seed: int, after: Callable[[], Any]
 ) -> Measured:
+    n = members.n
     statistic = distance.bind(pool, n)
     value = statistic(*_membership(len(pool), n))
     generator = np.random.default_rng(seed)
@@ -351,8 +361,8 @@ def _measure(
         after()
         return statistic(*sets)
 
-    drawn = np.array([evaluate(_redrawn(len(pool), n, generator)) for _ in range(resamples)])
-    parted = np.array([evaluate(_parted(len(pool), n, generator)) for _ in range(resamples)])
+    drawn = np.array([evaluate(members.redrawn(generator)) for _ in range(resamples)])
+    parted = np.array([evaluate(members.parted(generator)) for _ in range(resamples)])
     low, high = _around(value, drawn, level)
     lowest = -math.inf if isinstance(distance, (KID, MMD)) else 0.0
     return Measured(
@@ -367,6 +377,7 @@ def _measure(
         sizes=(n, len(pool) - n),
         resamples=resamples,
         seed=seed,
+        groups=len(members.groups),
     )
 
 
@@ -398,6 +409,7 @@ def excess(
     resamples: int = 200,
     level: float = 0.95,
     seed: int = 0,
+    groups: Groups | None = None,
 ) -> Excess:
     """How much farther x is from y than its twin is: member i of both comes from the same noise, y is independent of them.
 
@@ -408,7 +420,7 @@ def excess(
         x, twin: ``"n *shape"`` each.
         y: ``"m *shape"``.
         distance: which one.
-        resamples, level, seed: as of `measure`.
+        resamples, level, seed, groups: as of `measure`.
 
     Example:
         >>> draw = np.random.default_rng(0).standard_normal
@@ -424,7 +436,8 @@ def excess(
     statistics = [distance.bind(pool, n) for pool, _ in pools]
     sets, generator = _membership(total, n), np.random.default_rng(seed)
     value, floor = (statistic(*sets) for statistic in statistics)
-    draws = [_redrawn(total, n, generator) for _ in range(resamples)]
+    members = _Members(total, n, groups)
+    draws = [members.redrawn(generator) for _ in range(resamples)]
     drawn = np.array([[statistic(*draw) for statistic in statistics] for draw in draws])
     return Excess(
         value, *_around(value, drawn[:, 0], level), value - floor, *_around(value - floor, drawn[:, 0] - drawn[:, 1], level)
@@ -442,17 +455,34 @@ def _membership(total: int, n: int) -> tuple[Counts, Counts]:
     return first, 1 - first
 
 
-def _redrawn(total: int, n: int, generator: np.random.Generator) -> tuple[Counts, Counts]:
-    """Both sets drawn from themselves with replacement."""
-    first = np.bincount(generator.integers(0, n, n), minlength=total)
-    return first, np.bincount(generator.integers(n, total, total - n), minlength=total)
+class _Members:
+    """Draws of new sets out of a pool whose first n members are the first set, within groups."""
 
+    def __init__(self, total: int, n: int, groups: Groups | None):
+        names = np.zeros(total, np.int64)
+        if groups is not None:
+            parts = [part.detach().cpu().numpy() if isinstance(part, Tensor) else np.asarray(part) for part in groups]
+            if [part.shape for part in parts] != [(n,), (total - n,)]:
+                raise ValueError(
+                    f"groups must be one number a sample, ({n},) and ({total - n},), got {[part.shape for part in parts]}."
+                )
+            names = np.concatenate(parts)
+        self.total, self.n = total, n
+        places = np.arange(total)
+        self.groups = [(places[(names == g) & (places < n)], places[(names == g) & (places >= n)]) for g in np.unique(names)]
 
-def _parted(total: int, n: int, generator: np.random.Generator) -> tuple[Counts, Counts]:
-    """All of them parted at random."""
-    first = np.zeros(total, np.int64)
-    first[generator.permutation(total)[:n]] = 1
-    return first, 1 - first
+    def redrawn(self, generator: np.random.Generator) -> tuple[Counts, Counts]:
+        """Both sets drawn from themselves with replacement."""
+        sides = ([generator.choice(group[side], len(group[side])) for group in self.groups if len(group[side])] for side in (0, 1))
+        first, second = (np.bincount(np.concatenate(side), minlength=self.total) for side in sides)
+        return first, second
+
+    def parted(self, generator: np.random.Generator) -> tuple[Counts, Counts]:
+        """All of them parted at random."""
+        first = np.zeros(self.total, np.int64)
+        for one, other in self.groups:
+            first[generator.permutation(np.concatenate([one, other]))[: len(one)]] = 1
+        return first, 1 - first
 
 
 # ---- sets and sums -----------------------------------------------------------------------------------------------------------------
