@@ -1,9 +1,9 @@
-"""Are the intervals and tests of `fewstep.evaluate` what they say? ``python benchmarks/intervals.py`` writes ``benchmarks/results/intervals.json``.
+"""Are the intervals and tests of `fewstep.evaluate` what they say? ``python benchmarks/intervals.py`` writes its JSON into ``results``.
 
-Normal data in 4 or 16 dimensions whose standard deviations fall from 1 to 0.3, shifted by a number in every dimension or not at all. For every
-distance: its expected figure at these sizes (the mean of 400 pairs of sets), the share of 200 other pairs whose 95 % interval holds it,
-and the share with p <= 0.05, which is the size of the test where nothing is shifted and its power where something is. The standard error of a
-share of 200 near 0.95 or 0.05 is 0.015.
+Normal data in 4 or 16 dimensions whose standard deviations fall from 1 to 0.3, shifted by a number in every dimension or not at all.
+For every distance: its expected figure at these sizes (the mean of 400 pairs of sets), the share of 200 other pairs whose 95 % interval
+holds it, and the share with p <= 0.05, which is the size of the test where nothing is shifted and its power where something is. The
+standard error of a share of 200 near 0.95 or 0.05 is 0.015.
 """
 
 from __future__ import annotations

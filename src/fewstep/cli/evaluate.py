@@ -164,7 +164,7 @@ def _pictures(folder: Path, count: int) -> Any:
 
 def _told(options: EvaluateOptions) -> str:
     part = f" ({options.part})" if options.data in SHIPPED and not Path(options.data).exists() else ""
-    return f"{options.samples} against {options.data}{part}, {options.features} features"
+    return f"{options.samples} against {options.data}{part}, features: {options.features}"
 
 
 def _results(measured: list[Any], options: EvaluateOptions) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def _write(folder: Path, sets: list[Any], measured: list[Any], results: dict[str
         report.pictures([("samples.png", f"samples: {options.samples}", shown[0]), ("data.png", f"data: {options.data}", shown[1])])
     report.heading("Distances")
     level = measured[0].level
-    head = ["distance", "value", f"{level:.0%} interval", "floor", "95 % of the floor below", "p", "sizes"]
+    head = ["distance", "value", f"{100 * level:g} % interval", "floor", "95 % of the floor below", "p", "sizes"]
     rows = []
     for m in measured:
         sizes = f"{m.sizes[0]}, {m.sizes[1]}"

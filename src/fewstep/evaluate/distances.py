@@ -6,8 +6,8 @@ Every distance sees two sets of vectors, ``"n d"`` and ``"m d"``: pixels, or fea
   distance of the Gaussians that have them; FID with Inception's features ("GANs Trained by a Two Time-Scale Update Rule", arXiv
   1706.08500, eq. 6). Too large by about 1/n.
 - `KID`: squared maximum mean discrepancy with the kernel $(x \cdot y / d + 1)^3$ ("Demystifying MMD GANs", arXiv 1801.01401, section 4),
-  over all pairs rather than over blocks. Unbiased, so it can be negative.
-- `MMD`: the same with a sum of Gaussian kernels ("A Kernel Two-Sample Test", JMLR 13, 2012, eq. 3). Unbiased.
+  over all pairs rather than over blocks. Unbiased for independent draws, so it can be negative.
+- `MMD`: the same with a sum of Gaussian kernels ("A Kernel Two-Sample Test", JMLR 13, 2012, eq. 3). Unbiased likewise.
 - `SlicedWasserstein`: root of the mean over random directions of the squared Wasserstein-2 distance of the projections ("Sliced and Radon
   Wasserstein Barycenters of Measures", JMIV 51, 2015), exact in every direction.
 - `Wasserstein`: the exact Wasserstein-2 distance of two sets of equal size, by an optimal assignment. For sets of up to about a thousand,
@@ -23,7 +23,7 @@ draws add a bias of their own. The interval is for the expected figure *at these
 what sets of these sizes show if nothing distinguishes them. The share of them that is at least as large as the figure, p, is
 an exact test of that ("Permutation Tests", Good, 2000): under equal distributions p <= 0.05 happens to 5 % of independent draws.
 
-*Groups.* Sets with a fixed number of samples of every class are more alike than independent draws, and floor and intervals of independent draws
+*Groups.* Sets with a fixed number of samples of every class are more alike than independent draws; what holds for independent draws
 would be far too wide for them (for features of a classifier, several times). Given the classes, all of this is done within each.
 
 All of it is decided by one seed. Optimal assignments need SciPy (``pip install "fewstep[evaluate]"``).
