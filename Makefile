@@ -45,8 +45,10 @@ docs: $(VENV)/.docs  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "Open $(CURDIR)/site/index.html in a browser."
 
-bench: $(VENV)/.demo  ## measure the solvers again, and bring the table of the README up to date
+bench: $(VENV)/.dev  ## measure everything again (half an hour), and bring the tables of the README and the pages up to date
 	$(BIN)/python benchmarks/solvers.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/models.py
 	$(BIN)/python tools/readme_table.py
 
 lowest: $(LOWEST)/.dev  ## the tests with the lowest versions that fewstep promises to work with

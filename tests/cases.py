@@ -10,24 +10,68 @@ from fewstep import schedules
 
 
 class SolverCase(NamedTuple):
-    """What a named solver claims: the order of its deterministic part, and whether it draws noise."""
+    """What a named solver claims.
+
+    `order`: of its deterministic part.
+    `stochastic`: whether it draws noise.
+    `at_least`: the one first step of low order holds the claim down; where the prediction hardly changes at the start, the order seen is
+    higher, and the method's own test measures it.
+    `coarse`: the number of calls from which that order can be seen on every interval and grid; it is measured from there to twice as
+    many. The default is whole steps of 2, 3 and 4 calls.
+    """
 
     order: int
     stochastic: bool = False
+    at_least: bool = False
+    coarse: int = 168
 
 
 SOLVERS: dict[str, SolverCase] = {
     "auto": SolverCase(2),
     "ddim": SolverCase(1),
     "ddpm": SolverCase(1, stochastic=True),
+    "deis": SolverCase(3),
+    "deis_logrho": SolverCase(3, coarse=320),
+    "deis_rho": SolverCase(3, coarse=320),
+    "dpm_2m": SolverCase(2),
+    "dpm_2s": SolverCase(2),
+    "dpm_3m": SolverCase(3, coarse=672),
+    "dpm_3s": SolverCase(3),
+    "dpm_fast": SolverCase(2, coarse=672),
     "dpmpp": SolverCase(2),
     "dpmpp_1": SolverCase(1),
     "dpmpp_2m": SolverCase(2),
     "dpmpp_2m_taylor": SolverCase(2),
     "dpmpp_2m_sde": SolverCase(2, stochastic=True),
+    "dpmpp_1_sde": SolverCase(1, stochastic=True),
+    "dpmpp_2s": SolverCase(2),
+    "dpmpp_2s_sde": SolverCase(2, stochastic=True),
     "dpmpp_3m": SolverCase(3),
     "dpmpp_3m_official": SolverCase(2),
     "dpmpp_3m_sde": SolverCase(3, stochastic=True),
+    "dualfast": SolverCase(1),
+    "unip_3": SolverCase(2, at_least=True),
+    "unipc": SolverCase(3, at_least=True),
+    "unipc_1": SolverCase(2),
+    "unipc_2": SolverCase(3),
+    "unipc_4": SolverCase(3, at_least=True),
+    "unipc_noise": SolverCase(3, at_least=True),
+    "flow_adams": SolverCase(3),
+    "flow_euler": SolverCase(1),
+    "flow_heun": SolverCase(2, coarse=336),
+    "flow_midpoint": SolverCase(2, coarse=336),
+    "flow_rk4": SolverCase(4, coarse=672),
+    "ipndm": SolverCase(2),
+    "lms": SolverCase(3, coarse=320),
+    "rho_heun": SolverCase(2, coarse=336),
+    "rho_kutta3": SolverCase(3, coarse=504),
+    "rho_midpoint": SolverCase(2, coarse=336),
+    "rho_rk4": SolverCase(4, coarse=672),
+    "sa": SolverCase(3, stochastic=True),
+    "dpmpp_3s": SolverCase(3, coarse=336),
+    "dpmpp_3s_sde": SolverCase(3, stochastic=True),
+    "edm_euler": SolverCase(1),
+    "edm_heun": SolverCase(2),
 }
 
 BETAS = np.linspace(1e-4, 0.02, 1000)

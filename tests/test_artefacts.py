@@ -41,10 +41,13 @@ def forge(path, document, **tensors):
         ('{"kind": NaN}', "no JSON number"),
         ('{"kind": 1e999}', "out of range"),
         ("[]", "not a fewstep file"),
-        ({"kind": "demo"}, "lacks"),
+        ({"kind": "demo"}, "not what fewstep writes"),
+        ({"kind": "demo", "format": 1, "meta": {}, "sha256": "", "more": 1}, "not what fewstep writes"),
+        ('{"kind": "demo", "kind": "demo"}', "given twice"),
         ({"kind": "other", "format": 1, "meta": {}, "sha256": ""}, "holds a 'other'"),
         ({"kind": "demo", "format": 99, "meta": {}, "sha256": ""}, "reads up to 1"),
         ({"kind": "demo", "format": "1", "meta": {}, "sha256": ""}, "format '1'"),
+        ({"kind": "demo", "format": True, "meta": {}, "sha256": ""}, "format True"),
         ({"kind": "demo", "format": 1, "meta": [], "sha256": ""}, "not what fewstep writes"),
         ({"kind": "demo", "format": 1, "meta": {}, "sha256": "0"}, "checksum"),
     ],
@@ -88,3 +91,19 @@ def test_json_values(artefact):
     with pytest.raises(ValueError, match="not JSON compliant"):
         Artefact("demo", {"x": float("nan")}, {}).digest()
     assert issubclass(ArtefactError, FewstepError)
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(ArtefactError, match="not a file"):
+        Artefact.load(tmp_path, kind="demo")
+
+
+def test_nothing_beside_the_header(tmp_path):
+    Artefact("demo", {}, {"x": np.zeros(1)}).save(tmp_path / "a")
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "a", framework="np") as file:
+        metadata = file.metadata()
+    save_file({"x": np.zeros(1)}, tmp_path / "b", metadata={**metadata, "more": "1"})
+    with pytest.raises(ArtefactError, match="did not write it"):
+        Artefact.load(tmp_path / "b", kind="demo")

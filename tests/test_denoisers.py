@@ -128,3 +128,92 @@ def test_calls_are_counted():
 def test_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+# ---- thresholding ------------------------------------------------------------------------------------------------------------------
+
+
+def fixed(values):
+    return fs.Denoiser(lambda x, t: values.to(x.dtype), VP, "data")
+
+
+def test_clipping_and_dynamic_thresholding():
+    d = 3.0 * torch.randn(6, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    clipped = fs.denoisers.Clipped(fixed(d), -1.0, 0.5)(d, 0.5)
+    assert torch.equal(clipped, d.clamp(-1.0, 0.5))
+    assert torch.equal(fs.denoisers.Clipped(fixed(clipped), -1.0, 0.5)(d, 0.5), clipped)  # idempotent
+    for q in (0.0, 0.5, 0.995, 1.0):
+        out = fs.denoisers.DynamicThreshold(fixed(d), q)(d, 0.5)
+        s = np.quantile(d.abs().flatten(1).numpy(), q, axis=1).clip(1.0)[:, None, None, None]
+        np.testing.assert_allclose(out.numpy(), np.clip(d.numpy(), -s, s) / s, rtol=1e-12)
+        assert float(out.abs().max()) <= 1.0
+        again = fs.denoisers.DynamicThreshold(fixed(out), q)(d, 0.5)
+        assert torch.equal(again, out)
+    inside = d / d.abs().max()
+    assert torch.equal(fs.denoisers.DynamicThreshold(fixed(inside))(d, 0.5), inside)  # nothing leaves the range, nothing changes
+    half = fs.denoisers.DynamicThreshold(fixed(d), 0.9, limit=0.5)(d, 0.5)
+    torch.testing.assert_close(half, 0.5 * fs.denoisers.DynamicThreshold(fixed(2.0 * d), 0.9)(d, 0.5))
+    capped = fs.denoisers.DynamicThreshold(fixed(d), 0.9, ceiling=1.0)(d, 0.5)
+    assert torch.equal(capped, d.clamp(-1.0, 1.0))
+
+
+def test_dynamic_thresholding_is_per_sample_and_takes_every_size_and_precision(monkeypatch):
+    d = 3.0 * torch.randn(6, 500, generator=torch.Generator().manual_seed(0))
+    whole = fs.denoisers.DynamicThreshold(fixed(d))(d, 0.5)
+    assert torch.equal(fs.denoisers.DynamicThreshold(fixed(d[2:3]))(d[2:3], 0.5), whole[2:3])
+    for dtype in (torch.bfloat16, torch.float16):
+        half = fs.denoisers.DynamicThreshold(fixed(d))(d.to(dtype), 0.5)
+        assert half.dtype is dtype
+        # the precision of bfloat16, once for the input and once for the result
+        torch.testing.assert_close(half.float(), whole, rtol=0.02, atol=0.02)
+    for q in (0.0, 0.3, 0.995, 1.0):
+        expected = fs.denoisers.DynamicThreshold(fixed(d), q)(d, 0.5)
+        with monkeypatch.context() as patch:  # the way for more elements than torch.quantile takes
+            patch.setattr(fs.denoisers, "LARGEST_QUANTILE", 10)
+            torch.testing.assert_close(fs.denoisers.DynamicThreshold(fixed(d), q)(d, 0.5), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # their own
+def test_dynamic_thresholding_as_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    d = 2.0 * torch.randn(5, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for ceiling in (1.0, 2.5):
+        theirs = diffusers.DPMSolverMultistepScheduler(sample_max_value=ceiling)._threshold_sample(d)
+        ours = fs.denoisers.DynamicThreshold(fixed(d), ceiling=ceiling)(d, 0.5)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_limited_denoiser_is_a_denoiser():
+    """It has the schedule and the counter of the one inside, runs plans, guidance and the reference, and can be copied."""
+    import copy
+
+    inner = fs.Denoiser(lambda x, t: 3.0 * torch.tanh(x), VP, "data", info=fs.ModelInfo(name="inner"))
+    limited = fs.denoisers.Clipped(inner)
+    run = fs.sample(
+        limited, torch.randn(4, 2, generator=torch.Generator().manual_seed(0)), fs.make_plan("dpmpp_2m", VP, 6, final="zero")
+    )
+    assert limited.calls == inner.calls == 6
+    assert float(run.abs().max()) <= 1.0 + 1e-6
+    assert limited.schedule is VP
+    assert limited.info.name == "inner"
+    assert copy.deepcopy(limited).high == 1.0
+    assert not hasattr(limited, "jumps")
+    with pytest.raises(fs.FewstepError):
+        fs.sample(limited, torch.ones(1, 2), fs.make_plan("ddim", fs.schedules.EDM(), 2))
+    x = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    fs.denoisers.DynamicThreshold(inner)(x, 0.5).sum().backward()
+    assert bool(torch.isfinite(x.grad).all())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: fs.denoisers.Clipped(3), TypeError, "callable"),
+        (lambda: fs.denoisers.Clipped(fixed(torch.ones(1, 1)), 1.0, -1.0), ValueError, "low must be less than high"),
+        (lambda: fs.denoisers.DynamicThreshold(fixed(torch.ones(1, 1)), 1.5), ValueError, r"\[0, 1\]"),
+        (lambda: fs.denoisers.DynamicThreshold(fixed(torch.ones(1, 1)), ceiling=0.5), ValueError, "ceiling at least that"),
+    ],
+)
+def test_refused_limits(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -9,7 +9,18 @@ from cases import SCHEDULES
 
 from fewstep import schedules
 from fewstep.errors import GridError, UnknownNameError
-from fewstep.grids import AYS_SIGMAS, FINITE_LAM, Karras, Shifted, check_grid, grid_names, make_grid
+from fewstep.grids import (
+    AYS_SIGMAS,
+    DMN,
+    FINITE_LAM,
+    BetaTime,
+    Karras,
+    Shifted,
+    check_grid,
+    dmn_bound,
+    grid_names,
+    make_grid,
+)
 
 TABLE_GRIDS = {"leading", "linspace", "trailing"}
 CONTINUOUS = sorted(set(grid_names()) - TABLE_GRIDS)
@@ -32,7 +43,7 @@ def test_every_rule_on_every_schedule(grid, name):
         with pytest.raises(GridError, match=r"\[0, 1\]"):
             make_grid(grid, schedule, 5)
         return
-    for nfe in range(1, 51):
+    for nfe in (1, 2, 3, 4, 7, 12, 30, 50) if grid == "dmn" else range(1, 51):  # each of DMN's is an optimisation
         for final in ("t_end", "zero"):
             times = make_grid(grid, schedule, nfe, final=final)
             assert times.shape == (nfe + 1,)
@@ -74,6 +85,90 @@ def test_align_your_steps_tables():
     assert np.abs(times[:10] * 1000 - 1 - published).max() < 1.0
     svd = schedules.EDM(sigma_max=700.0)
     np.testing.assert_allclose(make_grid("ays_svd", svd, 10)[:10], AYS_SIGMAS["svd"], rtol=1e-10)
+
+
+def test_align_your_steps_for_other_numbers_of_calls():
+    """Log-linear interpolation of the authors' eleven values, whose last gives way to 0."""
+    eleven = {"sd15": (*AYS_SIGMAS["sd15"], 0.0291671582), "svd": (*AYS_SIGMAS["svd"], 0.002)}
+    for nfe in (1, 4, 7, 10, 25):
+        places = np.linspace(0.0, 1.0, nfe + 1)
+        for table, sigmas in eleven.items():
+            schedule = SCHEDULES["stable_diffusion"] if table == "sd15" else schedules.EDM(sigma_max=700.0, sigma_min=0.002)
+            expected = np.exp(np.interp(places, np.linspace(0.0, 1.0, 11), np.log(sigmas)))[:-1]
+            times = make_grid(f"ays_{table}", schedule, nfe, final="zero")
+            np.testing.assert_allclose(np.exp(-schedule.lam(times[:-1])), expected, rtol=2e-3)  # tables have 3 digits
+    part = make_grid("ays_sd15", SCHEDULES["stable_diffusion"], 6, start=0.5)
+    assert part[0] == 0.5
+
+
+def test_align_your_steps_tables_are_those_of_diffusers():
+    utils = pytest.importorskip("diffusers.schedulers.scheduling_utils")
+    for table, name in (("sd15", ""), ("sdxl", "XL"), ("svd", "Video")):
+        assert list(AYS_SIGMAS[table]) == utils.AysSchedules[f"StableDiffusion{name}Sigmas"][:-1]
+    sdxl = make_grid("ays_sdxl", SCHEDULES["stable_diffusion"], 10)[:10] * 1000 - 1
+    assert np.abs(sdxl - utils.AysSchedules["StableDiffusionXLTimesteps"]).max() < 1.0
+
+
+def test_beta_grids():
+    from scipy.special import betainc
+
+    times = make_grid("beta_time", schedules.Flow(t_end=0.0), 8)
+    np.testing.assert_allclose(betainc(0.6, 0.6, times), 1.0 - np.arange(9) / 8, atol=1e-12)
+    np.testing.assert_allclose(make_grid(BetaTime(1.0, 1.0), schedules.VPLinear(), 5), make_grid("time", schedules.VPLinear(), 5))
+    edm = make_grid("beta", schedules.EDM(), 8)  # diffusers: the same quantiles between the two sigmas
+    np.testing.assert_allclose(betainc(0.6, 0.6, (edm - 0.002) / (80.0 - 0.002)), 1.0 - np.arange(9) / 8, atol=1e-9)
+
+
+def test_shifts():
+    flow = schedules.Flow(t_end=0.0)
+    shifted = make_grid(Shifted(3.0), flow, 6)
+    np.testing.assert_allclose(
+        shifted, schedules.Flow(shift=3.0).sigma(np.linspace(1.0, 0.0, 7)), rtol=1e-12
+    )  # a shifted schedule's
+    uniform = flow.lam(np.linspace(1.0, 0.0, 7)[1:-1])
+    np.testing.assert_allclose(flow.lam(shifted[1:-1]), uniform - np.log(3.0), rtol=1e-12)  # log k in lambda
+    # diffusers' calculate_shift and its exponential time shift, with Flux's defaults: mu = 0.5 at 256 tokens, 1.15 at 4096
+    for tokens, mu in ((256, 0.5), (1024, 0.63), (4096, 1.15)):
+        t = np.linspace(1.0, 0.0, 5)[:-1]
+        expected = np.exp(mu) / (np.exp(mu) + (1.0 / t - 1.0))
+        np.testing.assert_allclose(make_grid(Shifted.of_tokens(tokens), flow, 4)[:-1], expected, rtol=1e-12)
+
+
+def test_the_bound_of_dmn_is_that_of_the_authors_code():
+    """Values of the objective in the authors' code at grids of VP-linear from 1 to 1e-3, float64; theirs have float32 ends."""
+    vp = schedules.VPLinear()
+    golden = {
+        ("lambda", 5, 3): 231.478595,
+        ("time", 5, 3): 75.965308,
+        ("lambda", 10, 3): 28.6121986,
+        ("time", 10, 3): 25.8643034,
+        ("lambda", 10, 0): 15.9069,  # printed to six digits
+        ("time", 10, 0): 17.4991,
+    }
+    for (grid, nfe, apart), value in golden.items():
+        assert dmn_bound(vp.lam(make_grid(grid, vp, nfe)), DMN(3, 2.0, apart)) == pytest.approx(value, rel=4e-6)
+    # and where their search ends, whatever its start
+    found = make_grid(DMN(3, 2.0, 3), vp, 5)
+    assert dmn_bound(vp.lam(found), DMN(3, 2.0, 3)) == pytest.approx(49.9048192184469, rel=1e-6)
+    np.testing.assert_allclose(found, [1.0, 0.6582, 0.4978, 0.3095, 0.1014, 0.001], atol=1e-4)
+
+
+def test_dmn_finds_a_minimum_and_remembers_it():
+    vp = schedules.VPLinear()
+    # at order 1 and power 1 the bound is the sum of e^h - 1, least where all h are equal
+    np.testing.assert_allclose(make_grid(DMN(1, 1.0), vp, 6), make_grid("lambda", vp, 6), atol=1e-5)
+    for rule in (DMN(), DMN(order=3, power=2.0), DMN(order=1, power=2.0)):
+        best = vp.lam(make_grid(rule, vp, 6))
+        least = dmn_bound(best, rule)
+        for i in range(1, 6):
+            for step in (-1e-3, 1e-3):
+                beside = best.copy()
+                beside[i] += step
+                assert dmn_bound(beside, rule) > least
+        assert all(dmn_bound(vp.lam(make_grid(name, vp, 6)), rule) > least for name in ("lambda", "time", "karras"))
+    assert make_grid("dmn", vp, 6).tolist() == make_grid("dmn", vp, 6).tolist()
+    same_lams = schedules.EDM(sigma_max=float(np.exp(-vp.lam(1.0))), sigma_min=float(np.exp(-vp.lam(1e-3))))
+    np.testing.assert_allclose(same_lams.lam(make_grid("dmn", same_lams, 6)), vp.lam(make_grid("dmn", vp, 6)), atol=1e-6)
 
 
 def test_infinite_ends_keep_their_place_and_the_rest_lies_in_the_finite_range():
@@ -121,6 +216,8 @@ def test_start_in_the_middle():
         (lambda s: make_grid("lambda", s, 5, start=1e-4), "must start noisier"),
         (lambda s: make_grid(lambda *_: np.ones(3), s, 5), "returned shape"),
         (lambda s: make_grid("leading", SCHEDULES["betas"], 2000), "ask for fewer calls"),
+        (lambda s: make_grid(DMN(order=4), s, 5), "order 1, 2 or 3"),
+        (lambda s: make_grid(DMN(power=-1.0), s, 5), "at least 0"),
         (lambda s: check_grid([2.0, 1.0, -1.0], schedules.EDM()), "not a time"),
     ],
 )

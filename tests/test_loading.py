@@ -35,7 +35,7 @@ def test_both_models_are_there_and_small():
 def test_shipped_models_load_from_any_folder_and_pass_their_check(name, tmp_path):
     shutil.copytree(SHIPPED / name, tmp_path / "mine")
     den, batch = fs.load(tmp_path / "mine"), shipped_data(name)
-    report = fs.check(den, batch.pop("x"), cond=batch)
+    report = fs.check(den, batch.pop("x"), cond=batch, most=8)
     assert report.ok, report
     assert report.score < -0.5
     assert den.calls == 0
@@ -71,9 +71,9 @@ def test_check_finds_a_wrong_prediction(truth):
     den, batch = fs.load("digits"), shipped_data("digits")
     x = batch.pop("x")
     network = as_kind(den, truth)
-    assert fs.check(fs.Denoiser(network, VP, truth), x, cond=batch).ok
+    assert fs.check(fs.Denoiser(network, VP, truth), x, cond=batch, most=8).ok
     for claimed in {"noise", "data", "velocity", "flow"} - {truth}:
-        report = fs.check(fs.Denoiser(network, VP, claimed), x, cond=batch)
+        report = fs.check(fs.Denoiser(network, VP, claimed), x, cond=batch, most=8)
         assert not report.ok
         assert report.best["predicts"] == truth
         assert f"predicts '{truth}', not '{claimed}'" in report.message
@@ -86,24 +86,70 @@ def test_check_finds_a_wrong_time_range_or_sign():
     def thousand(x, time, **cond):
         return den.network(x, time / 1000, **cond)
 
-    report = fs.check(fs.Denoiser(thousand, VP, den.predicts), x, cond=batch)
+    report = fs.check(fs.Denoiser(thousand, VP, den.predicts), x, cond=batch, most=8)
     assert report.best["time"] == "1000 t"
     assert "its time is 1000 t" in str(report)
-    report = fs.check(den, 0.5 * (x + 1), cond=batch)
+    report = fs.check(den, 0.5 * (x + 1), cond=batch, most=8)
     assert not report.ok
     assert report.best["data"] == "2 x - 1"
-    report = fs.check(fs.Denoiser(lambda x, t, **c: -den.network(x, t, **c), VP, den.predicts), x, cond=batch)
+    report = fs.check(fs.Denoiser(lambda x, t, **c: -den.network(x, t, **c), VP, den.predicts), x, cond=batch, most=8)
     assert report.best["predicts"] == "minus velocity"
 
 
 def test_check_says_when_nothing_fits():
-    report = fs.check(fs.Denoiser(lambda x, t: 7.0 * torch.cos(40.0 * x), VP, "data"), shipped_data("digits")["x"])
+    report = fs.check(fs.Denoiser(lambda x, t: 7.0 * torch.cos(40.0 * x), VP, "data"), shipped_data("digits")["x"], most=8)
     assert not report.ok
     assert "no reading" in report.message or "most likely" in report.message
     with pytest.raises(TypeError, match="raw network"):
         fs.check(lambda x, t: x, torch.zeros(2, 2))
     with pytest.raises(ValueError, match="finite"):
         fs.check(fs.Denoiser(lambda x, t: x, VP), torch.full((2, 2), float("nan")))
+
+
+def exact_noise(exact):
+    """The exact noise prediction, as a network of the schedule's own time."""
+
+    def network(x, t):
+        at = float(t[0])
+        alpha, sigma = float(exact.schedule.alpha(at)), float(exact.schedule.sigma(at))
+        return (x - alpha * exact(x, at)) / sigma
+
+    return network
+
+
+def test_check_looks_at_every_level():
+    """Under EDM a noise predictor read as velocity loses at the middle levels alone."""
+    means = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)) * 0.6
+    exact = fs.exact.GaussianMixture(fs.schedules.EDM(), means, 0.05)
+    report = fs.check(fs.Denoiser(exact_noise(exact), exact.schedule, "velocity"), exact.draw(32, seed=0))
+    assert not report.ok
+    assert report.best["predicts"] == "noise"
+
+
+def test_check_names_nothing_where_nothing_works():
+    data = fs.exact.Gaussian(VP, torch.zeros(8), 0.2).draw(32, seed=0)
+    for predicts in ("noise", "velocity", "flow"):
+        report = fs.check(fs.Denoiser(lambda x, t: 0.0 * x, VP, predicts), data)
+        assert not report.ok
+        assert "untrained" in report.message
+
+
+def test_check_finds_the_time_of_another_schedule():
+    exact = fs.exact.GaussianMixture(VP, torch.randn(5, 16, generator=torch.Generator().manual_seed(0)) * 0.6, 0.05)
+    report = fs.check(fs.Denoiser(exact_noise(exact), fs.schedules.VPCosine(), "noise"), exact.draw(32, seed=0))
+    assert not report.ok
+    assert report.best["schedule"] == "VPLinear()"
+    assert "its schedule is VPLinear()" in report.message
+
+
+def test_check_survives_networks_that_refuse_times():
+    exact = fs.exact.GaussianMixture(VP, torch.tensor([[1.0, 0.0], [-1.0, 0.5]]), 0.05)
+
+    def picky(x, t):
+        assert float(t.max()) <= 1.0
+        return exact_noise(exact)(x, t)
+
+    assert fs.check(fs.Denoiser(picky, VP, "noise"), exact.draw(32, seed=0)).ok
 
 
 def test_any_module_or_callable():

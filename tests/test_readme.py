@@ -13,7 +13,8 @@ spec = importlib.util.spec_from_file_location("readme_table", ROOT / "tools" / "
 readme_table = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(readme_table)
 
-README = f"before\n{readme_table.START}\nold\n{readme_table.END}\nafter\n"
+START, END = "<!-- results:start -->", "<!-- results:end -->"
+README = f"before\n{START}\nold\n{END}\nafter\n"
 RESULT = {
     "command": "make bench",
     "machine": "2 cores",
@@ -34,14 +35,22 @@ def test_readme_is_up_to_date():
 
 
 def test_tables():
-    text = readme_table.replace(README, [RESULT])
+    text = readme_table.replace(README, {"solvers": RESULT, "other": {"seed": 0}})
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
     assert "| `ddim` | `time` | **0.5** | 0.25 |" in text
     assert "| `dpmpp_2m` | `time` | – | **0.0123** |" in text
     assert "**mixture**" in text
-    assert readme_table.replace(text, [RESULT]) == text
+    assert readme_table.replace(text, {"solvers": RESULT}) == text
+
+
+def test_some_solvers_and_some_calls():
+    page = README.replace("start", "start solvers=dpmpp_2m")
+    text = readme_table.replace(page, {"solvers": {**RESULT, "shown": [8]}})
+    assert "dpmpp_2m` | `time` | **0.0123** |" in text
+    assert "`ddim`" not in text
+    assert "4 calls" not in text
 
 
 def test_write_then_check(tmp_path, capsys):
@@ -55,10 +64,10 @@ def test_write_then_check(tmp_path, capsys):
     assert readme_table.main(["--check", *root]) == 0
 
 
-@pytest.mark.parametrize("readme", ["none", readme_table.END + readme_table.START, README + readme_table.START])
-def test_markers_must_be_there_once(readme):
-    with pytest.raises(ValueError, match="needs one"):
-        readme_table.replace(readme, [RESULT])
+@pytest.mark.parametrize("page", [END + START, README + START, START + END.replace("results", "models")])
+def test_every_start_has_its_end(page):
+    with pytest.raises(ValueError, match="needs its end"):
+        readme_table.replace(page, {"solvers": RESULT})
 
 
 def test_python_in_the_pages_parses():

@@ -189,3 +189,36 @@ def test_refused(call, error, message):
 def test_progress_bar_goes_to_standard_error(capsys):
     fs.sample(each, torch.ones(1, 2), fs.make_plan("ddim", VP, 3), progress=True)
     assert "sampling" in capsys.readouterr().err
+
+
+def test_an_output_written_over_the_last_one_is_refused():
+    schedule = fs.schedules.EDM()
+    buffer = torch.zeros(2, 3)
+
+    def network(x, t):
+        return torch.mul(x, 0.5, out=buffer)
+
+    with pytest.raises(NetworkError, match="call 2 wrote its output over"):
+        fs.sample(fs.Denoiser(network, schedule, "data"), torch.ones(2, 3), fs.make_plan("dpmpp_2m", schedule, 4))
+    same = torch.ones(2, 3)
+    fs.sample(fs.Denoiser(lambda x, t: same, schedule, "data"), torch.ones(2, 3), fs.make_plan("dpmpp_2m", schedule, 4))
+
+
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        ({"prediction": lambda i, t, d: d[:, :1]}, "'prediction' returned shape"),
+        ({"state": lambda i, t, x: x[:1]}, "'state' returned shape"),
+        ({"resample": lambda i, x: torch.tensor([0])}, "'resample' returned shape"),
+    ],
+)
+def test_hooks_keep_the_shape(hook, message):
+    schedule = fs.schedules.EDM()
+    den = fs.Denoiser(lambda x, t: 0.5 * x, schedule, "data")
+    with pytest.raises(PlanError, match=message):
+        fs.sample(den, torch.ones(2, 3), fs.make_plan("ddim", schedule, 3), hooks=fs.Hooks(**hook))
+
+
+def test_a_denoiser_that_returns_no_tensor_is_named():
+    with pytest.raises(NetworkError, match=r"call 1 of 3.*returned NoneType"):
+        fs.sample(lambda x, t: None, torch.ones(2, 3), fs.make_plan("ddim", fs.schedules.EDM(), 3))

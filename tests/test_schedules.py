@@ -96,7 +96,10 @@ def test_same_noise_ignores_the_ends_only():
         (lambda: schedules.VPLinear(t_start=0.1, t_end=0.5), "noisier"),
         (lambda: schedules.EDM(sigma_min=80.0, sigma_max=0.002), "noisier"),
         (lambda: schedules.Flow(shift=0.0), "positive shift"),
-        (lambda: schedules.Flow(t_start=math.nan), "noisier"),
+        (lambda: schedules.Flow(t_start=math.nan), "from 0 to 1, got t_start=nan"),
+        (lambda: schedules.VPLinear(t_start=-1.0), "from 0 to 1, got t_start=-1"),
+        (lambda: schedules.VPCosine(t_end=-0.1), "got t_end=-0.1"),
+        (lambda: schedules.EDM(sigma_max=math.inf), "got t_start=inf"),
         (lambda: schedules.FromBetas([0.1, -0.1]), "numbers in"),
         (lambda: schedules.FromAlphasCumprod([0.5, 0.9]), "strictly decrease"),
         (lambda: schedules.FromAlphasCumprod([0.5]), "at least 2"),
@@ -111,3 +114,24 @@ def test_refused(make, message):
 def test_unknown_kind_names_the_nearest():
     with pytest.raises(UnknownNameError, match="VPLinear"):
         schedules.from_config({"kind": "vplinear"})
+
+
+def test_no_time_has_alpha_zero_under_vp_linear():
+    assert schedules.VPLinear().t_of_lam(-math.inf) == math.inf
+
+
+def test_tensors_of_any_precision_are_times():
+    import torch
+
+    schedule = schedules.VPLinear()
+    assert schedule.alpha(torch.tensor([0.5], dtype=torch.bfloat16, requires_grad=True)) == schedule.alpha([0.5])
+
+
+def test_a_table_of_betas_and_of_their_products_are_the_same_noise():
+    betas = np.linspace(1e-4, 0.02, 50)
+    first, second = schedules.FromBetas(betas.tolist()), schedules.FromAlphasCumprod(np.cumprod(1 - betas).tolist())
+    assert first.same_noise(second)
+    assert second.same_noise(first)
+    assert not first.same_noise(schedules.FromBetas(betas[:-1].tolist()))
+    assert not first.same_noise(schedules.VPLinear())
+    assert not schedules.VPLinear().same_noise(first)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -60,17 +61,19 @@ def test_every_name_has_its_row():
 @pytest.mark.parametrize("schedule", FINITE.values(), ids=FINITE)
 def test_orders(schedule):
     denoiser, x = mixture(schedule), noise(schedule)
-    exact, tested, coarse = exact_solution(denoiser, x), 0, 160
+    exact, tested = exact_solution(denoiser, x), 0
     for name, case in SOLVERS.items():
         if case.stochastic:
             continue
         # uniform sigma takes EDM's steps where nothing happens: its asymptotic range begins late, so Karras stands in there
         for grid in ("lambda", "karras" if type(schedule).__name__ == "EDM" else "time"):
-            plans = [fs.make_plan(name, schedule, n, grid=grid) for n in (coarse, 2 * coarse)]
+            plans = [fs.make_plan(name, schedule, n, grid=grid) for n in (case.coarse, 2 * case.coarse)]
             errors = [float((fs.sample(denoiser, x, plan) - exact).square().mean().sqrt()) for plan in plans]
-            assert math.log2(errors[0] / errors[1]) == pytest.approx(case.order, abs=0.15), (name, grid)
+            observed = math.log2(errors[0] / errors[1])
+            assert observed > case.order - 0.15, (name, grid)
+            assert case.at_least or observed < case.order + 0.15, (name, grid)
             tested += 1
-    assert tested == 16
+    assert tested == 2 * sum(not case.stochastic for case in SOLVERS.values())
 
 
 @pytest.mark.parametrize("schedule", FINITE.values(), ids=FINITE)
@@ -96,7 +99,7 @@ def test_orders_of_the_drift_of_stochastic_solvers(schedule):
             errors.append(float((run - (decay * x + shift)).abs().max()))
         assert math.log2(errors[0] / errors[1]) == pytest.approx(case.order, abs=0.15), name
         tested += 1
-    assert tested == 3
+    assert tested == sum(case.stochastic for case in SOLVERS.values())
 
 
 # RMS end-point errors of independent implementations (the authors' formulas, fixed-step RK4 reference) on a two-dimensional isotropic
@@ -212,7 +215,8 @@ def test_every_number_of_calls_grid_and_end(name):
                         plan = fs.make_plan(solver, schedule, nfe, grid=grid, final=final)
                         assert plan.nfe == nfe
                         assert all(any(abs(w) > 0 for w in row.weights) for row in plan.rows)
-                        assert len(set(plan.tau.tolist())) == nfe
+                        # no null steps: a time comes back only as the second call of a step and the first of the next
+                        assert Counter(plan.tau.tolist()).most_common(1)[0][1] <= min(2, fs.solvers.make_solver(solver).stages)
                     tested += 1
     assert tested >= 10 * len(SOLVERS) * 2
 
@@ -244,7 +248,7 @@ def test_one_call_per_step_and_lowered_last_steps():
     [
         (lambda: fs.solvers.DDIM(eta=1.5), r"\[0, 1\]"),
         (lambda: fs.solvers.DPMSolverPP(order=4), "orders 1, 2 and 3"),
-        (lambda: fs.solvers.DPMSolverPP(eta=-1.0), "at least 0"),
+        (lambda: fs.solvers.DPMSolverPP(eta=-1.0), r"\[0, 10\]"),
         (lambda: fs.solvers.DPMSolverPP(variant="mid"), "Did you mean 'midpoint'"),
         (lambda: fs.solvers.DPMSolverPP(compat="published"), "official"),
         (lambda: fs.make_plan("dpmp_2m", fs.schedules.EDM(), 3), "Did you mean 'dpmpp_2m'"),
@@ -253,3 +257,9 @@ def test_one_call_per_step_and_lowered_last_steps():
 def test_refused(make, message):
     with pytest.raises((ValueError, UnknownNameError), match=message):
         make()
+
+
+def test_a_little_noise_is_possible():
+    for eta in (1e-9, 1e-3):
+        assert fs.solvers.DDIM(eta=eta).plan(fs.schedules.EDM(), 20).stochastic
+        assert fs.solvers.DPMSolverPP(eta=eta).plan(fs.schedules.EDM(), 20).stochastic

@@ -37,7 +37,7 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("0", ("errors", "numerics", "version")),
     ("1", ("artefacts", "schedules", "predictions")),
     ("2", ("denoisers", "exact", "grids", "guidance", "models")),
-    ("3", ("plan", "solver")),
+    ("3", ("multistep", "plan", "recipes", "solver", "statistics")),
     ("4", ("solvers", "discrete")),
     ("5", ("noise", "sampler", "integrate", "likelihood", "restoration")),
     ("5b", ("diffusers", "loading")),
@@ -50,6 +50,8 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
 SAME_ROW = {
     ("exact", "denoisers"),
     ("guidance", "denoisers"),
+    ("multistep", "plan"),
+    ("multistep", "solver"),
     ("solver", "plan"),
     ("sampler", "noise"),
     ("likelihood", "integrate"),

@@ -1,9 +1,21 @@
-"""The results table of the README, made from `benchmarks/results/*.json`: `python tools/readme_table.py`.
+"""The tables of results in the README and in `docs/`, made from `benchmarks/results/*.json`: `python tools/readme_table.py`.
 
-`--check` changes nothing and exits with status 1 if the README is not up to date. Every file has the shape
+`--check` changes nothing and exits with status 1 if a page is not up to date. A page says where a table goes and what is in it:
+
+    <!-- results:start -->                              every file that has rows
+    <!-- results:end -->
+
+    <!-- results:start solvers=ddim,ddpm -->            of them, these solvers
+    <!-- results:end -->
+
+    <!-- models:start -->                               the models that come along, from models.json
+    <!-- models:end -->
+
+A file with rows has the shape
 
     {"command": "python benchmarks/solvers.py", "machine": "2 CPU cores", "seed": 0,
      "title": "Root mean square distance to the reference",          (optional: what the error is)
+     "shown": [5, 10, 20],                                           (optional: which numbers of calls; all otherwise)
      "rows": [{"model": "digits", "solver": "ddim", "grid": "time", "nfe": 8, "error": 0.0123}, ...]}
 
 One table a model; a line for every solver with its grid, a column for every number of calls, the least error of a column in bold.
@@ -16,47 +28,101 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["main", "render", "replace"]
+__all__ = ["main", "models_table", "render", "replace"]
 
 ROOT = Path(__file__).parents[1]
-START, END = "<!-- results:start -->", "<!-- results:end -->"
+MARK = re.compile(r"<!-- (results|models):(start(?: solvers=([^ ]+))?|end) -->")
 NOTHING = "*No results yet: `make bench` measures them.*"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Bring the README up to date, or check it.
+    """Bring the pages up to date, or check them.
 
     Returns:
         the exit status.
     """
-    parser = argparse.ArgumentParser(description="Write the results table of the README.")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if the README is not up to date")
+    parser = argparse.ArgumentParser(description="Write the tables of results in the README and the documentation.")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a page is not up to date")
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout")
     options = parser.parse_args(arguments)
-    readme = options.root / "README.md"
-    old = readme.read_text(encoding="utf-8")
     files = sorted((options.root / "benchmarks" / "results").glob("*.json"))
-    new = replace(old, [json.loads(file.read_text(encoding="utf-8")) for file in files])
-    if new == old:
-        return 0
-    if options.check:
-        print("README.md is not up to date with benchmarks/results. Run: python tools/readme_table.py")
-        return 1
-    readme.write_text(new, encoding="utf-8")
-    return 0
+    results = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    stale = 0
+    for page in [options.root / "README.md", *sorted((options.root / "docs").rglob("*.md"))]:
+        old = page.read_text(encoding="utf-8")
+        try:
+            new = replace(old, results)
+        except ValueError as error:
+            raise ValueError(f"{page.name}: {error}") from None
+        if new == old:
+            continue
+        stale += 1
+        if options.check:
+            print(f"{page.relative_to(options.root)} is not up to date with benchmarks/results. Run: python tools/readme_table.py")
+        else:
+            page.write_text(new, encoding="utf-8")
+    return int(options.check and stale > 0)
 
 
-def replace(readme: str, results: Iterable[Mapping[str, Any]]) -> str:
-    """The README with its tables made anew."""
-    parts = re.split(f"({re.escape(START)}|{re.escape(END)})", readme)
-    if [part for part in parts if part in (START, END)] != [START, END]:
-        raise ValueError(f"README.md needs one {START} and, after it, one {END}.")
-    tables = "\n\n".join(render(result) for result in results if result["rows"])
-    return f"{parts[0]}{START}\n{tables or NOTHING}\n{END}{parts[4]}"
+def replace(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page with its tables made anew.
+
+    Args:
+        page: Markdown.
+        results: name of the file -> its content.
+
+    Raises:
+        ValueError: where a start has no end, or an end no start.
+    """
+    marks = list(MARK.finditer(page))
+    kinds = [(mark[1], mark[2].startswith("start")) for mark in marks]
+    if len(kinds) % 2 or any(kinds[i] != (kinds[i + 1][0], True) or kinds[i + 1][1] for i in range(0, len(kinds), 2)):
+        raise ValueError("every results:start and models:start needs its end after it.")
+    parts, place = [], 0
+    for start, end in zip(marks[::2], marks[1::2], strict=True):
+        text = models_table(results.get("models")) if start[1] == "models" else _tables(results, start[3])
+        parts.append(f"{page[place : start.end()]}\n{text}\n")
+        place = end.start()
+    return "".join(parts) + page[place:]
+
+
+def _tables(results: Mapping[str, Mapping[str, Any]], solvers: str | None) -> str:
+    tables = []
+    for result in results.values():
+        rows = [row for row in result.get("rows", ()) if _wanted(row, solvers, result.get("shown"))]
+        if rows:
+            tables.append(render({**result, "rows": rows}))
+    return "\n\n".join(tables) or NOTHING
+
+
+def _wanted(row: Mapping[str, Any], solvers: str | None, shown: list[int] | None) -> bool:
+    chosen = solvers is None or row["solver"].replace(" ", "_") in solvers.split(",")
+    return chosen and (shown is None or row["nfe"] in shown)
+
+
+def models_table(result: Mapping[str, Any] | None) -> str:
+    """The models that come along: size, what they predict, and what judges them."""
+    if result is None:
+        return NOTHING
+    lines = [
+        "| name | parameters | predicts | schedule | steps of training | judged by |",
+        "| --- | ---: | --- | --- | ---: | --- |",
+    ]
+    for name, entry in result.items():
+        if not (isinstance(entry, Mapping) and "model" in entry):
+            continue
+        model = entry["model"]
+        bars = "; ".join(
+            f"{key.replace('_', ' ')} {bar['value']:.3g} ({bar['is']} {bar['bound']:g})" for key, bar in entry["bars"].items()
+        )
+        kind = model["schedule"]["kind"]
+        steps = model["training"]["steps"]
+        lines.append(f"| `{name}` | {model['parameters']:,} | {model['predicts']} | {kind} | {steps:,} | {bars} |")
+    return "\n".join([*lines, "", f"Measured by `{result['command']}`, seed {result['seed']}."])
 
 
 def render(result: Mapping[str, Any]) -> str:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from fewstep.version import __version__
 
 if TYPE_CHECKING:
-    from fewstep import evaluate, exact, grids, guidance, schedules, solvers, train
+    from fewstep import denoisers, evaluate, exact, grids, guidance, schedules, solvers, train
     from fewstep.denoisers import Denoiser, ModelInfo
     from fewstep.errors import FewstepError
-    from fewstep.integrate import invert, reference
+    from fewstep.integrate import adaptive, invert, reference
     from fewstep.loading import check, load
-    from fewstep.noise import draw_noise
+    from fewstep.noise import add_noise, draw_noise
     from fewstep.plan import Plan
     from fewstep.sampler import Hooks, sample
     from fewstep.solvers import make_plan, solver_names
@@ -29,7 +29,10 @@ __all__ = [
     "ModelInfo",
     "Plan",
     "__version__",
+    "adaptive",
+    "add_noise",
     "check",
+    "denoisers",
     "draw_noise",
     "evaluate",
     "exact",
@@ -53,6 +56,8 @@ HOMES = {
     "Hooks": "sampler",
     "ModelInfo": "denoisers",
     "Plan": "plan",
+    "add_noise": "noise",
+    "adaptive": "integrate",
     "check": "loading",
     "draw_noise": "noise",
     "fit": "train.trainer",

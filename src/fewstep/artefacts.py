@@ -82,13 +82,12 @@ class Artefact:
             FileNotFoundError: if there is none.
         """
         document, tensors = _read(path)
-        try:
-            found, version, meta, checksum = (document[key] for key in ("kind", "format", "meta", "sha256"))
-        except (KeyError, TypeError) as error:
-            raise ArtefactError(f"{path} is not a fewstep file: its header lacks {error}.") from error
+        if not isinstance(document, dict) or document.keys() != {"kind", "format", "meta", "sha256"}:
+            raise ArtefactError(f"{path} is not a fewstep file: its header is not what fewstep writes.")
+        found, version, meta, checksum = (document[key] for key in ("kind", "format", "meta", "sha256"))
         if found != kind:
             raise ArtefactError(f"{path} holds a {found!r} artefact, not {kind!r}.")
-        if not isinstance(version, int) or version > FORMAT:
+        if type(version) is not int or version > FORMAT:
             raise ArtefactError(f"{path} has format {version!r}; this fewstep reads up to {FORMAT}. Upgrade fewstep.")
         if not isinstance(meta, dict) or version != FORMAT:
             raise ArtefactError(f"{path} is damaged: its header is not what fewstep writes.")
@@ -128,6 +127,13 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ: of two equal ones a reader may take either."""
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("a key is given twice")
+    return dict(pairs)
+
+
 def _number(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
@@ -138,14 +144,17 @@ def _number(text: str) -> float:
 def _read(path: str | os.PathLike[str]) -> tuple[Any, dict[str, np.ndarray]]:
     from safetensors import SafetensorError, safe_open
 
+    if Path(path).exists() and not Path(path).is_file():
+        raise ArtefactError(f"{path} is not a file.")
     try:
         with safe_open(path, framework="np") as file:
-            text = (file.metadata() or {}).get(HEADER)
-            if text is None:
+            header = file.metadata() or {}
+            text = header.get(HEADER)
+            if text is None or len(header) > 1:
                 raise ArtefactError(f"{path} is a safetensors file, but fewstep did not write it.")
             if len(text) > LARGEST_DOCUMENT:
                 raise ArtefactError(f"{path} has a header of {len(text)} characters; fewstep writes none above {LARGEST_DOCUMENT}.")
-            document = json.loads(text, parse_constant=_refuse_constant, parse_float=_number)
+            document = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant, parse_float=_number)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError:
         raise

@@ -2,10 +2,16 @@ r"""A denoiser is a function ``D(x, t, **cond)`` that predicts the clean data $x
 
 `Denoiser` wraps a network together with its noise schedule and with what it predicts. Everything that is particular to one network ends
 here: its time convention, its precision, its kind of prediction. Solvers, plans and the loop see data predictions only.
+
+`Clipped` and `DynamicThreshold` take a denoiser and return one whose prediction stays in the range of the data: static and dynamic
+thresholding ("Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding", Imagen, arXiv 2205.11487, section 2.3). For
+models of pixels; latents have no range.
 """
 
 from __future__ import annotations
 
+import abc
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,10 +24,12 @@ from fewstep.errors import NetworkError
 from fewstep.predictions import check_prediction, data_coefficients
 from fewstep.schedules import NoiseSchedule
 
-__all__ = ["Denoiser", "ModelInfo"]
+__all__ = ["Clipped", "Denoiser", "DynamicThreshold", "ModelInfo"]
 
 REMEMBERED_TIMES = 4096
 """How many times a denoiser remembers the coefficients of, so that a loop computes none."""
+LARGEST_QUANTILE = 2**24
+"""`torch.quantile` refuses more elements than this."""
 
 Time = float | Tensor | np.ndarray
 
@@ -181,3 +189,110 @@ def _parameter_dtype(network: object) -> torch.dtype | None:
             if parameter.is_floating_point():
                 return parameter.dtype
     return None
+
+
+# ---- thresholding ------------------------------------------------------------------------------------------------------------------
+
+
+class _Limited(abc.ABC):
+    """A denoiser around another, the prediction of which it limits. Everything else is the other's."""
+
+    def __init__(self, denoiser: Callable[..., Tensor]):
+        if not callable(denoiser):
+            raise TypeError(f"denoiser must be callable as denoiser(x, t, **cond), got {type(denoiser).__name__}.")
+        self.denoiser = denoiser
+
+    def __call__(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        return self._limit(self.denoiser(x, t, **cond))
+
+    def __getattr__(self, name: str) -> Any:
+        """The schedule, calls, jumps, guidance and info of the denoiser."""
+        if name.startswith("_") or name == "denoiser":  # what copies and pickles ask before there is a denoiser
+            raise AttributeError(name)
+        return getattr(self.denoiser, name)
+
+    @abc.abstractmethod
+    def _limit(self, d: Tensor) -> Tensor:
+        """The limited data prediction, ``"batch *shape"``."""
+
+
+class Clipped(_Limited):
+    """Static thresholding: the data prediction clipped to the range of the data.
+
+    Args:
+        denoiser: ``D(x, t, **cond)``.
+        low, high: the range.
+
+    Raises:
+        ValueError: if low is not less than high.
+
+    Example:
+        >>> from fewstep.schedules import EDM
+        >>> denoiser = Clipped(Denoiser(lambda x, time: 2.0 * x, EDM(), predicts="data"))
+        >>> denoiser(torch.tensor([[0.25, 3.0]]), 1.0).tolist(), denoiser.schedule.t_start
+        ([[0.5, 1.0]], 80.0)
+    """
+
+    def __init__(self, denoiser: Callable[..., Tensor], low: float = -1.0, high: float = 1.0):
+        super().__init__(denoiser)
+        if not low < high:
+            raise ValueError(f"low must be less than high, got {low:g} and {high:g}.")
+        self.low, self.high = float(low), float(high)
+
+    def __repr__(self) -> str:
+        return f"Clipped({self.denoiser!r}, {self.low:g}, {self.high:g})"
+
+    def _limit(self, d: Tensor) -> Tensor:
+        return d.clamp(self.low, self.high)
+
+
+class DynamicThreshold(_Limited):
+    """Dynamic thresholding: of every sample, s is a quantile of the absolute values of its data prediction, at least `limit`; the
+    prediction is clipped to [-s, s] and scaled to [-limit, limit].
+
+    Where few values leave the range this is clipping; where many do, as with strong guidance, the sample is scaled instead.
+
+    Args:
+        denoiser: ``D(x, t, **cond)``.
+        quantile: 0.995 is the value of Imagen's readers; the paper names none.
+        limit: data lie in [-limit, limit].
+        ceiling: the largest s, if any; what lies beyond is clipped away. With ``ceiling=limit`` this is `Clipped`, and so is the
+            default of diffusers.
+
+    Raises:
+        ValueError: for a quantile outside [0, 1], or a ceiling below a positive limit.
+
+    Example:
+        >>> from fewstep.schedules import EDM
+        >>> denoiser = DynamicThreshold(Denoiser(lambda x, time: 2.0 * x, EDM(), predicts="data"), quantile=1.0)
+        >>> denoiser(torch.tensor([[0.25, 1.0], [0.25, 0.5]]), 1.0).tolist()
+        [[0.25, 1.0], [0.5, 1.0]]
+    """
+
+    def __init__(self, denoiser: Callable[..., Tensor], quantile: float = 0.995, *, limit: float = 1.0, ceiling: float = math.inf):
+        super().__init__(denoiser)
+        if not 0.0 <= quantile <= 1.0:
+            raise ValueError(f"the quantile must lie in [0, 1], got {quantile:g}.")
+        if not 0.0 < limit <= ceiling:
+            raise ValueError(f"the limit must be positive and the ceiling at least that, got {limit:g} and {ceiling:g}.")
+        self.quantile, self.limit, self.ceiling = float(quantile), float(limit), float(ceiling)
+
+    def __repr__(self) -> str:
+        return f"DynamicThreshold({self.denoiser!r}, {self.quantile:g}, limit={self.limit:g}, ceiling={self.ceiling:g})"
+
+    def _limit(self, d: Tensor) -> Tensor:
+        flat = d.flatten(1)
+        s = _quantile(flat.abs().to(torch.promote_types(d.dtype, torch.float32)), self.quantile)
+        s = s.clamp(self.limit, self.ceiling).to(d.dtype)[:, None]
+        return (torch.maximum(torch.minimum(flat, s), -s) * (self.limit / s)).reshape(d.shape)
+
+
+def _quantile(values: Tensor, q: float) -> Tensor:
+    """The quantile of every row ``"batch n"``, interpolated linearly, whatever the number of elements."""
+    if values.numel() <= LARGEST_QUANTILE:
+        return torch.quantile(values, q, dim=1)
+    place = q * (values.shape[1] - 1)
+    below = math.floor(place)
+    low = values.kthvalue(below + 1, dim=1).values
+    high = values.kthvalue(min(below + 2, values.shape[1]), dim=1).values
+    return torch.lerp(low, high, place - below)

@@ -6,10 +6,11 @@ it finds the ends, applies the rule, puts the exact ends back and checks the res
 Ends. alpha = 0 at the start and sigma = 0 at the end are legal. Rules that need a finite lambda or a finite sigma / alpha work on the
 range of `FINITE_LAM` there: the end itself keeps its exact place, the other nodes lie within the range.
 
-Sources: `Karras` from "Elucidating the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364, eq. 5); `Beta` from "Beta
-Sampling is All You Need" (arXiv 2407.12173); `Lambda` from "DPM-Solver" (arXiv 2206.00927); `Power` from DEIS (arXiv 2204.13902);
-the discrete spacings and the trailing rule from "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv 2305.08891);
-the tables of `AlignYourSteps` from "Align Your Steps" (arXiv 2404.14507).
+Sources: `Karras` from "Elucidating the Design Space of Diffusion-Based Generative Models" (arXiv 2206.00364, eq. 5); `BetaTime` from "Beta
+Sampling is All You Need" (arXiv 2407.12173), `Beta` the variant in libraries; `DMN` from "Accelerating Diffusion Sampling with
+Optimized Time Steps" (arXiv 2402.17376); the shift of `Shifted` as in `Flow`; `Lambda` from "DPM-Solver" (arXiv 2206.00927); `Power`
+from DEIS (arXiv 2204.13902); the discrete spacings and the trailing rule from "Common Diffusion Noise Schedules and Sample Steps are
+Flawed" (arXiv 2305.08891); the tables of `AlignYourSteps` from "Align Your Steps" (arXiv 2404.14507).
 """
 
 from __future__ import annotations
@@ -17,18 +18,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from fewstep.errors import GridError, MissingExtraError, UnknownNameError
+from fewstep.numerics import gauss_legendre
 from fewstep.schedules import EDM, Flow, FromAlphasCumprod, FromBetas, NoiseSchedule, VPCosine
 
 __all__ = [
+    "DMN",
     "FINITE_LAM",
     "AlignYourSteps",
     "Auto",
     "Beta",
+    "BetaTime",
     "GridRule",
     "Karras",
     "Lambda",
@@ -38,6 +44,7 @@ __all__ = [
     "Shifted",
     "Trailing",
     "check_grid",
+    "dmn_bound",
     "grid_names",
     "make_grid",
 ]
@@ -46,6 +53,10 @@ Floats = NDArray[np.float64]
 GridRule = Callable[[NoiseSchedule, int, float, float], Floats]
 """``rule(schedule, nfe, t_start, t_end)`` -> times ``"nfe+1"``, noisiest first, both ends finite in lambda."""
 
+DMN_POINTS = 12
+"""Quadrature points a step in the bound of `DMN`."""
+DMN_SOFT = 1e-3
+"""How far kinks of the bound are rounded off in the search, as a share of its average term."""
 FINITE_LAM = (-5.1, 6.2)
 """Where rules that need finite values stop when an end of the schedule has none: alpha/sigma = 0.006 and sigma/alpha = 0.002."""
 
@@ -103,31 +114,66 @@ class Karras:
 
 @dataclass(frozen=True)
 class Beta:
-    """sigma/alpha at the quantiles of a Beta distribution. Needs SciPy."""
+    """sigma/alpha at the quantiles of a Beta distribution, as diffusers' ``use_beta_sigmas``. Needs SciPy.
+
+    The paper has the quantiles in time: see `BetaTime`.
+    """
 
     a: float = 0.6
     b: float = 0.6
 
     def __call__(self, schedule: NoiseSchedule, nfe: int, t_start: float, t_end: float) -> Floats:
-        try:
-            from scipy.stats import beta
-        except ImportError as error:
-            raise MissingExtraError("scipy", "tune", "the beta grid") from error
         low, high = _finite_lams(schedule, t_start, t_end)
         noisiest, cleanest = math.exp(-low), math.exp(-high)
-        quantiles = beta.ppf(1.0 - np.arange(nfe + 1) / nfe, self.a, self.b)
-        return schedule.t_of_lam(-np.log(cleanest + (noisiest - cleanest) * quantiles))
+        return schedule.t_of_lam(-np.log(cleanest + (noisiest - cleanest) * _beta_quantiles(nfe, self.a, self.b)))
+
+
+@dataclass(frozen=True)
+class BetaTime:
+    """Times at the quantiles of a Beta distribution, which crowds both ends: the paper's "beta sampling". Needs SciPy.
+
+    Args:
+        a, b: of the distribution, 0.6 in the paper; 1 is uniform in time.
+    """
+
+    a: float = 0.6
+    b: float = 0.6
+
+    def __call__(self, schedule: NoiseSchedule, nfe: int, t_start: float, t_end: float) -> Floats:
+        return t_end + (t_start - t_end) * _beta_quantiles(nfe, self.a, self.b)
 
 
 @dataclass(frozen=True)
 class Shifted:
-    """Uniform in time, then shifted towards the noise: t <- k t / (1 + (k - 1) t), for times in [0, 1]."""
+    """Uniform in time, then shifted towards the noise: t <- k t / (1 + (k - 1) t), for times in [0, 1].
+
+    For a `Flow` schedule of shift 1 this is the grid of a model that wants a shift; a schedule with a shift of its own has it already in
+    its alpha and sigma, and wants the grid "time".
+
+    Example:
+        >>> from fewstep.schedules import Flow
+        >>> Shifted.of_tokens(4096).shift.__round__(3)  # Flux at 1024 x 1024
+        3.158
+        >>> make_grid(Shifted(3.0), Flow(t_end=0.0), 4).round(12).tolist()
+        [1.0, 0.9, 0.75, 0.5, 0.0]
+    """
 
     shift: float = 3.0
 
     def __post_init__(self) -> None:
         if not self.shift > 0.0:
             raise GridError(f"the shift of a grid must be positive, got {self.shift:g}.")
+
+    @classmethod
+    def of_tokens(cls, tokens: int, *, low: tuple[int, float] = (256, 0.5), high: tuple[int, float] = (4096, 1.15)) -> Shifted:
+        """The shift of a model whose shift depends on the resolution: log k is linear in the number of tokens.
+
+        Args:
+            tokens: patches of the image (for Flux, a 16th of its height times a 16th of its width).
+            low, high: two pairs of tokens and log k; the defaults are Flux's.
+        """
+        slope = (high[1] - low[1]) / (high[0] - low[0])
+        return cls(math.exp(low[1] + slope * (tokens - low[0])))
 
     def __call__(self, schedule: NoiseSchedule, nfe: int, t_start: float, t_end: float) -> Floats:
         if t_start > 1.0:
@@ -173,18 +219,24 @@ AYS_SIGMAS = {
     "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113),
     "svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034),
 }
-"""Published sigma/alpha of the ten calls; the eleventh node is sigma = 0."""
+"""Published sigma/alpha of the ten calls. The eleventh node is the end: sigma = 0, or, to interpolate, that of the schedule."""
 
 
 @dataclass(frozen=True)
 class AlignYourSteps:
-    """The published ten-step tables; other numbers of calls interpolate log sigma linearly, as the authors do.
+    """The published ten-step tables; other numbers of calls interpolate log sigma linearly between all eleven nodes, as the authors do.
 
     Args:
         table: ``"sd15"``, ``"sdxl"`` or ``"svd"``. The ends are those of the schedule; entries beyond them are left out.
 
-    Note: for n calls the table's ten nodes are resampled at n points and the last node, the end, follows; so ten calls give exactly the
-    published table when the schedule starts where the table does.
+    Note: ten calls give exactly the published table when the schedule starts where the table does. The authors interpolate towards
+    sigma = 0.029 (Stable Diffusion's cleanest entry) or 0.002 (Stable Video Diffusion) and then put 0 in its place: so it is here with
+    ``final="zero"`` and a schedule that ends there.
+
+    Example:
+        >>> from fewstep.schedules import EDM
+        >>> make_grid("ays_svd", EDM(sigma_max=700.0, sigma_min=0.002), 5, final="zero").round(3).tolist()
+        [700.0, 15.886, 4.248, 0.981, 0.173, 0.0]
     """
 
     table: str = "sd15"
@@ -196,9 +248,49 @@ class AlignYourSteps:
     def __call__(self, schedule: NoiseSchedule, nfe: int, t_start: float, t_end: float) -> Floats:
         low, high = _finite_lams(schedule, t_start, t_end)
         inner = [-math.log(sigma) for sigma in AYS_SIGMAS[self.table][1:]]
-        knots = np.array([low, *(lam for lam in inner if low < lam < high)])
-        lams = np.interp(np.linspace(0.0, 1.0, nfe), np.linspace(0.0, 1.0, len(knots)), knots)
-        return np.append(schedule.t_of_lam(lams), t_end)
+        knots = np.array([low, *(lam for lam in inner if low < lam < high), high])
+        return schedule.t_of_lam(np.interp(np.linspace(0.0, 1.0, nfe + 1), np.linspace(0.0, 1.0, len(knots)), knots))
+
+
+@dataclass(frozen=True)
+class DMN:
+    r"""Lambdas that minimise a bound on the error of a multistep solver, whatever the model ("DM-NonUniform"). Needs SciPy.
+
+    The weight of the data prediction at node n in step s of an exponential Adams method is, up to a common factor, $c_{sn}$, the integral
+    of $e^\lambda$ times the Lagrange polynomial of the node over the step. If the error of a prediction is proportional to
+    $\sigma^p / \alpha$, that of the sample is at most the sum over steps of $(\sum_n c_{sn}^2 \sigma_n^{2p} / \alpha_n^2)^{1/2}$ (within a
+    step errors are taken as independent). It depends on the lambdas alone; alpha and sigma are those of the
+    variance-preserving schedule of equal lambda.
+
+    Args:
+        order: of the solver, 1 to 3; the first and last steps are of lower order.
+        power: p. The authors' code has 2, and recommends 1 for models of pixels.
+        apart: how many of the first steps count for themselves; None for all. For the others the paper adds up what the steps give to a
+            node *with sign* before the absolute value: $\sum_n |\sum_s c_{sn}|\, \sigma_n^p / \alpha_n$. The authors' code has 3 and 0.
+
+    Note: with signs the minimum is a grid that relies on the steps' cancelling each other, not one with small errors; the authors' grids
+    are where their search happens to stop on the way there. Without, there is one minimum and every start leads to it. Order 2 and
+    power 1 did best in our measurements, see the page of the grids. Results are remembered.
+
+    Example:
+        >>> from fewstep.schedules import EDM
+        >>> make_grid("dmn", EDM(), 4).round(2).tolist()
+        [80.0, 2.46, 0.68, 0.09, 0.0]
+    """
+
+    order: int = 2
+    power: float = 1.0
+    apart: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.order not in (1, 2, 3):
+            raise GridError(f"the solver of a DMN grid has order 1, 2 or 3, not {self.order!r}.")
+        if not (math.isfinite(self.power) and self.power >= 0.0):
+            raise GridError(f"the power of a DMN grid must be at least 0, got {self.power:g}.")
+
+    def __call__(self, schedule: NoiseSchedule, nfe: int, t_start: float, t_end: float) -> Floats:
+        ends = _finite_lams(schedule, t_start, t_end)
+        return schedule.t_of_lam(np.array(_least_bound(*ends, nfe, self)))
 
 
 @dataclass(frozen=True)
@@ -224,6 +316,8 @@ RULES: dict[str, GridRule] = {
     "ays_sdxl": AlignYourSteps("sdxl"),
     "ays_svd": AlignYourSteps("svd"),
     "beta": Beta(),
+    "beta_time": BetaTime(),
+    "dmn": DMN(),
     "karras": Karras(),
     "lambda": Lambda(),
     "leading": Leading(),
@@ -276,13 +370,16 @@ def make_grid(
         raise UnknownNameError("final", final, FINALS)
     if not isinstance(grid, str) and not callable(grid):
         return _own_grid(grid, schedule, nfe, start, final)
-    if nfe is None or isinstance(nfe, bool) or int(nfe) != nfe or nfe < 1:
+    if isinstance(nfe, bool) or not isinstance(nfe, (int, np.integer)) or nfe < 1:
         raise GridError(f"the number of network calls must be a whole number of at least 1, got nfe={nfe!r}.")
     if isinstance(grid, str):
         if grid not in RULES:
             raise UnknownNameError("grid", grid, RULES)
         grid = RULES[grid]
     t_start, t_end = float(schedule.t_start if start is None else start), float(schedule.t_end)
+    if not schedule.inside(t_start):
+        low, high = schedule.domain
+        raise GridError(f"{type(schedule).__name__} is defined for times from {low:.6g} to {high:g}, got start={t_start:g}.")
     if not schedule.lam(t_start) < schedule.lam(t_end):
         raise GridError(
             f"sampling must start noisier than it ends, got start={t_start:g} and the schedule's t_end={t_end:g}. "
@@ -308,9 +405,10 @@ def check_grid(grid: ArrayLike, schedule: NoiseSchedule) -> Floats:
         raise GridError(f"a grid must be one dimension of at least 2 times, got shape {times.shape}.")
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         lams = schedule.lam(times)
-    if np.isnan(times).any() or np.isnan(lams).any():
-        bad = int(np.argmax(np.isnan(times) | np.isnan(lams)))
-        raise GridError(f"grid[{bad}]={times[bad]:g} is not a time of {type(schedule).__name__}.")
+    outside = ~schedule.inside(times) | np.isnan(lams)
+    if outside.any():
+        bad, (low, high) = int(np.argmax(outside)), schedule.domain
+        raise GridError(f"grid[{bad}]={times[bad]:g} is not a time of {type(schedule).__name__}, which has {low:.6g} to {high:g}.")
     rising = lams[1:] > lams[:-1]
     if not rising.all():
         i = int(np.argmin(rising))
@@ -372,3 +470,77 @@ def _table(schedule: NoiseSchedule, t_start: float) -> tuple[int, int]:
 
 def _times_of(indices: Floats, count: int) -> Floats:
     return (indices + 1.0) / count
+
+
+def _beta_quantiles(nfe: int, a: float, b: float) -> Floats:
+    """Quantiles ``"nfe+1"`` of the Beta distribution, from 1 to 0."""
+    try:
+        from scipy.stats import beta
+    except ImportError as error:
+        raise MissingExtraError("scipy", "tune", "the beta grid") from error
+    return np.asarray(beta.ppf(1.0 - np.arange(nfe + 1) / nfe, a, b), np.float64)
+
+
+def dmn_bound(lams: ArrayLike, rule: DMN) -> float:
+    """The bound that `DMN` minimises, of any lambdas ``"nfe+1"``.
+
+    Example:
+        >>> round(dmn_bound([0.0, 1.0], DMN(order=1, power=0.0)), 6)  # (e - 1) / alpha
+        2.430017
+    """
+    return float(_dmn_bound(torch.as_tensor(np.asarray(lams, np.float64)), rule, 0.0))
+
+
+def _dmn_bound(lams: torch.Tensor, rule: DMN, soft: float) -> torch.Tensor:
+    """The bound; the absolute values of sums with sign are rounded off at `soft`."""
+    nfe = len(lams) - 1
+    errors = torch.exp(-0.5 * rule.power * torch.logaddexp(torch.zeros_like(lams), 2.0 * lams)) * torch.sqrt(
+        1.0 + torch.exp(-2.0 * lams)
+    )
+    orders = np.minimum(rule.order, np.minimum(np.arange(nfe) + 1, nfe - np.arange(nfe)))
+    apart = np.arange(nfe) < (nfe if rule.apart is None else max(rule.apart, 1))
+    apart[-1] = True
+    nodes, weights = (torch.from_numpy(values) for values in gauss_legendre(0.0, 1.0, DMN_POINTS))
+    total, sums = lams.new_zeros(()), lams.new_zeros(nfe)
+    for k in np.unique(orders).tolist():
+        steps = np.flatnonzero(orders == k)
+        places = torch.from_numpy(steps[:, None] - np.arange(k))
+        known, begin, end = lams[places], lams[steps], lams[steps + 1]
+        u = begin[:, None] + (end - begin)[:, None] * nodes
+        growth = (end - begin)[:, None] * weights * torch.exp(u)
+        columns = []
+        for j in range(k):
+            basis = growth
+            for i in set(range(k)) - {j}:
+                basis = basis * (u - known[:, i, None]) / (known[:, j] - known[:, i])[:, None]
+            columns.append(errors[places[:, j]] * basis.sum(1))
+        terms, own = torch.stack(columns, 1), torch.from_numpy(apart[steps])
+        total = total + terms[own].square().sum(1).sqrt().sum()
+        sums = sums.index_add(0, places[~own].flatten(), terms[~own].flatten())
+    return total if apart.all() else total + torch.sqrt(sums.square() + soft**2).sum()
+
+
+@lru_cache(maxsize=4096)
+def _least_bound(low: float, high: float, nfe: int, rule: DMN) -> tuple[float, ...]:
+    """The lambdas of the least bound. The gaps are positive by construction: the softmax of free numbers."""
+    first = np.linspace(low, high, nfe + 1)
+    if nfe == 1:
+        return low, high
+    try:
+        from scipy.optimize import minimize
+    except ImportError as error:
+        raise MissingExtraError("scipy", "tune", "the DMN grid") from error
+    soft = DMN_SOFT * dmn_bound(first, rule) / nfe
+
+    def lams(free: torch.Tensor) -> torch.Tensor:
+        return torch.cat([free.new_full((1,), low), low + (high - low) * torch.cumsum(torch.softmax(free, 0), 0)])
+
+    def value_and_slope(free: Floats) -> tuple[float, Floats]:
+        point = torch.from_numpy(free.copy()).requires_grad_()
+        with torch.enable_grad():
+            value = torch.log(_dmn_bound(lams(point), rule, soft))
+            (slope,) = torch.autograd.grad(value, point)
+        return float(value.detach()), slope.numpy()
+
+    found = minimize(value_and_slope, np.zeros(nfe), jac=True, method="L-BFGS-B", bounds=[(-9.0, 9.0)] * nfe).x
+    return low, *lams(torch.from_numpy(found))[1:-1].tolist(), high

@@ -1,4 +1,5 @@
-r"""The probability-flow ODE, solved to a requested tolerance: what a few-step sampler should have given. `reference` and its inverse.
+r"""The probability-flow ODE, solved to a requested tolerance: what a few-step sampler should have given. `reference` and its inverse;
+and `adaptive`, sampling with a step size that each sample sets for itself.
 
 Notation. With $\phi = \operatorname{atan2}(\sigma, \alpha)$ and the normalised state $u = x / \sqrt{\alpha^2 + \sigma^2}$ the marginals are
 those of $\cos\phi\, x_0 + \sin\phi\, \varepsilon$, whatever the schedule, and the ODE is (arXiv 2011.13456, eq. 13, in this variable)
@@ -16,6 +17,10 @@ fewer calls than their pair of order 8, and a network's rounding disturbs it les
 The tolerance is a global one. A local tolerance bounds the error that each step commits, not what becomes of it later. So the ODE is
 solved twice, the second time with a smaller local tolerance; the difference estimates the error of the *first* solution, and the second is
 returned. Is the estimate too large, the local tolerance shrinks further.
+
+`adaptive` is another method for another purpose: samples at a tolerance that the eye does not see, as cheaply as may be, with the
+error control of DPM-Solver-12 and -23 ("DPM-Solver", arXiv 2206.00927, appendix C; the error measure from "Gotta Go Fast When
+Generating Data with Score-Based Models", arXiv 2105.14080).
 """
 
 from __future__ import annotations
@@ -26,14 +31,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from fewstep.errors import FewstepError, GridError, NetworkError
+from fewstep.errors import FewstepError, GridError, NetworkError, UnknownNameError
 from fewstep.exact import widest_dtype
+from fewstep.grids import FINITE_LAM
 from fewstep.schedules import NoiseSchedule
 
-__all__ = ["Reference", "ToleranceError", "invert", "reference"]
+__all__ = ["Adaptive", "Reference", "ToleranceError", "adaptive", "invert", "reference"]
+
+Floats = NDArray[np.float64]
 
 STAGES = (
     (1 / 5,),
@@ -62,6 +70,11 @@ FEW = 4
 """So few steps between two places may have been set by the places."""
 BESIDE = 1e-11
 """Relative distance in q at which steps end before and begin after a jump of the denoiser."""
+
+SHORTEST = 1e-10
+"""Shortest step in lambda of `adaptive`."""
+SERIES = 0.1
+"""Below this |z| `_moment` is summed as a series."""
 
 DenoiserLike = Callable[..., Tensor]
 
@@ -215,6 +228,115 @@ def invert(
     _check_order(schedule, [end, begin])
     solution = _solve(_Problem(denoiser, schedule, dict(cond or {}), begin, [end]), x, tol, max_calls)
     return _reference(solution.plain()[0], solution.errors, solution.nfe)
+
+
+class Adaptive(NamedTuple):
+    """Samples of `adaptive`, and how they were reached.
+
+    Attributes:
+        samples: ``"batch *shape"``, the states at the end.
+        nfe: calls of the network, each on the whole batch.
+        calls: int64 ``"batch"``, what every sample alone would have needed.
+        rejected: int64 ``"batch"``, steps of every sample that were tried and taken back.
+        grids: for every sample the accepted times, from the start to the end.
+    """
+
+    samples: Tensor
+    nfe: int
+    calls: NDArray[np.int64]
+    rejected: NDArray[np.int64]
+    grids: list[Floats]
+
+
+@torch.no_grad()
+def adaptive(
+    denoiser: DenoiserLike,
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    order: int = 3,
+    predicts: str = "noise",
+    rtol: float = 0.05,
+    atol: float = 0.0078,
+    first_step: float = 0.05,
+    safety: float = 0.9,
+    growth: float = 5.0,
+    together: bool = False,
+    t_start: float | None = None,
+    t_end: float | None = None,
+    cond: Mapping[str, Any] | None = None,
+    max_calls: int = 10_000,
+) -> Adaptive:
+    r"""Sample with a step size that follows the error: DPM-Solver-12 or DPM-Solver-23, every sample with steps of its own.
+
+    A step of order p is compared with one of order p - 1 that costs no further call. Both are states of the same noise level; divided by
+    $\sqrt{\alpha^2 + \sigma^2}$ there they are u and $u_\text{low}$. With $\delta = \max(a, r \max(|u_\text{low}|, |u_\text{before}|))$
+    the error E is the root mean square of $(u - u_\text{low}) / \delta$ over a sample's elements. The step is accepted if $E \le 1$, and
+    $h \leftarrow \min(\theta h E^{-1/p}, \lambda_\text{end} - \lambda)$. A sample therefore does not depend on the others in its batch,
+    as it does where the worst sets the step for all.
+
+    Args:
+        denoiser: ``D(x, t, **cond)`` -> data prediction of x's shape; called with one time a sample, float64 ``"batch"`` on the host.
+        noise: ``Float[Tensor, "batch *shape"]``, the states at t_start. Half precision is run, and returned, in float32.
+        schedule: the denoiser's noise schedule.
+        order: 2 for DPM-Solver-12, 3 for DPM-Solver-23.
+        predicts: ``"noise"``, as published, or ``"data"`` for the steps of DPM-Solver++.
+        rtol, atol: r and a; the default of a is two grey levels of an image in [-1, 1] (1 / 128).
+        first_step: the first h, in lambda.
+        safety: theta, below 1.
+        growth: the most by which a step may grow over the one before; the authors have no limit (infinity).
+        together: one step size for the batch, that of its worst sample, and one time a call: for networks that take no other, and as
+            the authors' code does.
+        t_start: where to begin, `schedule.t_start` when left out. Where alpha is 0 the first step is one of order 1, to the noise level of
+            ``grids.FINITE_LAM``, without control of its error.
+        t_end: where to end, `schedule.t_end` when left out. Where sigma is 0 the last step is one of order 1, likewise.
+        cond: conditions, handed to every call.
+        max_calls: how many calls may be spent.
+
+    Returns:
+        `Adaptive`: samples, calls, the accepted times. Samples that have arrived wait, unchanged, until all have. No gradients are
+        recorded, and every step reads the errors from the device.
+
+    Note:
+        For variance-preserving schedules the division changes nothing and E is the published one. For others, states that are many times
+        as large as the data would let errors pass that are as large as the data.
+
+        A rejected step is tried again from the prediction that is known, so it costs p - 1 calls.
+
+    Raises:
+        ToleranceError: if the calls are spent, or the steps shrink to nothing.
+        NetworkError: if the network returns another shape or values that are not finite.
+        GridError: if t_end is not cleaner than t_start.
+        ValueError: for an option outside its range, or a denoiser with another schedule.
+        UnknownNameError: for another prediction.
+
+    Example:
+        >>> from fewstep.exact import Gaussian
+        >>> from fewstep.schedules import VPLinear
+        >>> exact = Gaussian(VPLinear(), [1.0, -1.0], 0.25)
+        >>> run = adaptive(exact, torch.ones(2, 2, dtype=torch.float64), VPLinear(), rtol=1e-3, atol=1e-3)
+        >>> bool((run.samples - exact.solution(torch.ones(2, 2, dtype=torch.float64), 1.0, 1e-3)).abs().max() < 1e-3)
+        True
+        >>> run.nfe == max(run.calls.tolist()), run.grids[0][[0, -1]].tolist()
+        (True, [1.0, 0.001])
+    """
+    _check_adaptive(order, rtol, atol, first_step, safety, growth)
+    begin = float(schedule.t_start if t_start is None else t_start)
+    end = float(schedule.t_end if t_end is None else t_end)
+    _check_order(schedule, [begin, end])
+    _check_problem(_Problem(denoiser, schedule, {}, begin, [end]), noise, 1.0)
+    x = noise.detach() if noise.dtype in (torch.float32, torch.float64) else noise.detach().float()
+    pair = _Pair(denoiser, schedule, dict(cond or {}), (begin, end), order, predicts, max_calls)
+    x = x if pair.begin == begin else pair.plain_step(x, begin, pair.begin)
+    x, tries = _adapt(pair, x, 1 if together else len(x), first_step, _Control(rtol, atol, safety, growth))
+    x = x if pair.end == end else pair.plain_step(x, pair.end, end)
+    ends = int(pair.begin != begin) + int(pair.end != end)
+    grids = [np.array([begin, *grid, end][int(pair.begin == begin) : len(grid) + 1 + int(pair.end != end)]) for grid in tries.grids]
+    calls = ends + order * np.array([len(grid) - 1 for grid in tries.grids]) + (order - 1) * tries.rejected
+    share = len(x) // len(grids)  # of all samples, if they go together
+    return Adaptive(
+        x, pair.calls, calls.repeat(share), tries.rejected.repeat(share), [grid for grid in grids for _ in range(share)]
+    )
 
 
 class _Problem(NamedTuple):
@@ -453,6 +575,8 @@ def _check_step(step: float, error: float, schedule: NoiseSchedule, q: float) ->
 def _check_problem(problem: _Problem, x: Tensor, tol: float) -> None:
     if not x.is_floating_point() or x.ndim < 1 or not x.numel():
         raise ValueError(f'the state must be a floating-point tensor "batch *shape" with a sample, got {x.dtype} {tuple(x.shape)}.')
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("the state is not finite: it holds NaN or infinity.")
     finest = 0.25 * torch.finfo(x.dtype).eps
     if not finest <= tol < math.inf:
         raise ValueError(f"tol must be at least {finest:.1g}, which is what {x.dtype} holds, got {tol:g}. Pass a state in float64.")
@@ -466,6 +590,192 @@ def _checked_times(times: ArrayLike | Tensor) -> list[float]:
     if values.ndim != 1 or not len(values):
         raise GridError(f"times must be one dimension of at least one time, got shape {values.shape}.")
     return values.tolist()
+
+
+# ---- adaptive ------------------------------------------------------------------------------------------------------------------------
+
+
+class _Control(NamedTuple):
+    rtol: float
+    atol: float
+    safety: float
+    growth: float
+
+
+class _Tries(NamedTuple):
+    """The accepted times and the number of rejected steps of every sample, or of all together."""
+
+    grids: list[list[float]]
+    rejected: NDArray[np.int64]
+
+
+class _Level(NamedTuple):
+    """Noise levels, one a sample or one for all."""
+
+    lam: Floats
+    t: Floats
+    alpha: Floats
+    sigma: Floats
+
+
+class _Pair:
+    """A step of DPM-Solver and the step of one order less that it contains. Counts its calls."""
+
+    def __init__(
+        self,
+        denoiser: DenoiserLike,
+        schedule: NoiseSchedule,
+        cond: dict[str, Any],
+        ends: tuple[float, float],
+        order: int,
+        predicts: str,
+        max_calls: int,
+    ):
+        if predicts not in ("noise", "data"):
+            raise UnknownNameError("prediction of adaptive", predicts, ("noise", "data"))
+        self.denoiser, self.schedule, self.cond = denoiser, schedule, cond
+        self.order, self.of_noise = order, predicts == "noise"
+        self.max_calls = max_calls
+        self.calls = 0
+        low, high = (float(lam) for lam in schedule.lam(list(ends)))
+        self.low = low if math.isfinite(low) else min(FINITE_LAM[0], high - 1.0)
+        self.high = high if math.isfinite(high) else max(FINITE_LAM[1], self.low + 1.0)
+        self.begin = ends[0] if self.low == low else float(schedule.t_of_lam(self.low))
+        self.end = ends[1] if self.high == high else float(schedule.t_of_lam(self.high))
+
+    def level(self, lam: Floats) -> _Level:
+        t = self.schedule.t_of_lam(lam)
+        t = np.where(lam == self.low, self.begin, np.where(lam == self.high, self.end, t))
+        return _Level(lam, t, self.schedule.alpha(t), self.schedule.sigma(t))
+
+    def plain_step(self, x: Tensor, s: float, t: float) -> Tensor:
+        """First order, without logarithms, for all samples."""
+        d = self._call(x, s)
+        carry = float(self.schedule.sigma(t)) / float(self.schedule.sigma(s))
+        return carry * x + (float(self.schedule.alpha(t)) - float(self.schedule.alpha(s)) * carry) * d
+
+    @staticmethod
+    def normalised(x: Tensor, at: _Level) -> Tensor:
+        return x / _column(np.hypot(at.alpha, at.sigma), x)
+
+    def predict(self, x: Tensor, at: _Level) -> Tensor:
+        """The prediction of the kind that steps are made of."""
+        d = self._call(x, float(at.t[0]) if len(at.t) < len(x) else at.t)
+        return (x - _column(at.alpha, x) * d) / _column(at.sigma, x) if self.of_noise else d
+
+    def step(self, x: Tensor, o: Tensor, a: _Level, b: _Level) -> tuple[Tensor, Tensor]:
+        """The states at b, of the lower and of the higher order, from those at a and their predictions."""
+        r = 1.0 / self.order
+        inner = self.level(a.lam + r * (b.lam - a.lam))
+        change = self.predict(self._first(x, o, a, inner), inner) - o
+        plain = self._first(x, o, a, b)
+        second = plain + _column(self._scale(b) * -np.expm1(-self._z(a, b)) / (2.0 * r), x) * change
+        if self.order == 2:
+            return plain, second
+        inner = self.level(a.lam + 2.0 * r * (b.lam - a.lam))
+        at_two_thirds = self._first(x, o, a, inner) + _column(2.0 * self._scale(inner) * _moment(self._z(a, inner)), x) * change
+        change = self.predict(at_two_thirds, inner) - o
+        return second, plain + _column(1.5 * self._scale(b) * _moment(self._z(a, b)), x) * change
+
+    def _first(self, x: Tensor, o: Tensor, a: _Level, b: _Level) -> Tensor:
+        carry = b.alpha / a.alpha if self.of_noise else b.sigma / a.sigma
+        return _column(carry, x) * x + _column(self._scale(b) * -np.expm1(-self._z(a, b)), x) * o
+
+    def _scale(self, b: _Level) -> Floats:
+        return b.sigma if self.of_noise else b.alpha
+
+    def _z(self, a: _Level, b: _Level) -> Floats:
+        return a.lam - b.lam if self.of_noise else b.lam - a.lam
+
+    def _call(self, x: Tensor, t: float | Floats) -> Tensor:
+        if self.calls >= self.max_calls:
+            raise _unfinished(f"the {self.max_calls} calls allowed are spent", self.calls)
+        self.calls += 1
+        d = self.denoiser(x, t, **self.cond)
+        if d.shape != x.shape:
+            at = float(np.max(t))
+            raise NetworkError(f"the denoiser returned shape {tuple(d.shape)} at t={at:.6g} for states of shape {tuple(x.shape)}.")
+        return d
+
+
+def _adapt(pair: _Pair, x: Tensor, count: int, first_step: float, control: _Control) -> tuple[Tensor, _Tries]:
+    """From the pair's first noise level to its last, with `count` step sizes: one a sample or one for all."""
+    lam, h = np.full(count, pair.low), np.full(count, min(first_step, pair.high - pair.low))
+    tries = _Tries([[pair.begin] for _ in range(count)], np.zeros(count, np.int64))
+    before, o, moved = pair.normalised(x, pair.level(lam)), x, True
+    while (lam < pair.high).any():
+        a = pair.level(lam)
+        b = pair.level(np.where(h >= pair.high - lam, pair.high, lam + h))
+        o = pair.predict(x, a) if moved else o
+        low, high = pair.step(x, o, a, b)
+        low, change = pair.normalised(low, b), pair.normalised(high - low, b)
+        errors = _step_errors(change, low, before, control)
+        errors = errors.max(keepdims=True) if count < len(x) else errors
+        under_way = lam < pair.high
+        accepted = under_way & (errors <= 1.0)
+        tries.rejected[under_way & ~accepted] += 1
+        for k in np.flatnonzero(accepted):
+            tries.grids[k].append(float(b.t[k]))
+        taken = _column(accepted, x).bool()
+        x, before, moved = torch.where(taken, high, x), torch.where(taken, low, before), bool(accepted.any())
+        lam = np.where(accepted, b.lam, lam)
+        h = np.minimum(h * _change(errors, pair.order, control), pair.high - lam)
+        short = under_way & (h < np.minimum(SHORTEST, pair.high - lam))
+        if short.any():
+            _shrunk(pair, float(errors[short].max()), float(a.t[short][0]))
+    return x, tries
+
+
+def _step_errors(change: Tensor, low: Tensor, before: Tensor, control: _Control) -> Floats:
+    """The error of every sample in units of what is allowed, ``"batch"``; infinite where it is not a number."""
+    allowed = (control.rtol * torch.maximum(low.abs(), before.abs())).clamp_min(control.atol)
+    errors = _rms(change / allowed).cpu().double().numpy()
+    return np.where(np.isnan(errors), math.inf, errors)
+
+
+def _change(errors: Floats, order: int, control: _Control) -> Floats:
+    """By how much to change the steps."""
+    tamed = np.clip(errors, 1e-200, 1e200)
+    return np.where(np.isinf(errors), 0.2, np.minimum(control.growth, control.safety * tamed ** (-1.0 / order)))
+
+
+def _moment(z: Floats) -> Floats:
+    """1 - (1 - e^{-z}) / z: the integral of z e^{-z(1-u)} u over [0, 1]."""
+    series = -sum((-z) ** j / math.factorial(j + 1) for j in range(1, 12))
+    safe = np.where(np.abs(z) < SERIES, 1.0, z)
+    return np.where(np.abs(z) < SERIES, series, 1.0 + np.expm1(-safe) / safe)
+
+
+def _column(values: NDArray[Any], x: Tensor) -> Tensor:
+    """One number a sample, or one for all, to multiply x with."""
+    return torch.from_numpy(np.asarray(values, np.float64)).to(x.dtype).to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _shrunk(pair: _Pair, error: float, t: float) -> None:
+    if math.isinf(error):
+        raise NetworkError(f"the denoiser returns values that are not finite near t={t:.6g}.")
+    raise _unfinished(f"the steps became too small near t={t:.6g}", pair.calls)
+
+
+def _unfinished(reason: str, nfe: int) -> ToleranceError:
+    message = (
+        f"adaptive sampling did not reach its end in {nfe} calls: {reason}. Ask for less (rtol=, atol=) or allow more (max_calls=)."
+    )
+    return ToleranceError(message, math.inf, nfe)
+
+
+def _check_adaptive(order: int, rtol: float, atol: float, first_step: float, safety: float, growth: float) -> None:
+    if order not in (2, 3):
+        raise ValueError(f"adaptive has orders 2 and 3, got {order!r}.")
+    if not (0.0 <= rtol < math.inf and 0.0 < atol < math.inf):
+        raise ValueError(f"rtol must be at least 0 and atol positive, got rtol={rtol:g} and atol={atol:g}.")
+    if not (0.0 < first_step < math.inf and 0.0 < safety < 1.0):
+        raise ValueError(f"first_step must be positive and safety between 0 and 1, got {first_step:g} and {safety:g}.")
+    if not growth > 1.0:
+        raise ValueError(f"growth must be over 1, or no step ever grows, got {growth:g}.")
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------------------------
 
 
 def _check_order(schedule: NoiseSchedule, times: Sequence[float]) -> None:

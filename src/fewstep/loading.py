@@ -6,7 +6,6 @@ schedule. `check` finds a wrong prediction type, time convention or data range b
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from fewstep.errors import ArtefactError, UnknownNameError
 from fewstep.models import read_model
 from fewstep.noise import draw_noise
 from fewstep.predictions import data_coefficients
-from fewstep.schedules import NoiseSchedule
+from fewstep.schedules import EDM, Flow, FromBetas, NoiseSchedule, VPCosine, VPLinear
 
 __all__ = ["CheckReport", "check", "load", "shipped_models"]
 
@@ -118,16 +117,28 @@ TIMES: dict[str, Callable[[NoiseSchedule, np.ndarray], Any]] = {
     "lambda": lambda schedule, t: schedule.lam(t),
 }
 """Time conventions that networks are found with."""
-RANGES: dict[str, Callable[[Tensor], Tensor]] = {
-    "as given": lambda x: x,
-    "2 x - 1": lambda x: 2.0 * x - 1.0,
-    "(x + 1) / 2": lambda x: 0.5 * (x + 1.0),
-    "x / 127.5 - 1": lambda x: x / 127.5 - 1.0,
+RANGES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[float, float], bool]]] = {
+    "as given": (lambda x: x, lambda low, high: True),
+    "2 x - 1": (lambda x: 2.0 * x - 1.0, lambda low, high: low > -0.2),
+    "(x + 1) / 2": (lambda x: 0.5 * (x + 1.0), lambda low, high: low < 0.2),
+    "x / 127.5 - 1": (lambda x: x / 127.5 - 1.0, lambda low, high: low > -0.2 and high > 2.0),
 }
+"""Ranges of data that networks are found with, and the data (by its span) for which they are worth a try."""
+OTHER_SCHEDULES: dict[str, NoiseSchedule] = {
+    "VPLinear()": VPLinear(),
+    "VPCosine()": VPCosine(),
+    "Flow()": Flow(),
+    "EDM()": EDM(),
+    "FromBetas(0.0001 to 0.02)": FromBetas(np.linspace(1e-4, 0.02, 1000).tolist()),
+    "FromBetas(0.00085 to 0.012, linear in the root)": FromBetas((np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).tolist()),
+}
+"""The schedules of the field, each with its own time."""
 SIGNED = {f"minus {name}": (name, -1.0) for name in ("noise", "velocity", "flow")}
 READINGS = {**{name: (name, 1.0) for name in ("noise", "data", "velocity", "flow", "score")}, **SIGNED}
 MARGIN = 0.2
-"""Natural logarithm of the factor in mean squared error by which another reading must win before it counts."""
+"""Natural logarithm of the factor in mean squared error, at some noise level, by which another reading must win before it counts."""
+TIE = 0.02
+"""Readings whose average scores differ by less explain the network equally well; the one with the fewest changes is named."""
 LEVELS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 """lambda of the noise levels that are tried."""
 
@@ -137,12 +148,12 @@ class CheckReport:
     """What `check` found.
 
     Attributes:
-        ok: whether no other reading explains the network clearly better, and this one is better than a linear guess.
+        ok: whether this reading is better than a linear guess, and no other explains the network clearly better.
         message: the finding in words, with what to change.
-        score: log of the mean squared error of the data prediction over that of the best linear guess, averaged over noise levels; below 0
-            is better than the guess.
-        best: the best reading: ``predicts``, ``time``, ``data`` and its ``score``.
-        table: all readings, best first.
+        score: log of the mean squared error of the data prediction over that of a linear guess, averaged over noise levels; below 0 is
+            better than the guess.
+        best: the best reading: ``predicts``, ``time``, ``data``, ``schedule`` and its ``score``.
+        table: all readings, best first, each with its ``scores`` at the noise levels.
     """
 
     ok: bool
@@ -158,8 +169,10 @@ class CheckReport:
 def check(denoiser: Denoiser, data: Tensor, *, cond: Mapping[str, Any] | None = None, seed: int = 0, most: int = 32) -> CheckReport:
     """Whether a network is wrapped right, judged by how well it denoises noised data under this reading and under others.
 
-    Real data x_0 is noised at five levels of lambda. A network that is read rightly predicts x_0 better than the best linear guess; read
-    wrongly (velocity taken for noise, t in [0, 1] for an index up to 999, data in [0, 1] for [-1, 1]) it does far worse.
+    Real data x_0 is noised at five levels of lambda. A network that is read rightly predicts x_0 better than a linear guess; read
+    wrongly (velocity taken for noise, t in [0, 1] for an index up to 999, data in [0, 1] for [-1, 1], the time of another schedule) it
+    does far worse. Readings between which the data cannot decide are not told apart: on data of unit variance, say, a network that
+    always answers 0 is a right predictor of the velocity.
 
     Args:
         denoiser: a `Denoiser`, not a guided one.
@@ -167,6 +180,10 @@ def check(denoiser: Denoiser, data: Tensor, *, cond: Mapping[str, Any] | None = 
         cond: conditions of these samples.
         seed: of the noise.
         most: how many samples are used.
+
+    Raises:
+        TypeError: for anything but a `Denoiser`.
+        ValueError: for data that is no finite real tensor ``"batch *shape"``, or `most` below 1.
 
     Example:
         >>> import torch
@@ -184,98 +201,177 @@ def check(denoiser: Denoiser, data: Tensor, *, cond: Mapping[str, Any] | None = 
     """
     if not isinstance(denoiser, Denoiser):
         raise TypeError(f"check needs a fewstep.Denoiser around the raw network, got {type(denoiser).__name__}.")
-    if data.ndim < 2 or not len(data) or not bool(torch.isfinite(data).all()):
-        raise ValueError(f"data must be a finite tensor (batch, *shape) with at least one sample, got shape {tuple(data.shape)}.")
+    if most < 1:
+        raise ValueError(f"at least 1 sample is needed, got {most}.")
+    if data.ndim < 2 or not len(data) or data.is_complex() or not bool(torch.isfinite(data).all()):
+        raise ValueError(
+            f"data must be a finite real tensor (batch, *shape) with a sample, got {data.dtype} of shape {tuple(data.shape)}."
+        )
     data = data[:most] if data.is_floating_point() else data[:most].float()
     conditions = {k: v[:most] if isinstance(v, Tensor) and v.ndim else v for k, v in (cond or {}).items()}
     calls = denoiser.calls
     with torch.no_grad():
         table = _score_all(denoiser, data, conditions, seed)
     denoiser.calls = calls
-    table.sort(key=lambda row: row["score"])
-    mine = next(row for row in table if row["declared"])
-    ok, message = _verdict(mine, table[0], data, denoiser.info)
-    return CheckReport(ok, message, mine["score"], {k: table[0][k] for k in ("predicts", "time", "data", "score")}, table)
+    table.sort(key=lambda row: (row["score"], row["changes"]))
+    mine = next(row for row in table if row["changes"] == 0)
+    near = [row for row in table if row["score"] <= table[0]["score"] + TIE]
+    best = min(near, key=lambda row: row["changes"])
+    ok, message = _verdict(mine, best, data, denoiser.info)
+    return CheckReport(ok, message, mine["score"], {k: best[k] for k in ("predicts", "time", "data", "schedule", "score")}, table)
 
 
 def _score_all(denoiser: Denoiser, data: Tensor, cond: dict[str, Any], seed: int) -> list[dict[str, Any]]:
-    schedule = denoiser.schedule
-    times = [float(t) for t in schedule.t_of_lam(LEVELS)]
     noise = draw_noise(tuple(data.shape[1:]), range(seed, seed + len(data)), dtype=data.dtype, device=data.device)
-    conventions: dict[str, Any] = {"as wrapped": denoiser.network_time}
-    wrapped = np.array([float(denoiser.network_time(np.asarray(t))) for t in times])
-    for name, convention in TIMES.items():
-        values = np.array([float(convention(schedule, np.asarray(t))) for t in times])
-        if not np.allclose(values, wrapped):
-            conventions[name] = lambda t, convention=convention: convention(schedule, t)
-    table = []
-    for (range_name, rescale), (time_name, convention) in itertools.product(RANGES.items(), conventions.items()):
+    low, high = float(data.min()), float(data.max())
+    own, table = _own_times(denoiser), []
+    for range_name, (rescale, worth) in RANGES.items():
+        if range_name != "as given" and not worth(low, high):
+            continue
         x0 = rescale(data)
-        outputs = _raw_outputs(denoiser, convention, x0, noise, times, cond)
-        for reading, (predicts, sign) in READINGS.items():
-            score = math.inf if outputs is None else _score(schedule, predicts, sign, x0, noise, times, outputs)
-            declared = reading == denoiser.predicts and range_name == "as given" and time_name == "as wrapped"
-            table.append({"predicts": reading, "time": time_name, "data": range_name, "score": score, "declared": declared})
+        settings = [("as wrapped", denoiser.schedule, *convention) for convention in own]
+        if range_name == "as given":
+            settings += _other_settings(denoiser)
+        for name, schedule, time_name, convention in settings:
+            times = [float(t) for t in schedule.t_of_lam(LEVELS)]
+            predict = _raw(denoiser, schedule, convention, cond)
+            wrapped = convention is denoiser.network_time and schedule is denoiser.schedule
+            outputs = _raw_outputs(schedule, predict, x0, noise, times, wrapped=wrapped)
+            for reading, (predicts, sign) in READINGS.items():
+                scores = [math.inf] if outputs is None else _scores(schedule, predicts, sign, x0, noise, times, outputs)
+                differs = (reading != denoiser.predicts, range_name != "as given", time_name != "as wrapped", name != "as wrapped")
+                row = {"predicts": reading, "time": time_name, "data": range_name, "schedule": name, "changes": sum(differs)}
+                table.append({**row, "score": sum(scores) / len(scores), "scores": scores})
     return table
 
 
-def _raw_outputs(
-    denoiser: Denoiser, convention: Any, x0: Tensor, noise: Tensor, times: list[float], cond: dict[str, Any]
-) -> list[Tensor] | None:
+def _own_times(denoiser: Denoiser) -> list[tuple[str, Any]]:
+    """The network's time as wrapped, and the other conventions that differ from it."""
+    schedule = denoiser.schedule
+    times = schedule.t_of_lam(LEVELS)
+    wrapped = [float(denoiser.network_time(np.asarray(t))) for t in times]
+    found = [("as wrapped", denoiser.network_time)]
+    for name, convention in TIMES.items():
+        if not np.allclose([float(convention(schedule, np.asarray(t))) for t in times], wrapped):
+            found.append((name, lambda t, convention=convention: convention(schedule, t)))
+    return found
+
+
+def _other_settings(denoiser: Denoiser) -> list[tuple[str, NoiseSchedule, str, Any]]:
+    """Other schedules, each with its own time and, if that is in [0, 1], a thousand times it."""
+    found = []
+    for name, schedule in OTHER_SCHEDULES.items():
+        if schedule.same_noise(denoiser.schedule):
+            continue
+        found.append((name, schedule, "its own", schedule.network_time))
+        if isinstance(schedule, EDM):
+            found.append((name, schedule, "log(sigma) / 4", lambda t: 0.25 * np.log(t)))
+        elif not isinstance(schedule, FromBetas):
+            found.append((name, schedule, "1000 times its own", lambda t: 1000.0 * t))
+    return found
+
+
+def _raw(denoiser: Denoiser, schedule: NoiseSchedule, convention: Any, cond: dict[str, Any]) -> Callable[[Tensor, float], Tensor]:
+    """The network under another time, its output as it is."""
     raw = Denoiser(
         denoiser.network,
-        denoiser.schedule,
+        schedule,
         "data",
         network_time=convention,
         integer_time=denoiser.integer_time,
         scalar_time=denoiser.scalar_time,
         network_dtype=denoiser.network_dtype,
     )
-    schedule = denoiser.schedule
+    return lambda x, t: raw(x, t, **cond)
+
+
+def _raw_outputs(
+    schedule: NoiseSchedule,
+    predict: Callable[[Tensor, float], Tensor],
+    x0: Tensor,
+    noise: Tensor,
+    times: list[float],
+    *,
+    wrapped: bool,
+) -> list[Tensor] | None:
+    """The outputs at every level. None if the network cannot take such times, or if at the middle level no reading beats a guess."""
+
+    def noised(t: float) -> Tensor:
+        return float(schedule.alpha(t)) * x0 + float(schedule.sigma(t)) * noise
+
+    middle = len(times) // 2
     try:
         with np.errstate(all="ignore"):  # a network may be a formula, which other times than its own lead out of its domain
-            return [raw(float(schedule.alpha(t)) * x0 + float(schedule.sigma(t)) * noise, t, **cond) for t in times]
-    except (IndexError, ValueError, OverflowError):
-        if convention is denoiser.network_time:
+            first = predict(noised(times[middle]), times[middle])
+            if not wrapped:
+                scores = [_scores(schedule, *reading, x0, noise, [times[middle]], [first])[0] for reading in READINGS.values()]
+                if min(scores) > _worst(len(x0)):
+                    return None
+            return [first if k == middle else predict(noised(t), t) for k, t in enumerate(times)]
+    except Exception:
+        if wrapped:
             raise
-        return None  # this network cannot take such times at all
+        return None
 
 
-def _score(
+def _worst(count: int) -> float:
+    """The score above which a reading is no better than a linear guess, which knows the mean of this very data."""
+    return 0.05 + 1.0 / count
+
+
+def _scores(
     schedule: NoiseSchedule, predicts: str, sign: float, x0: Tensor, noise: Tensor, times: list[float], outputs: list[Tensor]
-) -> float:
-    variance, scores = max(float(x0.var(dim=0, unbiased=False).mean()), 1e-12), []
+) -> list[float]:
+    """At every level, the log of the error over that of the linear guess of the same data from the same noise."""
+    mean = x0.mean(dim=0)
+    variance, scores = max(float((x0 - mean).square().mean()), 1e-12), []
     for t, output in zip(times, outputs, strict=True):
         alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
         a, b = data_coefficients(predicts, alpha, sigma)
-        error = float((a * (alpha * x0 + sigma * noise) + sign * b * output - x0).square().mean())
-        linear = variance * sigma**2 / (alpha**2 * variance + sigma**2)
+        x = alpha * x0 + sigma * noise
+        error = float((a * x + sign * b * output - x0).square().mean())
+        gain = alpha * variance / (alpha**2 * variance + sigma**2)
+        linear = float((mean + gain * (x - alpha * mean) - x0).square().mean())
         scores.append(math.log(max(error, 1e-30) / linear) if math.isfinite(error) else math.inf)
-    return sum(scores) / len(scores)
+    return scores
 
 
 def _verdict(mine: dict[str, Any], best: dict[str, Any], data: Tensor, info: ModelInfo) -> tuple[bool, str]:
     low, high = float(data.min()), float(data.max())
-    if mine["score"] > best["score"] + MARGIN:
+    bad = _worst(len(data))
+    gap = max((m - b if math.isfinite(m) else math.inf) for m, b in zip(_stretched(mine, best), best["scores"], strict=True))
+    if best["score"] > bad or (gap <= MARGIN and mine["score"] > bad):
+        return (
+            False,
+            f"no reading that was tried predicts this data better than a linear guess (this one has {_ratio(mine['score'])} times its "
+            f"error): the network is untrained, or was trained on other data.",
+        )
+    if best is not mine and gap > MARGIN:
+        own = best["schedule"] == "as wrapped"
         changes = [
             f"it predicts {best['predicts']!r}, not {mine['predicts']!r}" if best["predicts"] != mine["predicts"] else "",
-            f"its time is {best['time']}" if best["time"] != mine["time"] else "",
+            f"its schedule is {best['schedule']} with {'its' if best['time'] == 'its own' else best['time'] + ' as'} time"
+            if not own
+            else "",
+            f"its time is {best['time']}" if own and best["time"] != mine["time"] else "",
             f"it wants its data as {best['data']} (yours spans {low:.3g} to {high:.3g})" if best["data"] != mine["data"] else "",
         ]
         found = " and ".join(change for change in changes if change)
-        factor = math.exp(min(mine["score"] - best["score"], 50.0))
-        return False, f"most likely {found}: that reading has {factor:.3g} times less error."
-    if mine["score"] > 0.5 * MARGIN:
-        return (
-            False,
-            "no reading predicts this data better than a linear guess: untrained, trained on other data, or another schedule.",
-        )
+        return False, f"most likely {found}: at some noise level that reading has {_ratio(-gap)} of this one's error."
     if info.data_range is not None and (low < info.data_range[0] - 0.05 or high > info.data_range[1] + 0.05):
         return (
             False,
             f"the data spans {low:.3g} to {high:.3g}, but the model was trained on {info.data_range[0]:g} to {info.data_range[1]:g}.",
         )
-    return (
-        True,
-        f"the network denoises this data with {math.exp(mine['score']):.3g} of a linear guess's error; no other reading does better.",
+    others = (
+        "no other reading that was tried does better" if best is mine else "no other reading that was tried does clearly better"
     )
+    return True, f"the network denoises this data with {_ratio(mine['score'])} of a linear guess's error; {others}."
+
+
+def _stretched(mine: dict[str, Any], best: dict[str, Any]) -> list[float]:
+    return mine["scores"] if len(mine["scores"]) == len(best["scores"]) else [mine["score"]] * len(best["scores"])
+
+
+def _ratio(score: float) -> str:
+    return f"{math.exp(max(min(score, 50.0), -50.0)):.3g}"

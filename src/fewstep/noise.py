@@ -1,9 +1,9 @@
 r"""Noise that depends on a sample's seed and on nothing else: not on the batch, the workers, the order or the number of steps.
 
-`draw_noise` makes the starting noise. `BrownianPath` gives the noise of stochastic plans: the increments of one Brownian motion W a
-sample over intervals of a clock $u \ge 0$, so plans with different numbers of steps follow the same path. W is drawn lazily: the
-clock is cut into octaves $[2^k, 2^{k+1})$, whose increments are independent draws, and inside an octave by bisection with Brownian
-bridges ("Virtual Brownian Tree", arXiv 2001.01328, section 4).
+`draw_noise` makes the starting noise, `add_noise` a partly noised start from clean data. `BrownianPath` gives the noise of stochastic
+plans: the increments of one Brownian motion W a sample over intervals of a clock $u \ge 0$, so plans with different numbers of steps
+follow the same path. W is drawn lazily: the clock is cut into octaves $[2^k, 2^{k+1})$, whose increments are independent draws, and inside
+an octave by bisection with Brownian bridges ("Virtual Brownian Tree", arXiv 2001.01328, section 4).
 
 Every draw is a pure function of (seed, place in the tree, element): a counter-based generator, SplitMix64's finaliser (Steele, Lea and
 Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) applied to counter and key, and the Box-Muller transform. It is
@@ -23,7 +23,7 @@ from torch import Tensor
 from fewstep.errors import PlanError
 from fewstep.plan import Plan
 
-__all__ = ["BrownianPath", "check_seeds", "draw_noise"]
+__all__ = ["BrownianPath", "add_noise", "check_seeds", "draw_noise"]
 
 Floats = NDArray[np.float64]
 DEPTH = 14
@@ -40,6 +40,8 @@ def check_seeds(seeds: Iterable[int] | Tensor, count: int | None = None) -> list
     Raises:
         TypeError, ValueError: otherwise.
     """
+    if isinstance(seeds, (int, np.integer)):
+        raise TypeError(f"seeds must be one whole number a sample, e.g. range({seeds}, {seeds} + batch), got the number {seeds}.")
     values = seeds.tolist() if isinstance(seeds, Tensor) else list(seeds)
     if not all(isinstance(seed, (int, np.integer)) and not isinstance(seed, bool) for seed in values):
         raise TypeError("seeds must be whole numbers, one a sample.")
@@ -75,8 +77,38 @@ def draw_noise(
         >>> torch.equal(a[1:], b)
         True
     """
+    if any(not isinstance(size, (int, np.integer)) or size < 1 for size in shape):
+        raise ValueError(f"the shape of a sample must be whole numbers of at least 1, got {tuple(shape)}.")
     scale = 1.0 if plan is None else float(plan.schedule.sigma(plan.noise_time))
     return torch.from_numpy(scale * normals(check_seeds(seeds), (START,), shape)).to(dtype).to(device)
+
+
+def add_noise(x_0: Tensor, seeds: Iterable[int] | Tensor, plan: Plan) -> Tensor:
+    """Clean data, noised to where a plan starts: alpha x_0 + sigma eps, for image-to-image.
+
+    Plan from the noise level you want (``solver.plan(..., start=t)``): all calls are then spent between there and the end. eps is what
+    `draw_noise` gives for the same seeds.
+
+    Args:
+        x_0: ``"batch *shape"``, clean data.
+        seeds: one whole number a sample.
+        plan: says the noise level.
+
+    Returns:
+        ``"batch *shape"`` in x_0's precision, on its device.
+
+    Example:
+        >>> import torch, fewstep as fs
+        >>> plan = fs.make_plan("dpmpp_2m", fs.schedules.Flow(), nfe=4, start=0.6)
+        >>> x = add_noise(torch.ones(2, 3), [0, 1], plan)
+        >>> torch.allclose(x, 0.4 + draw_noise((3,), [0, 1], plan))
+        True
+    """
+    if not isinstance(x_0, Tensor) or not x_0.is_floating_point() or x_0.ndim < 2:
+        kind = f"{x_0.dtype} {tuple(x_0.shape)}" if isinstance(x_0, Tensor) else type(x_0).__name__
+        raise TypeError(f"x_0 must be a floating-point tensor (batch, *shape), got {kind}.")
+    noise = draw_noise(x_0.shape[1:], check_seeds(seeds, len(x_0)), plan, dtype=x_0.dtype, device=x_0.device)
+    return float(plan.schedule.alpha(plan.noise_time)) * x_0 + noise
 
 
 class BrownianPath:

@@ -21,7 +21,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["decaying_moments", "exponential_weights", "gauss_legendre", "lagrange_integrals", "lagrange_polynomials", "phi"]
+__all__ = [
+    "decaying_moments",
+    "exponential_weights",
+    "gauss_legendre",
+    "lagrange_integrals",
+    "lagrange_polynomials",
+    "noise_clock",
+    "phi",
+]
 
 Floats = NDArray[np.float64]
 
@@ -154,3 +162,22 @@ def exponential_weights(nodes: Sequence[float] | Floats, z: float) -> Floats:
         [0.632121]
     """
     return lagrange_polynomials(nodes) @ decaying_moments(z, len(nodes))
+
+
+def noise_clock(lam: float, rate: float) -> float:
+    r"""The clock in which a reverse SDE's noise is Brownian: $e^{2 r \lambda}$ up to an affine map.
+
+    The noise a solver adds over a step has the variance of the increments of $e^{2 r \lambda}$, so steps that follow the same path must
+    share this clock. For a small rate that function is almost constant, and its steps would be lost in rounding; here it is
+    $1 + (e^{2 r (\lambda + 20)} - 1) / 2 r$ from $\lambda = -20$ on, and $e^{\lambda + 20}$ below.
+
+    Args:
+        lam: lambda, minus infinity included.
+        rate: r > 0; for the reverse SDE of strength eta it is eta, for DDIM's eta it is eta squared.
+
+    Example:
+        >>> noise_clock(float("-inf"), 1.0), noise_clock(-20.0, 1.0), noise_clock(-19.0, 1e-12) < noise_clock(-18.9, 1e-12)
+        (0.0, 1.0, True)
+    """
+    above = lam + 20.0
+    return math.exp(above) if above < 0.0 else 1.0 + math.expm1(2.0 * rate * above) / (2.0 * rate)

@@ -47,8 +47,7 @@ class Interval:
     """Gaussian noise ``scale * xi``, where xi is the increment of a Brownian motion over [begin, end] of the clock, divided by its
     standard deviation.
 
-    The clock of a solver is the one in which its stochastic differential equation has Brownian increments: for the data-prediction
-    form it is exp(2 eta lambda).
+    The clock of a solver is the one in which its stochastic differential equation has Brownian increments: `numerics.noise_clock`.
     """
 
     scale: Entry
@@ -124,8 +123,8 @@ class Plan:
 
     Args:
         schedule: the noise schedule it was made for.
-        grid: ``"N+1"`` times: the noise level of every state, inner stages of single-step methods included. Strictly decreasing where
-            the plan says nothing else; stages may share or pass levels, so only the ends are checked.
+        grid: ``"N+1"`` times: the noise level of every state, inner stages of single-step methods included. Stages may share or pass
+            levels, so only the ends are checked: they must differ. From noise to data, or back (`Solver.inverse_plan`).
         rows: one `Row` a call.
         start: how the starting noise becomes z_0, or None for as it is.
         provenance: JSON values: how it was made.
@@ -149,10 +148,12 @@ class Plan:
             raise PlanError(
                 f"a plan of {len(self.rows)} calls needs at least 1 call and one more time than calls, got {grid.shape}."
             )
-        check_grid(grid[[0, -1]], self.schedule)
+        _check_ends(grid[[0, -1]], self.schedule)
         object.__setattr__(self, "grid", grid)
         object.__setattr__(self, "rows", tuple(_checked_row(i, row) for i, row in enumerate(self.rows)))
-        object.__setattr__(self, "provenance", MappingProxyType(json_value(self.provenance)))
+        if not isinstance(self.provenance, Mapping):
+            raise PlanError(f"the provenance of a plan is a mapping, got {type(self.provenance).__name__}.")
+        object.__setattr__(self, "provenance", _immutable(json_value(self.provenance)))
 
     # ---- reading -------------------------------------------------------------------------------------------------------------------
 
@@ -193,11 +194,11 @@ class Plan:
         return hash(self.digest)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Plan, (self.schedule, self.grid, self.rows, self.start, dict(self.provenance))
+        return Plan, (self.schedule, self.grid, self.rows, self.start, json_value(self.provenance))
 
     def __repr__(self) -> str:
         solver = self.provenance.get("solver", {})
-        name = solver.get("name", "?") if isinstance(solver, dict) else solver
+        name = solver.get("name", "?") if isinstance(solver, Mapping) else solver
         kind = ", stochastic" if self.stochastic else ""
         return f"Plan({name}, nfe={self.nfe}, {type(self.schedule).__name__} {self.grid[0]:g} -> {self.grid[-1]:g}{kind})"
 
@@ -282,9 +283,13 @@ class Plan:
         """
         artefact = Artefact.load(path, kind="plan")
         try:
-            return _unpack(artefact)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, MemoryError) as error:
-            raise ArtefactError(f"{path} holds no valid plan: {error}") from error
+            plan = _unpack(artefact)
+            same = plan.digest == artefact.digest()
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, MemoryError, RecursionError) as error:
+            raise ArtefactError(f"{path} holds no valid plan: {str(error)[:200]}") from error
+        if not same:
+            raise ArtefactError(f"{path} holds more than a plan, or numbers of other types than a plan has.")
+        return plan
 
     def _artefact(self) -> Artefact:
         tensors: dict[str, np.ndarray] = {"grid": self.grid, "tau": self.tau}
@@ -337,12 +342,24 @@ class Dense:
             )
 
 
+def _check_ends(ends: Floats, schedule: NoiseSchedule) -> None:
+    lams = schedule.lam(ends)
+    check_grid(ends[::-1] if lams[0] > lams[1] else ends, schedule)
+
+
 def _frozen(value: ArrayLike) -> Floats:
     array = np.array(value, np.float64)
     if not np.isfinite(array).all():
         raise PlanError("the numbers of a plan must be finite.")
     array.setflags(write=False)
     return array
+
+
+def _immutable(value: Any) -> Any:
+    """JSON values that cannot be changed: mappings as read-only views, lists as tuples."""
+    if isinstance(value, dict):
+        return MappingProxyType({key: _immutable(item) for key, item in value.items()})
+    return tuple(map(_immutable, value)) if isinstance(value, list) else value
 
 
 def _entry(value: Entry, what: str) -> Entry:

@@ -37,7 +37,8 @@ class Hooks:
         prediction: ``(i, t, d) -> d``: a transform of the data prediction, e.g. clipping or dynamic thresholding.
         state: ``(i, t, x) -> x``: a change of state i + 1, at noise level t, after it was computed, e.g. the blend of inpainting.
         resample: ``(i, x) -> index or None``: a choice ``"batch"`` of which samples go on after step i. Stored states and predictions
-        follow.
+        follow. Conditions stay with their place in the batch, so samples that change places must share them; so does the noise of later
+        steps, so copies of a sample part again.
     """
 
     time: Callable[[int, float, Tensor], Any] | None = None
@@ -89,7 +90,8 @@ def sample(
     """Run a plan.
 
     Args:
-        denoiser: ``D(x, t, **cond)`` -> data prediction of x's shape; see `fewstep.Denoiser`.
+        denoiser: ``D(x, t, **cond)`` -> data prediction of x's shape, in new memory at every call (a replayed CUDA graph needs a
+            ``.clone()``); see `fewstep.Denoiser`.
         noise: ``Float[Tensor, "batch *shape"]``, x_T at the scale of the plan's first time (`fewstep.draw_noise`). Its dtype is the
             working precision; half precision is run, and returned, in float32, because round-off in the state is never undone.
         plan: made by a solver or a tuner, for the denoiser's noise schedule.
@@ -99,8 +101,9 @@ def sample(
         callback: called after every step with (i, tau_i, state i + 1, data prediction i). To change anything use `hooks`.
         hooks: see `Hooks`.
         trajectory: return a `Trajectory` instead of the samples.
-        check: look once, after the last call, whether the samples are finite, and if not find the call that went wrong by running
-            again. This is the only read from the device; ``check=False`` leaves it out (for graph capture).
+        check: refuse predictions written over one another, and look once, after the last call, whether the samples are finite; if not,
+            find the call that went wrong by running again. That look is the only read from the device; ``check=False`` leaves both out
+            (for graph capture).
 
     Returns:
         ``Float[Tensor, "batch *shape"]``, the samples; a `Trajectory` if asked for.
@@ -127,6 +130,7 @@ def sample(
     reach = max(len(row.carry) for row in plan.rows)
     states, outputs = deque([x], max(1, reach)), deque(maxlen=_output_reach(plan))
     record: tuple[list[Tensor], list[Tensor]] | None = ([x], []) if trajectory else None
+    memory = (0, 0)
     for i, step in enumerate(_with_bar(steps, progress)):
         x = states[0]
         time = step.tau if hooks.time is None else hooks.time(i, step.tau, x)
@@ -135,10 +139,17 @@ def sample(
             d = network(x, time, **conditions)
         except NetworkError as error:
             raise NetworkError(f"call {i + 1} of {plan.nfe}: {error}") from error
+        if not isinstance(d, Tensor):
+            raise NetworkError(
+                f"call {i + 1} of {plan.nfe}, t={step.tau:.6g}: the denoiser returned {type(d).__name__}, not a tensor."
+            )
         if d.shape != x.shape:
             raise NetworkError(f"call {i + 1} of {plan.nfe}, t={step.tau:.6g}: the denoiser returned {_shapes(d, x)}.")
+        if check:
+            memory = _check_memory(i, d, memory)
         if hooks.prediction is not None:
             d = hooks.prediction(i, step.tau, d)
+            _check_hook("prediction", i, d.shape, x.shape)
         outputs.appendleft(d)
         if step.gains is not None:
             outputs[0] = _combine(step.gains, states, outputs)
@@ -149,8 +160,10 @@ def sample(
             x = _add_noise(x, path, *step.noise)
         if hooks.state is not None:
             x = hooks.state(i, float(plan.grid[i + 1]), x)
+            _check_hook("state", i, x.shape, states[0].shape)
         states.appendleft(x)
         if hooks.resample is not None and (chosen := hooks.resample(i, x)) is not None:
+            _check_hook("resample", i, chosen.shape, x.shape[:1])
             states, outputs = _choose(states, chosen), _choose(outputs, chosen)
         if record is not None:
             record[0].append(states[0])
@@ -205,7 +218,7 @@ def _prepared(plan: Plan, x: Tensor) -> list[Step]:
 
 def _prepare(row: Row, x: Tensor) -> Step:
     gains = None
-    if row.memory or row.state_gain != 0.0 or row.output_gain != 1.0:
+    if row.memory or not (_is_number(row.state_gain, 0.0) and _is_number(row.output_gain, 1.0)):
         own = [(False, 0, row.state_gain), (True, 0, row.output_gain)]
         gains = _terms([*own, *((True, k, r) for k, r in enumerate(row.memory, start=1))], x)
     terms = [(False, k, c) for k, c in enumerate(row.carry)] + [(True, k, w) for k, w in enumerate(row.weights)]
@@ -221,6 +234,10 @@ def _terms(terms: list[tuple[bool, int, Entry]], x: Tensor) -> tuple[tuple[bool,
     ):  # a 0-dimensional tensor on the host: half the dispatch of a number, the same product
         used[0] = (*used[0][:2], torch.tensor(used[0][2], dtype=x.dtype, device="cpu"))
     return tuple(used)
+
+
+def _is_number(entry: Entry, value: float) -> bool:
+    return isinstance(entry, (float, int)) and entry == value
 
 
 def _factor(entry: Entry, x: Tensor) -> Factor:
@@ -273,6 +290,21 @@ def _combine(terms: tuple[tuple[bool, int, Factor], ...], states: deque[Tensor],
 def _add_noise(x: Tensor, path: BrownianPath, scale: Factor, begin: float, end: float) -> Tensor:
     xi = torch.from_numpy(path.normalised(begin, end)).to(x.dtype).to(x.device, non_blocking=True)
     return x + scale * xi
+
+
+def _check_memory(i: int, d: Tensor, before: tuple[int, int]) -> tuple[int, int]:
+    """Refuse a prediction that was written over the one before, which is still needed. Nothing is read: only addresses are compared."""
+    place = d.data_ptr(), 0 if d.is_inference() else d._version
+    if place[0] == before[0] != 0 and place[1] != before[1]:
+        raise NetworkError(
+            f"call {i + 1} wrote its output over that of call {i}, which is needed. Return a new tensor each time: output.clone()."
+        )
+    return place
+
+
+def _check_hook(name: str, i: int, shape: torch.Size, wanted: torch.Size) -> None:
+    if shape != wanted:
+        raise PlanError(f"the hook {name!r} returned shape {tuple(shape)} at call {i + 1}; it must keep {tuple(wanted)}.")
 
 
 def _choose(memory: deque[Tensor], chosen: Tensor) -> deque[Tensor]:

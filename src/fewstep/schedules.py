@@ -35,6 +35,8 @@ Floats = NDArray[np.float64]
 
 
 def _floats(value: ArrayLike) -> Floats:
+    if hasattr(value, "detach"):  # a tensor: of any precision, on any device
+        value = value.detach().cpu().double().numpy()  # type: ignore[union-attr]
     return np.asarray(value, np.float64)
 
 
@@ -48,6 +50,11 @@ class NoiseSchedule(abc.ABC):
 
     t_start: float
     t_end: float
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        """Lowest and highest time at which the schedule is defined."""
+        return 0.0, 1.0
 
     @abc.abstractmethod
     def log_alpha(self, t: ArrayLike) -> Floats:
@@ -87,12 +94,22 @@ class NoiseSchedule(abc.ABC):
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         return {"kind": type(self).__name__, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
 
+    def inside(self, t: ArrayLike) -> NDArray[np.bool_]:
+        """Which of the times are finite and in the domain, but for rounding."""
+        low, high = self.domain
+        t, dust = _floats(t), 1e-6 * (high - low if math.isfinite(high) else 1.0)
+        return np.isfinite(t) & (t >= low - dust) & (t <= high + dust)
+
     def same_noise(self, other: NoiseSchedule) -> bool:
         """Whether both give the same alpha and sigma at every time; the ends of sampling may differ."""
         mine, theirs = self.config(), other.config()
         return all(mine.get(k) == theirs.get(k) for k in (mine.keys() | theirs.keys()) - {"t_start", "t_end"})
 
     def _check_ends(self) -> None:
+        for name, t in (("t_start", self.t_start), ("t_end", self.t_end)):
+            if not self.inside(t):
+                low, high = self.domain
+                raise ValueError(f"{type(self).__name__} is defined for times from {low:.6g} to {high:g}, got {name}={t:g}.")
         noise = self.lam([self.t_start, self.t_end])
         if not (noise[0] < noise[1]):  # NaN included
             raise ValueError(
@@ -135,7 +152,9 @@ class VPLinear(NoiseSchedule):
     def t_of_lam(self, lam: ArrayLike) -> Floats:
         twice = np.logaddexp(0.0, -2.0 * _floats(lam))  # = -2 log alpha
         slope = self.beta_max - self.beta_min
-        return 2.0 * twice / (np.sqrt(self.beta_min**2 + 2.0 * slope * twice) + self.beta_min)
+        with np.errstate(invalid="ignore"):
+            t = 2.0 * twice / (np.sqrt(self.beta_min**2 + 2.0 * slope * twice) + self.beta_min)
+        return np.where(np.isinf(twice), math.inf, t)
 
 
 @dataclass(frozen=True)
@@ -212,6 +231,10 @@ class EDM(NoiseSchedule):
         object.__setattr__(self, "t_start", self.sigma_max if self.t_start is None else self.t_start)
         object.__setattr__(self, "t_end", self.sigma_min if self.t_end is None else self.t_end)
         self._check_ends()
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        return 0.0, math.inf
 
     def log_alpha(self, t: ArrayLike) -> Floats:
         return np.zeros_like(_floats(t))
@@ -309,6 +332,13 @@ class FromAlphasCumprod(NoiseSchedule):
         object.__setattr__(self, "t_end", 1.0 / len(table) if self.t_end is None else self.t_end)
         self._check_ends()
 
+    @property
+    def domain(self) -> tuple[float, float]:
+        return float(self._knots[0][0]), 1.0
+
+    def same_noise(self, other: NoiseSchedule) -> bool:
+        return _same_table(self, other)
+
     @cached_property
     def _knots(self) -> tuple[Floats, Floats]:
         """Times and log alpha of the finite entries, with the linear extrapolation to log alpha = 0 put in front."""
@@ -380,6 +410,13 @@ class FromBetas(NoiseSchedule):
         object.__setattr__(self, "t_end", self._table.t_end if self.t_end is None else self.t_end)
         self._check_ends()
 
+    @property
+    def domain(self) -> tuple[float, float]:
+        return self._table.domain
+
+    def same_noise(self, other: NoiseSchedule) -> bool:
+        return _same_table(self, other)
+
     @cached_property
     def _table(self) -> FromAlphasCumprod:
         return FromAlphasCumprod(np.cumprod(1.0 - np.asarray(self.betas)).tolist())
@@ -395,6 +432,15 @@ class FromBetas(NoiseSchedule):
 
     def network_time(self, t: ArrayLike) -> Floats:
         return self._table.network_time(t)
+
+
+def _same_table(a: NoiseSchedule, b: NoiseSchedule) -> bool:
+    """Whether both are tables with the same entries, up to the rounding between a table of betas and one of their products."""
+    tables = [s._table if isinstance(s, FromBetas) else s for s in (a, b)]
+    first, second = (np.asarray(s.alphas_cumprod) if isinstance(s, FromAlphasCumprod) else None for s in tables)
+    return (
+        first is not None and second is not None and first.shape == second.shape and np.allclose(first, second, rtol=1e-9, atol=0.0)
+    )
 
 
 KINDS: dict[str, type[NoiseSchedule]] = {cls.__name__: cls for cls in (VPLinear, VPCosine, EDM, Flow, FromBetas, FromAlphasCumprod)}

@@ -44,12 +44,16 @@ class Solver(abc.ABC):
 
     @property
     def stages(self) -> int:
-        """The most calls a step takes: 1 for multistep methods. A step from or to an infinite lambda always takes one."""
+        """The most calls a step takes: 1 for multistep methods. See `single_call` for the exceptions."""
         return 1
 
     def split(self, budget: int) -> list[int]:
         """How single-step methods spend `budget` calls on steps between finite lambdas: the calls of every step."""
         return [self.stages] * (budget // self.stages) + [budget % self.stages] * (budget % self.stages > 0)
+
+    def single_call(self, lams: Floats) -> NDArray[np.bool_]:
+        """At which lambdas a step that begins or ends there takes one call: the infinite ones."""
+        return np.isinf(lams)
 
     @abc.abstractmethod
     def rows(self, schedule: NoiseSchedule, times: Floats, calls: Sequence[int]) -> Iterator[Row]:
@@ -81,10 +85,51 @@ class Solver(abc.ABC):
             GridError: if the grid, `nfe`, `start` and `final` do not fit each other or the schedule.
             UnknownNameError: for an unknown grid or final.
         """
+        start = None if start is None else float(start)
         times, calls = self._steps(schedule, nfe, grid, start, final)
         rows = tuple(self.rows(schedule, times, calls))
         levels = [row.tau for row in rows]
         return Plan(schedule, np.array([*levels, times[-1]]), rows, provenance=self._provenance(grid, start, final))
+
+    def inverse_plan(
+        self,
+        schedule: NoiseSchedule,
+        nfe: int | None = None,
+        grid: str | GridRule | ArrayLike = "auto",
+        *,
+        start: float | None = None,
+    ) -> Plan:
+        """Plan the way back: the ODE from data to noise, over the times of `plan` in reverse ("DDIM inversion" and its higher orders).
+
+        Run it with `fewstep.sample` on data; what comes out is the noise, up to the error of the solver, and `plan` leads back.
+        `fewstep.invert` solves the same ODE to a tolerance instead.
+
+        Args:
+            schedule, nfe, grid, start: as of `plan`: `start` is the noisiest time, which this plan ends at.
+
+        Raises:
+            GridError: also if sigma is 0 at the end of the data, where the noise in them is not determined.
+            ValueError: for a stochastic solver.
+
+        Example:
+            >>> from fewstep.schedules import VPLinear
+            >>> from fewstep.solvers.ddim import DDIM
+            >>> plan = DDIM().inverse_plan(VPLinear(), nfe=10, grid="lambda")
+            >>> float(plan.grid[0]), float(plan.grid[-1])
+            (0.001, 1.0)
+        """
+        times, calls = self._steps(schedule, nfe, grid, start, "t_end")
+        if float(schedule.sigma(times[-1])) == 0.0:
+            raise GridError(
+                f"the way back cannot begin at sigma = 0 (t={times[-1]:g}): clean data say nothing of the noise. Give the schedule a "
+                f"t_end of a little noise, or a list of times that ends with one."
+            )
+        if any(row.noise is not None for row in self.rows(schedule, times, calls)):
+            raise ValueError(f"{type(self).__name__} draws noise as it was given, so there is no way back.")
+        times, calls = times[::-1].copy(), calls[::-1]
+        rows = tuple(self.rows(schedule, times, calls))
+        made_with = {**self._provenance(grid, start, "t_end"), "inverse": True}
+        return Plan(schedule, np.array([*(row.tau for row in rows), times[-1]]), rows, provenance=made_with)
 
     def _steps(
         self, schedule: NoiseSchedule, nfe: int | None, grid: str | GridRule | ArrayLike, start: float | None, final: str
@@ -97,7 +142,7 @@ class Solver(abc.ABC):
             times = make_grid(grid, schedule, start=start, final=final)
             return times, self._shares(schedule, times, nfe)
         fine = make_grid(grid, schedule, nfe, start=start, final=final)
-        ends = np.isinf(schedule.lam(fine[[0, -1]]))
+        ends = self.single_call(schedule.lam(fine[[0, -1]]))
         first = int(ends[0])
         last = int(ends[1]) if len(fine) > 2 else 0
         calls = [1] * first + self.split(len(fine) - 1 - first - last) + [1] * last
@@ -107,8 +152,8 @@ class Solver(abc.ABC):
 
     def _shares(self, schedule: NoiseSchedule, times: Floats, nfe: int | None) -> list[int]:
         """The calls of every step of an explicit grid."""
-        lams = schedule.lam(times)
-        most = [1 if np.isinf(lams[k : k + 2]).any() else self.stages for k in range(len(times) - 1)]
+        single = self.single_call(schedule.lam(times))
+        most = [1 if single[k : k + 2].any() else self.stages for k in range(len(times) - 1)]
         if nfe is None:
             return most
         if not len(most) <= nfe <= sum(most):
@@ -120,11 +165,19 @@ class Solver(abc.ABC):
             calls[k] += min(limit - 1, nfe - sum(calls))
         return calls
 
+    def options(self) -> dict[str, Any]:
+        """The options as JSON values, for the provenance: a wrapped solver with its own, an artefact by its digest."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {name: value.described() if isinstance(value, Solver) else json_value(value) for name, value in values.items()}
+
+    def described(self) -> dict[str, Any]:
+        """Name and options, as a plan's provenance has them."""
+        return {"name": type(self).__name__, "options": self.options()}
+
     def _provenance(self, grid: Any, start: float | None, final: str) -> dict[str, Any]:
-        options = json_value(dataclasses.asdict(self))  # type: ignore[call-overload]
         named = grid if isinstance(grid, str) else repr(grid) if callable(grid) else "own"
         return {
-            "solver": {"name": type(self).__name__, "options": options},
+            "solver": self.described(),
             "grid": named,
             "final": final,
             "start": start,

@@ -46,10 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:
         if os.environ.get("FEWSTEP_TRACEBACK"):
             raise
-        return _fail(f"{type(error).__name__}: {' '.join(str(error).split())}", REFUSED)
+        expected = isinstance(error, (ImportError, OSError, RuntimeError, TypeError, ValueError))
+        hint = "" if expected else " (this should not happen: FEWSTEP_TRACEBACK=1 shows where)"
+        return _fail(f"{type(error).__name__}: {' '.join(str(error).split())}{hint}", REFUSED)
 
 
 def _parser() -> argparse.ArgumentParser:

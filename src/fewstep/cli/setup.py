@@ -33,6 +33,9 @@ __all__ = [
 ]
 
 
+MOST_SEEDS = 1_000_000
+
+
 def open_model(name: str, options: Common) -> Denoiser:
     """The model on its device, in its precision."""
     if options.threads < 0:
@@ -63,9 +66,13 @@ def parse_seeds(text: str, count: int) -> list[int]:
             seeds = [int(part) for part in text.split(",")]
         elif "-" in text:
             first, last = (int(part) for part in text.split("-"))
+            if last - first >= MOST_SEEDS:
+                raise FewstepError(f"--seed {text} asks for {last - first + 1} samples; at most {MOST_SEEDS} at once.")
             seeds = list(range(first, last + 1))
         else:
             seeds = list(range(int(text), int(text) + count))
+    except FewstepError:
+        raise
     except ValueError:
         raise ValueError(f"--seed takes a number, a range like 0-63 or a list like 3,5,8, not {text!r}.") from None
     if not seeds or min(seeds) < 0:

@@ -11,23 +11,99 @@ from fewstep.grids import GridRule
 from fewstep.plan import Plan
 from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
+from fewstep.solvers.adams import Adams
+from fewstep.solvers.compensated import CascadePolynomial, Compensated
 from fewstep.solvers.ddim import DDIM
-from fewstep.solvers.dpm import DPMSolverPP
+from fewstep.solvers.deis import DEIS, IPNDM
+from fewstep.solvers.dpm import DPMSolver, DPMSolverPP, DPMSolverPPSinglestep, DPMSolverSinglestep
+from fewstep.solvers.dpm_v3 import DPMSolverV3
+from fewstep.solvers.dualfast import DualFast
+from fewstep.solvers.edm import EDMEuler, EDMHeun
+from fewstep.solvers.epsilon_scale import EpsilonScale
+from fewstep.solvers.mixed import Mixed
+from fewstep.solvers.runge_kutta import FlowRK, RhoRK
+from fewstep.solvers.sa import SASolver
+from fewstep.solvers.teleport import GaussianPrior, Teleport
+from fewstep.solvers.time_shift import TimeShift
+from fewstep.solvers.unipc import UniPC
 
-__all__ = ["DDIM", "SOLVERS", "DPMSolverPP", "Solver", "make_plan", "make_solver", "solver_names"]
+__all__ = [
+    "DDIM",
+    "DEIS",
+    "IPNDM",
+    "SOLVERS",
+    "Adams",
+    "CascadePolynomial",
+    "Compensated",
+    "DPMSolver",
+    "DPMSolverPP",
+    "DPMSolverPPSinglestep",
+    "DPMSolverSinglestep",
+    "DPMSolverV3",
+    "DualFast",
+    "EDMEuler",
+    "EDMHeun",
+    "EpsilonScale",
+    "FlowRK",
+    "GaussianPrior",
+    "Mixed",
+    "RhoRK",
+    "SASolver",
+    "Solver",
+    "Teleport",
+    "TimeShift",
+    "UniPC",
+    "make_plan",
+    "make_solver",
+    "solver_names",
+]
 
 SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "auto": (DPMSolverPP, {"order": 2}),
     "ddim": (DDIM, {}),
     "ddpm": (DDIM, {"eta": 1.0}),
+    "deis": (DEIS, {}),
+    "deis_logrho": (DEIS, {"variable": "logrho"}),
+    "deis_rho": (DEIS, {"variable": "rho"}),
+    "dpm_2m": (DPMSolver, {"order": 2}),
+    "dpm_2s": (DPMSolverSinglestep, {"order": 2}),
+    "dpm_3m": (DPMSolver, {"order": 3}),
+    "dpm_3s": (DPMSolverSinglestep, {"order": 3}),
+    "dpm_fast": (DPMSolverSinglestep, {"order": 3, "budget": "fast"}),
     "dpmpp": (DPMSolverPP, {}),
     "dpmpp_1": (DPMSolverPP, {"order": 1}),
     "dpmpp_2m": (DPMSolverPP, {"order": 2}),
     "dpmpp_2m_taylor": (DPMSolverPP, {"order": 2, "variant": "taylor"}),
     "dpmpp_2m_sde": (DPMSolverPP, {"order": 2, "eta": 1.0}),
+    "dpmpp_1_sde": (DPMSolverPP, {"order": 1, "eta": 1.0}),
+    "dpmpp_2s": (DPMSolverPPSinglestep, {"order": 2}),
+    "dpmpp_2s_sde": (DPMSolverPPSinglestep, {"order": 2, "eta": 1.0}),
     "dpmpp_3m": (DPMSolverPP, {"order": 3}),
     "dpmpp_3m_official": (DPMSolverPP, {"order": 3, "compat": "official"}),
     "dpmpp_3m_sde": (DPMSolverPP, {"order": 3, "eta": 1.0}),
+    "dualfast": (DualFast, {"solver": DPMSolverPP(order=2)}),
+    "unip_3": (UniPC, {"order": 3, "corrector": False}),
+    "unipc": (UniPC, {}),
+    "unipc_1": (UniPC, {"order": 1}),
+    "unipc_2": (UniPC, {"order": 2, "shortcut": "bh2"}),
+    "unipc_4": (UniPC, {"order": 4}),
+    "unipc_noise": (UniPC, {"prediction": "noise"}),
+    "flow_adams": (Adams, {"order": 2, "prediction": "flow", "corrector": "every"}),
+    "flow_euler": (FlowRK, {"kind": "euler"}),
+    "flow_heun": (FlowRK, {"kind": "heun"}),
+    "flow_midpoint": (FlowRK, {"kind": "midpoint"}),
+    "flow_rk4": (FlowRK, {"kind": "rk4"}),
+    "ipndm": (IPNDM, {}),
+    "lms": (Adams, {}),
+    "rho_heun": (RhoRK, {"kind": "heun"}),
+    "rho_kutta3": (RhoRK, {"kind": "kutta3"}),
+    "rho_midpoint": (RhoRK, {"kind": "midpoint"}),
+    "rho_rk4": (RhoRK, {"kind": "rk4"}),
+    "sa": (SASolver, {}),
+    "dpmpp_3s": (DPMSolverPPSinglestep, {"order": 3}),
+    "dpmpp_3s_sde": (DPMSolverPPSinglestep, {"order": 3, "eta": 1.0}),
+    "edm_euler": (EDMEuler, {}),
+    "edm_heun": (EDMHeun, {}),
 }
 """Name -> class and its options."""
 

@@ -21,6 +21,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fewstep.numerics import noise_clock
 from fewstep.plan import Interval, Row
 from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
@@ -60,10 +61,9 @@ class DDIM(Solver):
         lam, alpha, sigma = schedule.lam(times).tolist(), schedule.alpha(times).tolist(), schedule.sigma(times).tolist()
         for i, t in enumerate(times[:-1].tolist()):
             h = lam[i + 1] - lam[i]
-            fresh = self.eta**2 * -math.expm1(-2.0 * h)  # (c / sigma_t)^2
+            fresh = self.eta**2 * -math.expm1(-2.0 * h) if self.eta else 0.0  # (c / sigma_t)^2
             carry = math.sqrt(1.0 - fresh) * sigma[i + 1] / sigma[i]
             noise = None
             if fresh > 0.0 and sigma[i + 1] > 0.0:
-                clock = (math.exp(2.0 * self.eta**2 * lam[j]) for j in (i, i + 1))
-                noise = Interval(math.sqrt(fresh) * sigma[i + 1], *clock)
+                noise = Interval(math.sqrt(fresh) * sigma[i + 1], *(noise_clock(lam[j], self.eta**2) for j in (i, i + 1)))
             yield Row(t, (carry,), (alpha[i + 1] - alpha[i] * carry,), noise=noise)
