@@ -106,7 +106,7 @@ def _nameless() -> dict[str, str]:
     named = {solver for solver, _ in solvers.SOLVERS.values()}
     public = (getattr(solvers, name) for name in solvers.__all__)
     classes = (c for c in public if inspect.isclass(c) and issubclass(c, Solver) and c is not Solver and c not in named)
-    reason = "it needs something that is computed for the model first, or another solver to wrap; tune it and compare its plan"
+    reason = "it needs something that is computed for the model, a recipe, or another solver to wrap, so no name stands for it"
     return {c.__name__: reason for c in classes}
 
 
