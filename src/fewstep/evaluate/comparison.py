@@ -428,7 +428,7 @@ def _curves(
         faint=[points for key, points in lines.items() if key not in named],
         levels=levels,
     )
-    rest = f"; in grey the other {len(lines) - len(named)}" if len(lines) > len(named) else ""
+    rest = f"; in grey the other {len(lines) - len(named)}, as far as they are within the frame" if len(lines) > len(named) else ""
     report.pictures([(file, caption + rest, plot)], plot=True)
 
 

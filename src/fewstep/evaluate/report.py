@@ -86,7 +86,7 @@ def line_plot(
     Args:
         lines: label -> points.
         xlabel, ylabel: of the axes.
-        faint: lines in grey, without labels.
+        faint: lines in grey, without labels; they do not widen the frame upwards beyond twice the highest of the others.
         levels: label -> height of a dashed horizontal line.
     """
     try:
@@ -110,7 +110,10 @@ def line_plot(
     ticks = sorted({x for points in drawn for x, _ in points})
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-    heights = [y for points in drawn for _, y in points] + list((levels or {}).values())
+    coloured = [y for points in lines.values() for _, y in points] + list((levels or {}).values())
+    heights = [*coloured, *(y for points in background for _, y in points if y <= 2.0 * max(coloured))]
+    if background:
+        axes.set_ylim(0.9 * min(heights), 1.1 * max(heights))
     narrow = max(heights) < 20.0 * min(heights)
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if narrow else (1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
