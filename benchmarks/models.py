@@ -32,11 +32,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fewstep as fs
-from fewstep.train import fit
-from fewstep.train.recipes import digits, photos
+from fewstep.evaluate import Frechet
+from fewstep.train.recipes import digits, photos, train_classifier
 
 RESULTS = Path(__file__).parent / "results" / "models.json"
 NFE, PROBES = 100, 20
@@ -119,42 +119,6 @@ def draw(denoiser: fs.Denoiser, count: int, seed: int, chunk: int, **cond: Tenso
 # ---- digits ------------------------------------------------------------------------------------------------------------------------
 
 
-class Classifier(nn.Module):
-    """Three convolutions and 64 features."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
-            *(nn.Conv2d(1, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 64, 3, padding=1), nn.SiLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(64, 64, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(64 * 16, 64), nn.SiLU()),
-        )
-        self.out = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.features(x))
-
-
-def train_classifier(data: dict[str, Tensor], seed: int) -> Classifier:
-    def objective(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
-        noisy = batch["x"] + 0.1 * torch.randn(batch["x"].shape, generator=generator)
-        return nn.functional.cross_entropy(model(noisy), batch["label"]), {}
-
-    torch.manual_seed(seed)
-    model = Classifier()
-    fit(objective, model, data, steps=800, batch_size=128, learning_rate=2e-3, ema=(), seed=seed)
-    return model.eval().requires_grad_(False)
-
-
-def frechet(first: Tensor, second: Tensor) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of the Gaussians with the features' means and covariances."""
-    a, b = first.double().numpy(), second.double().numpy()
-    c1, c2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(c1)
-    root = vectors * np.sqrt(values.clip(0.0)) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ c2 @ root).clip(0.0)).sum()
-    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(c1) + np.trace(c2) - 2.0 * cross)
-
-
 def nearest(x: Tensor, others: Tensor) -> float:
     """Median distance to the nearest of the others, root mean square a pixel."""
     distance = torch.cdist(x.flatten(1), others.flatten(1)).min(1).values
@@ -164,7 +128,7 @@ def nearest(x: Tensor, others: Tensor) -> float:
 def judge_digits(source: str, seed: int, pictures: Path | None) -> dict[str, Any]:
     denoiser = fs.load(source)
     train, held_out = digits("train"), digits("held_out")
-    classifier = train_classifier(train, seed + 1)
+    classifier = train_classifier(seed=seed + 1)
     label = torch.arange(1000) % 10
     x, cost = draw(denoiser, 1000, seed, 250, label=label)
     clipped = x.clamp(-1.0, 1.0)
@@ -177,6 +141,7 @@ def judge_digits(source: str, seed: int, pictures: Path | None) -> dict[str, Any
         name: classifier.features(images)
         for name, images in (("samples", clipped), ("train", train["x"]), ("held_out", held_out["x"]))
     }
+    frechet = Frechet()
     of_samples, of_train = (frechet(features[name], features["held_out"]) for name in ("samples", "train"))
     figures = {
         **cost,

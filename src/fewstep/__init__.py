@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.version import __version__
 
 if TYPE_CHECKING:
-    from fewstep import denoisers, exact, grids, guidance, schedules, solvers, train
+    from fewstep import denoisers, evaluate, exact, grids, guidance, schedules, solvers, train
     from fewstep.denoisers import Denoiser, ModelInfo
     from fewstep.errors import FewstepError
     from fewstep.integrate import adaptive, invert, reference
@@ -34,6 +34,7 @@ __all__ = [
     "check",
     "denoisers",
     "draw_noise",
+    "evaluate",
     "exact",
     "fit",
     "grids",

@@ -13,6 +13,9 @@ Sources: U-Net and residual blocks as in "Denoising Diffusion Probabilistic Mode
 of "Diffusion Models Beat GANs on Image Synthesis" (arXiv 2105.05233, section 3), the null label of "Classifier-Free Diffusion Guidance"
 (arXiv 2207.12598).
 
+`SmallClassifier` tells digits apart. Its features judge samples of the shipped model (`fewstep.evaluate`). It is one file, an artefact:
+`save_classifier`, `read_classifier`.
+
 A *model folder* holds ``config.json`` (what the network is, the noise schedule it was trained on, what it predicts, its data, its
 conditions, its licence, how it was trained) and ``model.safetensors`` (the weights). `save_model` writes it; `read_model` reads it,
 strictly.
@@ -35,12 +38,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fewstep.artefacts import write_atomically
+from fewstep.artefacts import Artefact, write_atomically
 from fewstep.errors import ArtefactError
 from fewstep.predictions import check_prediction
 from fewstep.schedules import NoiseSchedule, from_config
 
-__all__ = ["FORMAT", "ModelConfig", "SmallUNet", "SmallUNetConfig", "read_model", "save_model"]
+__all__ = [
+    "FORMAT",
+    "ModelConfig",
+    "SmallClassifier",
+    "SmallUNet",
+    "SmallUNetConfig",
+    "read_classifier",
+    "read_model",
+    "save_classifier",
+    "save_model",
+]
 
 FORMAT = 1
 """The newest form of a model folder that this version writes and reads."""
@@ -490,3 +503,69 @@ def _fitting(path: Path, content: bytes, network: SmallUNet, dtype: torch.dtype)
         if value.dtype is not dtype or not bool(value.isfinite().all()):
             raise ArtefactError(f"{path} is damaged: {name} is not {dtype} or not finite.")
     return {name: value.float() for name, value in tensors.items()}
+
+
+# ---- the classifier ----------------------------------------------------------------------------------------------------------------
+
+
+class SmallClassifier(nn.Module):
+    """Which digit an 8 x 8 image is: three convolutions, 64 features, 10 classes. The features of a sample have mean 0 and variance 1.
+
+    Example:
+        >>> network = SmallClassifier()
+        >>> network.features(torch.zeros(5, 1, 8, 8)).shape, network(torch.zeros(5, 1, 8, 8)).shape
+        (torch.Size([5, 64]), torch.Size([5, 10]))
+    """
+
+    shape = (1, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            *(nn.Conv2d(1, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 64, 3, padding=1), nn.SiLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(64, 64, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(64 * 16, 64)),
+            nn.LayerNorm(64, elementwise_affine=False),
+        )
+        self.out = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits ``"batch 10"`` of images ``"batch 1 8 8"`` in [-1, 1]."""
+        return self.out(self.features(x))
+
+
+CLASSIFIER = "classifier"
+"""Kind of the artefact."""
+
+
+def save_classifier(path: str | os.PathLike[str], network: SmallClassifier, *, licence: str, training: Mapping[str, Any]) -> None:
+    """Write a classifier to one file, its weights in half precision.
+
+    Args:
+        path: where.
+        network: the classifier.
+        licence: on what terms it may be used, and whose the data are.
+        training: how it was made; JSON values.
+    """
+    tensors = {name: value.detach().cpu().half().numpy() for name, value in network.state_dict().items()}
+    meta = {"architecture": SmallClassifier.__name__, "licence": licence, "training": dict(training)}
+    Artefact(CLASSIFIER, meta, tensors).save(path)
+
+
+def read_classifier(path: str | os.PathLike[str]) -> tuple[SmallClassifier, dict[str, Any]]:
+    """Read a file that `save_classifier` wrote.
+
+    Returns:
+        the network, frozen and in float32 on the CPU; and what the file says of it.
+
+    Raises:
+        ArtefactError: if it is damaged, foreign, or its weights do not fit.
+        FileNotFoundError: if there is none.
+    """
+    artefact = Artefact.load(path, kind=CLASSIFIER)
+    network = SmallClassifier()
+    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    found = {name: value.shape for name, value in artefact.tensors.items()}
+    if artefact.meta.get("architecture") != SmallClassifier.__name__ or found != wanted:
+        raise ArtefactError(f"{path} holds the weights of another network than {SmallClassifier.__name__}.")
+    network.load_state_dict({name: torch.from_numpy(value).float() for name, value in artefact.tensors.items()})
+    return network.eval().requires_grad_(False), artefact.meta

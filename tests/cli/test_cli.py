@@ -39,7 +39,7 @@ def test_help_of_every_command(capsys):
             main([*command.split(), "--help"])
         assert stop.value.code == 0
         assert "usage: fewstep" in capsys.readouterr().out
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 9
     assert main([]) == 2
     with pytest.raises(SystemExit):
         main(["--version"])
@@ -88,6 +88,74 @@ def test_demo_makes_a_page_that_needs_nothing_else(tiny, tmp_path, capsys):
     assert results == json.loads(text)
     assert len(results["rows"]) == 3 * 3 * 2
     assert {"model", "solver", "grid", "nfe", "error"} == set(results["rows"][0])
+
+
+def test_compare_ranks_all_solvers_in_one_page(tiny, tmp_path, capsys):
+    out = tmp_path / "compare"
+    options = ["--nfe", "2,4", "--count", 12, "--tol", 0.1, "--resamples", 20, "--batch", 5, "--seed", 3]
+    status, text, err = run(capsys, "compare", tiny, *options, "--solvers", "all", "--out", out, "--json", "--quiet")
+    assert (status, err) == (0, "")
+    results = json.loads(text)
+    assert results == json.loads((out / "results.json").read_text())
+    found = results["models"]["tiny"]
+    ran = {row["solver"] for row in results["rows"]}
+    assert ran | set(found["same"]) | set(found["skipped"]) >= set(fs.solver_names())
+    assert {place["solver"] for place in found["ranking_by_distance"]} == ran
+    stochastic = {row["solver"] for row in results["rows"] if row.get("stochastic")}
+    assert {place["solver"] for place in found["ranking_by_error"]} == ran - stochastic
+    scores = [place["score"] for place in found["ranking_by_error"]]
+    assert scores == sorted(scores)
+    assert found["distance"]["sizes"] == [12, 24]
+    page = (out / "index.html").read_text()
+    assert "http" not in page
+    assert page.count("data:image/png;base64,") >= 4
+    assert all(f"{name}" in page for name in ran)
+    # the same from other batches, and in words
+    status, text, _ = run(capsys, "compare", tiny, *options, "--solvers", "ddim,dpmpp_2m", "--out", tmp_path / "b", "--batch", 12)
+    assert status == 0
+    assert "12 against 24 samples, seed 3" in text
+    again = json.loads((tmp_path / "b" / "results.json").read_text())["rows"]
+    before = {(row["solver"], row["nfe"]): row["error"] for row in results["rows"]}
+    for row in again:
+        assert row["error"] == pytest.approx(before.get((row["solver"], row["nfe"]), row["error"]), rel=1e-4)
+
+
+def test_evaluate_reads_what_sample_writes_and_pictures(tiny, tmp_path, capsys):
+    for name, seed in (("a", 0), ("b", 100)):
+        assert run(capsys, "sample", tiny, "--nfe", 2, "--count", 20, "--seed", seed, "--out", tmp_path / name, "--quiet")[0] == 0
+    out = tmp_path / "report"
+    arguments = ["evaluate", tmp_path / "a", tmp_path / "b" / "samples.npz", "--resamples", 20, "--out", out, "--json", "--quiet"]
+    arguments += ["--distances", "frechet,kid,mmd,sliced_wasserstein,wasserstein"]
+    status, text, _ = run(capsys, *arguments)
+    assert status == 0
+    results = json.loads(text)
+    assert results == json.loads((out / "results.json").read_text())
+    assert [figure["distance"] for figure in results["distances"]] == arguments[-1].split(",")
+    assert all(figure["sizes"] == [20, 20] and figure["seed"] == 0 for figure in results["distances"])
+    assert sorted(p.name for p in out.iterdir()) == ["data.png", "index.html", "results.json", "samples.png"]
+    arrays = [np.load(tmp_path / name / "samples.npz")["samples"] for name in "ab"]
+    features = [fs.evaluate.digit_features(torch.from_numpy(array)) for array in arrays]
+    assert results["distances"][0]["value"] == pytest.approx(fs.evaluate.Frechet()(*features))
+    # pictures: bytes are brought to [-1, 1], and the shipped data is cut to the exact distance's size
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8)).astype(np.uint8)
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture).save(folder / f"{i}.png")
+    np.save(tmp_path / "bytes.npy", pixels[:, None])
+    for source in (folder, tmp_path / "bytes.npy"):
+        options = ["--resamples", 20, "--features", "pixels", "--distances", "wasserstein", "--json"]
+        status, text, _ = run(capsys, "evaluate", source, "digits", *options)
+        assert status == 0
+        (found,) = json.loads(text)["distances"]
+        assert found["sizes"] == [6, 6]
+        assert found["p"] == 1 / 21 or found["value"] > 4.0
+    status, text, _ = run(capsys, "evaluate", folder, "--resamples", 20, "--quiet")
+    assert (status, text) == (0, "")
+    Image.fromarray(pixels[0, :4]).save(folder / "x.png")
+    status, _, err = run(capsys, "evaluate", folder)
+    assert status == 2
+    assert "pictures must be alike" in err
 
 
 def test_plan_make_and_show(tmp_path, capsys):
@@ -145,13 +213,29 @@ def test_check(tiny, tmp_path, capsys):
         (["check", "TINY"], "--data is needed"),
         (["check", "TINY", "--data", "DIR/bad"], "no .npy or .npz"),
         (["train", "cats"], "cats"),
+        (["train", "digits-classifier", "--steps", "3"], "takes --out, --seed and --quiet only"),
+        (["compare", "TINY", "--solvers", "dpmpp2m"], "Did you mean 'dpmpp_2m'"),
+        (["compare", "TINY", "--nfe", "a"], "--nfe takes"),
+        (["compare", "TINY", "--distance", "kid"], "can be negative"),
+        (["compare", "TINY", "--distance", "wasserstein"], "sets of equal size"),
+        (["compare", "TINY", "--features", "pixel"], "Did you mean 'pixels'"),
+        (["compare", "TINY,TINY"], "different names"),
+        (["compare", "TINY", "--count", "1"], "at least 2"),
+        (["compare", "photos", "--features", "digits"], "sees samples of shape"),
+        (["evaluate", "DIR/bad"], "no .npy or .npz"),
+        (["evaluate", "DIR"], "neither samples.npz nor at least 2 pictures"),
+        (["evaluate", "DIR/none"], "No such file"),
+        (["evaluate", "digits", "photos"], "have shape (1, 8, 8)"),
+        (["evaluate", "digits", "digits"], "the same samples"),
+        (["evaluate", "digits", "--distances", "fid"], "unknown distance"),
+        (["evaluate", "digits", "--features", "inception", "--weights", "DIR/none"], "weights of Inception are not at"),
     ],
 )
 def test_bad_input_is_one_line_and_a_status(arguments, message, tiny, tmp_path, capsys):
     (tmp_path / "bad").write_bytes(b"not a plan")
     fs.make_plan("ddim", fs.schedules.EDM(), 3).save(tmp_path / "edm")
     given = [a.replace("TINY", tiny).replace("DIR", str(tmp_path)) for a in arguments]
-    if "--out" not in given and given[0] in ("sample", "demo"):
+    if "--out" not in given and given[0] in ("sample", "demo", "compare"):
         given += ["--out", str(tmp_path / "out")]
     before = sorted(p.name for p in tmp_path.iterdir())
     status, out, err = run(capsys, *given)

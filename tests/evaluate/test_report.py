@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import math
 
 import numpy as np
 import pytest
@@ -9,7 +11,20 @@ import torch
 from PIL import Image
 
 import fewstep as fs
-from fewstep.evaluate import Report, compare_plans, image_grid, rms_error
+from fewstep.evaluate import (
+    Judge,
+    Report,
+    SlicedWasserstein,
+    add_comparison,
+    candidates,
+    compare_plans,
+    compare_solvers,
+    image_grid,
+    observed_order,
+    pixels,
+    rms_error,
+    settled_solution,
+)
 
 
 def test_image_grid_places_every_pixel():
@@ -47,3 +62,105 @@ def test_errors_are_against_the_exact_solution():
     assert seen == rows
     assert rows[1].error < 0.2 * rows[0].error
     assert rows[0].error == pytest.approx(rms_error(rows[0].samples, exact))
+
+
+def mixture():
+    schedule = fs.schedules.VPLinear(t_start=0.95, t_end=0.05)
+    means = torch.tensor([[1.0, 0.5], [-1.0, -0.3]], dtype=torch.float64)
+    return fs.exact.GaussianMixture(schedule, means, 0.2)
+
+
+def test_observed_order_is_the_claimed_one_and_stops_above_the_floor():
+    denoiser, x = mixture(), fs.draw_noise((2,), range(8), dtype=torch.float64)
+    exact = fs.reference(denoiser, x, denoiser.schedule, tol=1e-10)
+    for name, order in (("ddim", 1), ("dpmpp_2m", 2), ("dpmpp_3m", 3)):
+        plans = {n: fs.make_plan(name, denoiser.schedule, n, grid="lambda") for n in (40, 80, 160, 320)}
+        found = observed_order(denoiser, x, exact, plans.__getitem__, nfes=list(plans))
+        assert found.order == pytest.approx(order, abs=0.15)
+        assert len(found.orders) == len(found.errors) - 1 == 3
+        assert found.order == pytest.approx(found.orders[-1])
+    rough = fs.reference(denoiser, x, denoiser.schedule, tol=1e-3)
+    with pytest.raises(ValueError, match="well above that of the exact solution"):
+        observed_order(denoiser, x, rough, plans.__getitem__, nfes=[160, 320])
+    with pytest.raises(ValueError, match="increasing"):
+        observed_order(denoiser, x, exact, plans.__getitem__, nfes=[80, 40])
+
+
+def test_settled_solution_is_within_its_own_error():
+    denoiser, x = mixture(), fs.draw_noise((2,), range(40), dtype=torch.float64)
+    exact = fs.reference(denoiser, x, denoiser.schedule, tol=1e-9)
+    done = []
+    found = settled_solution(denoiser, x, denoiser.schedule, tol=1e-4, block=16, after=done.append)
+    assert rms_error(found.samples, exact) < found.error <= 1e-4
+    assert sum(done) == found.calls
+    assert done[-1] == found.nfe
+    alone = settled_solution(denoiser, x[:3], denoiser.schedule, tol=found.error).samples
+    torch.testing.assert_close(alone, found.samples[:3], rtol=0, atol=2e-4)
+    with pytest.raises(fs.FewstepError, match="Ask for less"):
+        settled_solution(denoiser, x, denoiser.schedule, tol=1e-14, most=80)
+
+
+def test_candidates_run_equal_plans_once_and_say_what_is_left_out(monkeypatch):
+    schedule = fs.schedules.VPLinear()
+    found = candidates(schedule, [2, 5])
+    ran = {name for name, _, _ in found.plans}
+    assert ran | set(found.same) | set(found.skipped) >= set(fs.solver_names())
+    assert found.same["dpmpp_1"] == "ddim"
+    assert not ran & set(found.same)
+    assert [name for name, _, _ in candidates(schedule, [1], names=["ddim", "dpmpp_3m"]).plans] == ["ddim", "dpmpp_3m"]
+
+    class NeedsStatistics(fs.solvers.DDIM):
+        pass
+
+    monkeypatch.setattr(fs.solvers, "NeedsStatistics", NeedsStatistics, raising=False)
+    monkeypatch.setattr(fs.solvers, "__all__", [*fs.solvers.__all__, "NeedsStatistics"])
+    monkeypatch.setitem(fs.solvers.SOLVERS, "broken", (fs.solvers.DPMSolverPP, {"order": 17}))
+    found = candidates(schedule, [5])
+    assert "computed for the model" in found.skipped["NeedsStatistics"]
+    assert "17" in found.skipped["broken"]
+    with pytest.raises(ValueError, match="17"):
+        candidates(schedule, [5], names=["broken"])
+
+
+def run_comparison(nfes=(3, 6), judge=True):
+    exact_model = fs.exact.GaussianMixture(fs.schedules.VPLinear(), [[1.0, 0.5], [-1.0, -0.3]], 0.2)
+    denoiser = fs.Denoiser(
+        exact_model, exact_model.schedule, "data", scalar_time=True, info=fs.ModelInfo(name="mixture", shape=(2,))
+    )
+    noise, others = (fs.draw_noise((2,), seeds, dtype=torch.float64) for seeds in (range(60), range(100, 200)))
+    solved = [settled_solution(denoiser, x, denoiser.schedule, tol=1e-4) for x in (noise, others)]
+    chosen = Judge(SlicedWasserstein(), pixels, solved[0].samples, solved[1].samples, "pixels", 30, 0) if judge else None
+    found = candidates(denoiser.schedule, nfes, names=["ddpm", "dpmpp_2m", "ddim"])
+    options = {"exact_error": solved[0].error, "exact_nfe": solved[0].nfe, "seeds": range(60), "judge": chosen, "block": 25}
+    return compare_solvers(denoiser, noise, solved[0].samples, found, **options), denoiser, noise, solved[0]
+
+
+def test_comparison_ranks_by_both_figures():
+    found, denoiser, noise, exact = run_comparison()
+    assert [place.key[0] for place in found.ranking("error")] == ["dpmpp_2m", "ddim"]  # the stochastic one follows another path
+    assert {place.key[0] for place in found.ranking("distance")} == {"ddpm", "dpmpp_2m", "ddim"}
+    assert found.ranking("error")[0].score == 1.0
+    errors = found.errors()
+    wanted = math.sqrt(math.prod(errors["ddim", "auto", n] / errors["dpmpp_2m", "auto", n] for n in (3, 6)))
+    assert found.ranking("error")[1].score == pytest.approx(wanted)
+    samples = fs.sample(denoiser, noise, fs.make_plan("ddim", denoiser.schedule, 6))
+    assert errors["ddim", "auto", 6] == pytest.approx(rms_error(samples, exact.samples), rel=1e-6)
+    assert found.distances["ddim", "auto", 6].value == pytest.approx(SlicedWasserstein()(samples, found.judge.others))
+    assert found.distances["ddim", "auto", 6].excess == pytest.approx(found.distances["ddim", "auto", 6].value - found.floor)
+    assert all(len(row.samples) <= 10 for row in found.rows)
+    document = json.loads(json.dumps({**found.results(), "rows": found.records()}, allow_nan=False))
+    assert document["distance"]["sizes"] == [60, 100]
+    assert [row.get("stochastic", False) for row in document["rows"]] == [True, True, False, False, False, False]
+
+
+def test_a_solver_that_diverges_is_last_and_legal_json():
+    found, *_ = run_comparison(judge=False)
+    broken = dataclasses.replace(found.rows[-1], error=math.nan)
+    found.rows = [*found.rows[:-1], broken]
+    assert found.ranking("error")[-1].key[0] == "ddim"
+    json.dumps([found.results(), found.records()], allow_nan=False)
+    report = Report("t", "i")
+    keys = [place.key for place in found.ranking()]
+    add_comparison(report, found, summary="s", shown=keys, calls=[3], order=keys)
+    assert "diverged" in report.page()
+    assert "ranked by distance only: ddpm" in report.page()

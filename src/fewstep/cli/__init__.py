@@ -1,4 +1,4 @@
-"""The command line: ``fewstep demo | sample | train | plan | solvers | check``.
+"""The command line: ``fewstep demo | sample | compare | evaluate | train | plan | solvers | check``.
 
 Every command is one file with a dataclass of its options and ``run(options) -> exit status``, which calls the public functions.
 Nothing heavy is imported before a command runs. Bad input ends in one line on standard error and status 2, an interrupt in status 130.
@@ -20,6 +20,8 @@ __all__ = ["main"]
 COMMANDS = {
     "demo": "samples of the shipped models and what few calls cost: a page with pictures, a plot and a table",
     "sample": "samples of a model",
+    "compare": "rank the solvers on a model: error to the exact solution, distance of the distributions",
+    "evaluate": "how far samples are from data: distances with intervals, floor and test",
     "train": "train a shipped model anew",
     "plan make": "plan a run and save it to a file",
     "plan show": "print a saved plan as a table",

@@ -41,10 +41,10 @@ def run(options: DemoOptions) -> int:
     """Sample, measure, write the page."""
     from tqdm import tqdm
 
-    from fewstep.cli.setup import machine, new_folder, open_model
+    from fewstep.cli.setup import machine, new_folder, open_model, parse_numbers
     from fewstep.evaluate.report import Report
 
-    nfes = _numbers(options.nfe)
+    nfes = parse_numbers("--nfe", options.nfe)
     if options.count < 1:
         raise ValueError(f"--count must be at least 1, got {options.count}.")
     names = options.models.split(",")
@@ -56,8 +56,6 @@ def run(options: DemoOptions) -> int:
         "machine": machine(),
         "seed": options.seed,
         "count": options.count,
-        "rows": [],
-        "models": {},
     }
     total = len(names) * len(SOLVERS) * len(GRIDS) * len(nfes)
     with new_folder(options.out) as folder, tqdm(total=total, desc="demo", unit="run", disable=options.quiet or None) as bar:
@@ -75,69 +73,34 @@ def run(options: DemoOptions) -> int:
     return 0
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        numbers = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise ValueError(f"--nfe takes numbers separated by commas, not {text!r}.") from None
-    if numbers[0] < 1:
-        raise ValueError(f"--nfe takes numbers of at least 1, got {numbers[0]}.")
-    return numbers
-
-
 def _model(report: Any, name: str, denoiser: Any, options: DemoOptions, nfes: list[int], bar: Any) -> None:
     from fewstep.cli.setup import parse_labels, state_dtype
-    from fewstep.evaluate.trajectories import compare_plans
+    from fewstep.evaluate.comparison import add_comparison, candidates, compare_solvers
     from fewstep.integrate import reference
     from fewstep.noise import draw_noise
-    from fewstep.solvers import make_plan
 
     seeds = range(options.seed, options.seed + options.count)
     labels = parse_labels("each" if denoiser.info.conditions else None, denoiser, options.count)
     cond = {} if labels is None else {"label": labels.to(options.device)}
-    schedule = denoiser.schedule
-    plans = [(solver, grid, make_plan(solver, schedule, nfe, grid=grid)) for grid in GRIDS for solver in SOLVERS for nfe in nfes]
-    noise = draw_noise(denoiser.info.shape, seeds, plans[0][2], dtype=state_dtype(options), device=options.device)
+    found = candidates(denoiser.schedule, nfes, names=list(SOLVERS), grids=GRIDS)
+    noise = draw_noise(denoiser.info.shape, seeds, found.plans[0][2], dtype=state_dtype(options), device=options.device)
     bar.set_description(f"{name}: exact solution")
-    exact = reference(denoiser, noise, schedule, tol=options.tol, cond=cond)
+    exact = reference(denoiser, noise, denoiser.schedule, tol=options.tol, cond=cond)
     bar.set_description(name)
-    rows = compare_plans(denoiser, noise, exact, plans=plans, cond=cond, after=lambda _: bar.update())
-    report.results["rows"] += [{"model": name, "solver": r.solver, "grid": r.grid, "nfe": r.nfe, "error": r.error} for r in rows]
-    summary = _summary(name, rows, nfes)
-    report.results["models"][name] = {"exact_calls": exact.nfe, "exact_error": exact.error, "summary": summary}
-    _section(report, name, denoiser, exact, rows, nfes, summary)
-
-
-def _section(report: Any, name: str, denoiser: Any, exact: Any, rows: list[Any], nfes: list[int], summary: str) -> None:
-    from fewstep.evaluate.report import image_grid, line_plot
-
-    found = {(row.solver, row.grid, row.nfe): row for row in rows}
-    low, high = denoiser.info.data_range or (-1.0, 1.0)
-    columns, scale = (5, 5) if denoiser.info.shape[-1] <= 8 else (3, 2)
-    report.heading(f"{name} ({'x'.join(map(str, denoiser.info.shape))}, {type(denoiser.schedule).__name__} schedule)")
-    report.text(summary)
-
-    def picture(samples: Any) -> bytes:
-        return image_grid(samples[: 2 * columns], (low, high), columns=columns, scale=scale)
-
-    calls = [nfe for nfe in SHOWN_CALLS if nfe in nfes] or nfes[:4]
-    for solver in SHOWN:
-        report.heading(SOLVERS[solver], 3)
-        shown = [found[solver, "auto", nfe] for nfe in calls]
-        strip = [(f"{name}-{solver}-{r.nfe}.png", f"{r.nfe} calls, error {r.error:.3g}", picture(r.samples)) for r in shown]
-        report.pictures([*strip, (f"{name}-exact.png", f"exact ({exact.nfe} calls)", picture(exact))])
-    lines = {label: [(nfe, found[solver, "auto", nfe].error) for nfe in nfes] for solver, label in SOLVERS.items()}
-    report.heading("Error against calls", 3)
-    plot = line_plot(lines, xlabel="network calls a sample", ylabel="RMS error against the exact solution")
-    report.pictures(
-        [(f"{name}-error.png", f"{name}: RMS error over pixels, which span {low:g} to {high:g}; grid auto", plot)], plot=True
+    comparison = compare_solvers(
+        denoiser,
+        noise,
+        exact.plain(),
+        found,
+        exact_error=exact.error,
+        exact_nfe=exact.nfe,
+        cond=cond,
+        after=lambda _: bar.update(),
     )
-    report.heading("All of it", 3)
-    keys = [(solver, grid) for solver in SOLVERS for grid in GRIDS]
-    best = {(min(range(len(keys)), key=lambda i, n=nfe: found[(*keys[i], n)].error), j + 1) for j, nfe in enumerate(nfes)}
-    body = [[f"{SOLVERS[s]}, {g}", *(f"{found[s, g, nfe].error:.3g}" for nfe in nfes)] for s, g in keys]
-    report.table(["solver, time grid", *(f"{nfe} calls" for nfe in nfes)], body, best=best)
-    report.text(f"The best at each number of calls is set off. The exact solution is known to within {exact.error:.1e}.", note=True)
+    calls = [nfe for nfe in SHOWN_CALLS if nfe in nfes] or nfes[:4]
+    shown, order = [(solver, "auto") for solver in SHOWN], [(solver, grid) for solver in SOLVERS for grid in GRIDS]
+    summary = _summary(name, comparison.rows, nfes)
+    add_comparison(report, comparison, summary=summary, shown=shown, calls=calls, order=order, curves=shown, titles=SOLVERS)
 
 
 def _summary(name: str, rows: list[Any], nfes: list[int]) -> str:

@@ -73,6 +73,7 @@ def _schedule(name: str) -> Any:
 
 
 def _show(options: ShowOptions) -> int:
+    from fewstep.artefacts import json_value
     from fewstep.plan import Plan
 
     plan = Plan.load(options.file)
@@ -82,7 +83,7 @@ def _show(options: ShowOptions) -> int:
     dense = plan.dense()
     details = {
         "schedule": plan.schedule.config(),
-        "provenance": dict(plan.provenance),
+        "provenance": json_value(plan.provenance),
         "digest": plan.digest,
         "grid": plan.grid.tolist(),
     }

@@ -84,7 +84,7 @@ def _write(folder: Any, samples: Any, seeds: list[int], labels: Any, plan: Any, 
 
     import numpy as np
 
-    from fewstep.artefacts import write_atomically
+    from fewstep.artefacts import json_value, write_atomically
     from fewstep.cli.setup import machine
     from fewstep.evaluate.report import image_grid
 
@@ -100,6 +100,6 @@ def _write(folder: Any, samples: Any, seeds: list[int], labels: Any, plan: Any, 
     )
     write_atomically(folder / "samples.png", picture)
     plan.save(folder / "plan.safetensors")
-    record = {"model": info.name, "fingerprint": info.fingerprint, "plan": plan.digest, "provenance": dict(plan.provenance)}
+    record = {"model": info.name, "fingerprint": info.fingerprint, "plan": plan.digest, "provenance": json_value(plan.provenance)}
     record |= {"nfe": plan.nfe, "guidance": options.guidance, "label": options.label, "seeds": seeds, "machine": machine()}
     write_atomically(folder / "sample.json", (json.dumps(record, indent=2) + "\n").encode())

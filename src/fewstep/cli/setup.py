@@ -20,7 +20,17 @@ from fewstep.guidance import ClassifierFree
 from fewstep.loading import load
 from fewstep.version import __version__
 
-__all__ = ["ask_for", "guided", "machine", "new_folder", "open_model", "parse_labels", "parse_seeds", "state_dtype"]
+__all__ = [
+    "ask_for",
+    "guided",
+    "machine",
+    "new_folder",
+    "open_model",
+    "parse_labels",
+    "parse_numbers",
+    "parse_seeds",
+    "state_dtype",
+]
 
 
 MOST_SEEDS = 1_000_000
@@ -68,6 +78,17 @@ def parse_seeds(text: str, count: int) -> list[int]:
     if not seeds or min(seeds) < 0:
         raise ValueError(f"--seed {text} with --count {count} gives no samples, or negative seeds.")
     return seeds
+
+
+def parse_numbers(name: str, text: str) -> list[int]:
+    """Increasing numbers of at least 1 from ``"4,6,10"``."""
+    try:
+        numbers = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise ValueError(f"{name} takes numbers separated by commas, not {text!r}.") from None
+    if numbers[0] < 1:
+        raise ValueError(f"{name} takes numbers of at least 1, got {numbers[0]}.")
+    return numbers
 
 
 def parse_labels(text: str | None, denoiser: Denoiser, count: int) -> torch.Tensor | None:

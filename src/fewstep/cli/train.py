@@ -11,8 +11,8 @@ from fewstep.cli.options import option
 class TrainOptions:
     """Options of the command."""
 
-    recipe: str = option(None, "digits or photos", positional=True)
-    out: str = option("model", "folder for the model; an interrupted training there is taken up again")
+    recipe: str = option(None, "digits or photos; digits-classifier is the network whose features judge digits", positional=True)
+    out: str = option("model", "folder for the model, for the classifier a file; an interrupted training there is taken up again")
     steps: int = option(0, "optimizer steps; 0: as the recipe says")
     seed: int = option(-1, "seed of everything; -1: as the recipe says")
     device: str = option("cpu", "where to train")
@@ -26,8 +26,15 @@ OPTIONS = {"train": TrainOptions}
 
 def run(options: TrainOptions) -> int:
     """Train a recipe into a folder."""
-    from fewstep.train.recipes import train_recipe
+    from fewstep.train.recipes import train_classifier, train_recipe
 
+    if options.recipe == "digits-classifier":
+        if options.steps or options.device != "cpu" or options.threads or options.afresh:
+            raise ValueError("digits-classifier takes --out, --seed and --quiet only.")
+        train_classifier(options.out, seed=max(0, options.seed), progress=not options.quiet)
+        if not options.quiet:
+            print(f"written to {options.out}")
+        return 0
     train_recipe(
         options.recipe,
         options.out,

@@ -9,7 +9,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ __all__ = ["Report", "image_grid", "line_plot"]
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1.2rem; }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.7rem; margin-bottom: .2rem }
 h2 { font-size: 1.25rem; margin-top: 2.6rem; border-top: 1px solid var(--line); padding-top: 1.4rem }
 h3 { font-size: 1rem; margin: 1.6rem 0 .4rem }
@@ -35,6 +35,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 .wide { overflow-x: auto }
 th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid var(--line) }
 th:first-child, td:first-child { text-align: left }
+td small { font-weight: 400; font-size: .8em; opacity: .8; white-space: nowrap }
 td.best { font-weight: 700; background: var(--soft) } p.note, footer { font-size: .85rem; opacity: .8 } code { font-size: .9em }
 """
 
@@ -72,31 +73,64 @@ def image_grid(samples: Tensor, data_range: tuple[float, float], *, columns: int
     return file.getvalue()
 
 
-def line_plot(lines: Mapping[str, Sequence[tuple[float, float]]], *, xlabel: str, ylabel: str) -> bytes:
-    """A PNG of lines over a logarithmic vertical axis: label -> points."""
+def line_plot(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    faint: Iterable[Sequence[tuple[float, float]]] = (),
+    levels: Mapping[str, float] | None = None,
+) -> bytes:
+    """A PNG of lines over a logarithmic vertical axis.
+
+    Args:
+        lines: label -> points.
+        xlabel, ylabel: of the axes.
+        faint: lines in grey, without labels; they do not widen the frame upwards beyond twice the highest of the others.
+        levels: label -> height of a dashed horizontal line.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
     except ImportError as error:
         raise MissingExtraError("Matplotlib", "demo", "Plotting") from error
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    background = [list(points) for points in faint]
+    for points in background:
+        axes.plot(*zip(*points, strict=True), color="0.8", linewidth=0.8, zorder=1)
     for (label, points), marker in zip(lines.items(), "osD^vPX<>*" * len(lines), strict=False):
         axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.4, label=label)
+    for label, height in (levels or {}).items():
+        axes.axhline(height, color="0.3", linewidth=1.0, linestyle="--", label=label)
     axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
-    ticks = sorted({x for points in lines.values() for x, _ in points})
+    drawn = [*background, *lines.values()]
+    ticks = sorted({x for points in drawn for x, _ in points})
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    coloured = [y for points in lines.values() for _, y in points] + list((levels or {}).values())
+    heights = [*coloured, *(y for points in background for _, y in points if y <= 2.0 * max(coloured))]
+    if background:
+        axes.set_ylim(0.9 * min(heights), 1.1 * max(heights))
+    narrow = max(heights) < 20.0 * min(heights)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if narrow else (1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(True, which="both", linewidth=0.3)
-    axes.legend(frameon=False, fontsize=9)
+    axes.grid(True, which="major", linewidth=0.3)
+    if len(lines) + len(levels or {}) > 5:
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    else:
+        axes.legend(frameon=False, fontsize=9)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=144, metadata={"Software": None})
     return file.getvalue()
+
+
+def _cell(text: str) -> str:
+    first, *rest = (html.escape(line) for line in text.split("\n"))
+    return "".join([first, *(f"<br><small>{line}</small>" for line in rest)])
 
 
 @dataclass
@@ -135,11 +169,11 @@ class Report:
         self.pieces.append(f'<div class="strip">{"".join(figures)}</div>')
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], *, best: set[tuple[int, int]] | None = None) -> None:
-        """Add a table; cells in `best` (row, column) are set off."""
+        """Add a table; cells in `best` (row, column) are set off, and what follows the first line of a cell is small."""
         marked = best or set()
         lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
         for i, row in enumerate(rows):
-            cells = (f"<td{' class=best' if (i, j) in marked else ''}>{html.escape(cell)}</td>" for j, cell in enumerate(row))
+            cells = (f"<td{' class=best' if (i, j) in marked else ''}>{_cell(cell)}</td>" for j, cell in enumerate(row))
             lines.append("".join(cells))
         self.pieces.append(f'<div class="wide"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>')
 

@@ -1,0 +1,210 @@
+"""``fewstep evaluate``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep.cli.options import Common, option
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(Common):
+    """Options of the command."""
+
+    samples: str = option(
+        None, "samples: a folder of `fewstep sample` or of pictures, a .npz or .npy file, or digits or photos", positional=True
+    )
+    data: str = option(
+        "digits", "what they are compared with: the same kinds, or the shipped data digits or photos", positional=True
+    )
+    part: str = option("held_out", "part of the shipped data", choices=("held_out", "train"))
+    distances: str = option("frechet,kid,mmd,sliced_wasserstein", "distances, separated by commas; wasserstein is the exact one")
+    features: str = option(
+        "auto", "what they look at: pixels, digits (a small classifier), inception; auto: digits if 1 x 8 x 8, else pixels"
+    )
+    weights: str = option("", "file of Inception's weights")
+    count: int = option(1000, "use at most so many of either; the exact distance uses equally many of both")
+    resamples: int = option(200, "resamples of the intervals, and again of the floor and the test")
+    seed: int = option(0, "seed of the resamples and of the crops of photos")
+    out: str = option("", "folder for index.html, results.json and pictures; left out: none")
+
+
+OPTIONS = {"evaluate": EvaluateOptions}
+SHIPPED = ("digits", "photos")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+SHOWN = 30
+
+
+def run(options: EvaluateOptions) -> int:
+    """Measure and print, and write the page if it is asked for."""
+    from contextlib import nullcontext
+
+    from tqdm import tqdm
+
+    from fewstep.cli.setup import new_folder
+    from fewstep.evaluate.distances import Wasserstein, make_distances, measure
+    from fewstep.evaluate.features import make_features
+
+    chosen = make_distances(options.distances)
+    if options.count < 2:
+        raise ValueError(f"--count must be at least 2, got {options.count}.")
+    (samples, labels), (data, classes) = (read_samples(source, options) for source in (options.samples, options.data))
+    sets, groups = [samples, data], _groups(labels, classes)
+    if sets[0].shape[1:] != sets[1].shape[1:]:
+        raise ValueError(
+            f"the samples have shape {tuple(sets[0].shape[1:])}, what they are compared with {tuple(sets[1].shape[1:])}."
+        )
+    features = make_features(options.features, tuple(sets[0].shape[1:]), weights=options.weights or None, device=options.device)
+    first, second = (features(samples) for samples in sets)
+    least, measured = min(len(first), len(second)), []
+    with new_folder(options.out) if options.out else nullcontext() as folder:
+        total = 2 * options.resamples * len(chosen)
+        with tqdm(total=total, desc="resampling", disable=options.quiet or None) as bar:
+            for distance in chosen:
+                cut = least if isinstance(distance, Wasserstein) else None
+                drawn = {"resamples": options.resamples, "seed": options.seed, "after": bar.update}
+                within = None if groups is None else (groups[0][:cut], groups[1][:cut])
+                measured += measure(first[:cut], second[:cut], [distance], groups=within, **drawn)
+        results = _results(measured, options)
+        if folder is not None:
+            _write(folder, sets, measured, results, options)
+    if options.json:
+        print(json.dumps(results))
+    elif not options.quiet:
+        print(f"{_told(options)}, {options.resamples} resamples{_within(measured)}, seed {options.seed}")
+        for figure in measured:
+            print(figure)
+    return 0
+
+
+def _groups(labels: Any, classes: Any) -> tuple[Any, Any] | None:
+    """The classes of both, if both have the same ones."""
+    known = labels is not None and classes is not None and set(labels.tolist()) == set(classes.tolist())
+    return (labels, classes) if known else None
+
+
+def _within(measured: list[Any]) -> str:
+    return f" within {measured[0].groups} classes" if measured[0].groups > 1 else ""
+
+
+def read_samples(source: str, options: EvaluateOptions) -> tuple[Any, Any]:
+    """Samples ``"n *shape"`` in float32, pictures and bytes brought to [-1, 1]; and their labels, or None."""
+    import numpy as np
+    import torch
+
+    path = Path(source)
+    if source in SHIPPED and not path.exists():
+        return _shipped(source, options)
+    if path.is_dir():
+        if not (path / "samples.npz").is_file():
+            return _pictures(path, options.count), None
+        path = path / "samples.npz"
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is no .npy or .npz file of plain numbers.") from error
+    arrays = {"samples": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    name = next((name for name in ("samples", "x", "arr_0") if name in arrays), None)
+    if name is None:
+        raise ValueError(f"{path} holds {', '.join(arrays) or 'nothing'}, but no array `samples`, `x` or `arr_0`.")
+    array = arrays[name][: options.count]
+    if array.dtype == np.uint8:
+        last = array.ndim == 4 and array.shape[-1] in (1, 3) and array.shape[1] not in (1, 3)
+        array = (array.transpose(0, 3, 1, 2) if last else array).astype(np.float32) / 127.5 - 1.0
+    if array.ndim < 2 or len(array) < 2 or array.dtype.kind != "f":
+        raise ValueError(
+            f"{path} holds {array.dtype} of shape {array.shape}; wanted at least 2 samples (n, *shape), floats or bytes."
+        )
+    label = next((arrays[name] for name in ("labels", "label") if name in arrays), None)
+    if label is not None and (label.ndim != 1 or len(label) < len(array) or label.dtype.kind not in "iu"):
+        raise ValueError(f"{path} holds labels {label.dtype} of shape {label.shape}; wanted one whole number a sample.")
+    return torch.from_numpy(np.ascontiguousarray(array, np.float32)), None if label is None else label[: len(array)]
+
+
+def _shipped(name: str, options: EvaluateOptions) -> tuple[Any, Any]:
+    import torch
+
+    from fewstep.train.recipes import digits, photos
+
+    if name == "photos":
+        return photos(options.part)(options.count, torch.Generator().manual_seed(options.seed))["x"], None
+    whole = digits(options.part)
+    rows = torch.randperm(len(whole["x"]), generator=torch.Generator().manual_seed(options.seed))[: options.count]
+    return whole["x"][rows], whole["label"][rows].numpy()
+
+
+def _pictures(folder: Path, count: int) -> Any:
+    import numpy as np
+    import torch
+
+    from fewstep.errors import MissingExtraError
+
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingExtraError("Pillow", "demo", "Reading pictures") from error
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)[:count]
+    if len(files) < 2:
+        raise ValueError(f"{folder} holds neither samples.npz nor at least 2 pictures ({', '.join(PICTURES)}).")
+    arrays = []
+    for file in files:
+        with Image.open(file) as picture:
+            gray = picture.mode in ("1", "L", "I;16")
+            array = np.asarray(picture.convert("L" if gray else "RGB"), np.float32)
+        arrays.append(array[None] if gray else array.transpose(2, 0, 1))
+        if arrays[-1].shape != arrays[0].shape:
+            raise ValueError(f"{file} has shape {arrays[-1].shape}, {files[0].name} has {arrays[0].shape}; pictures must be alike.")
+    return torch.from_numpy(np.stack(arrays) / 127.5 - 1.0)
+
+
+def _told(options: EvaluateOptions) -> str:
+    part = f" ({options.part})" if options.data in SHIPPED and not Path(options.data).exists() else ""
+    return f"{options.samples} against {options.data}{part}, features: {options.features}"
+
+
+def _results(measured: list[Any], options: EvaluateOptions) -> dict[str, Any]:
+    from fewstep.cli.setup import machine
+
+    given = {"samples": options.samples, "data": options.data, "part": options.part, "features": options.features}
+    figures = [dataclasses.asdict(figure) for figure in measured]
+    return {"command": "fewstep evaluate", **given, "seed": options.seed, "distances": figures, "machine": machine()}
+
+
+def _write(folder: Path, sets: list[Any], measured: list[Any], results: dict[str, Any], options: EvaluateOptions) -> None:
+    from fewstep.evaluate.distances import DISTANCES
+    from fewstep.evaluate.report import Report, image_grid
+
+    report = Report("fewstep: samples against data", f"{_told(options)}.", results)
+    if sets[0].ndim == 4 and sets[0].shape[1] in (1, 3):
+        scale = max(1, 40 // sets[0].shape[-1])
+        columns = min(10, max(2, 400 // (scale * sets[0].shape[-1])))
+        shown = [image_grid(samples[:SHOWN], (-1.0, 1.0), columns=columns, scale=scale) for samples in sets]
+        report.heading("The first of them")
+        report.pictures([("samples.png", f"samples: {options.samples}", shown[0]), ("data.png", f"data: {options.data}", shown[1])])
+    report.heading("Distances")
+    level = measured[0].level
+    head = ["distance", "value", f"{100 * level:g} % interval", "floor", "95 % of the floor below", "p", "sizes"]
+    rows = []
+    for m in measured:
+        sizes = f"{m.sizes[0]}, {m.sizes[1]}"
+        rows.append([DISTANCES[m.distance].title, *_numbers(m), f"{m.p:.3g}", sizes])
+    report.table(head, rows)
+    told = [DISTANCES[m.distance].title for m in measured if m.p <= 0.05]
+    report.text(f"Told apart at the 5 % level: {', '.join(told) if told else 'by none of them'}.")
+    report.text(
+        f"Interval: of the expected figure at these sizes. Floor: what sets of these sizes show if nothing distinguishes them, from random "
+        f"partitions of both together. p: share of these partitions that show at least the value. {options.resamples} resamples "
+        f"each{_within(measured)}, seed {options.seed}.",
+        note=True,
+    )
+    report.write(folder)
+
+
+def _numbers(m: Any) -> list[str]:
+    low, high = (f"{bound:.4g}" if math.isfinite(bound) else "–" for bound in (m.low, m.high))
+    return [f"{m.value:.4g}", f"{low} to {high}", f"{m.floor:.4g}", f"{m.floor_high:.4g}"]
