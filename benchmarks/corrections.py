@@ -79,7 +79,7 @@ def _compare(run: Runner, schedule: Any, variance: float, judge: Callable[[Tenso
     for nfe in (5, 10):
         for base, solver in BASES.items():
             for name, wrap, hooks in _settings(schedule, variance):
-                samples = run(wrap(solver).plan(schedule, nfe), hooks)
+                samples = run(wrap(solver).plan(schedule, nfe, "quadratic"), hooks)
                 yield {"nfe": nfe, "solver": base, "correction": name, **judge(samples)}
 
 

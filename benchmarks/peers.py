@@ -202,12 +202,14 @@ class Stepper:
         library, solver: whose, and which with its options.
         claim: the order it is published or documented with.
         run: ``(predict, levels, noise) -> samples``.
+        stages: calls a step; the levels of its steps are every `stages`-th one, so the calls are as many as the levels less one.
     """
 
     library: str
     solver: str
     claim: int
     run: Callable[[Predict, Levels, Tensor], Tensor]
+    stages: int = 1
 
 
 def steppers(official: Path | None = None) -> tuple[list[Stepper], list[str]]:
@@ -298,7 +300,7 @@ def _diffusers_steppers() -> list[Stepper]:
         ("LMSDiscrete order 4", 4, diffusers.LMSDiscreteScheduler, 1),
         ("HeunDiscrete", 2, diffusers.HeunDiscreteScheduler, 2),
     ):
-        found.append(Stepper("diffusers", name, claim, exploding(make, stages)))
+        found.append(Stepper("diffusers", name, claim, exploding(make, stages), stages))
     return found
 
 
@@ -338,7 +340,7 @@ def _azula_steppers() -> list[Stepper]:
             return sampler(x)
 
         words = f"{name} order {claim}" if "order" in options else name
-        return Stepper("azula", words, claim, run)
+        return Stepper("azula", words, claim, run, stages)
 
     found = [stepper("DDIMSampler", 1), stepper("EulerSampler", 1), stepper("HeunSampler", 2, stages=2)]
     for name in ("zABSampler", "vABSampler", "zEABSampler", "xEABSampler", "REABSampler"):
@@ -358,7 +360,7 @@ def _k_diffusion_steppers() -> list[Stepper]:
             y = getattr(sampling, name)(model, x / float(levels.alpha[0]), sigmas, disable=True, **options)
             return y * float(levels.alpha[-1])
 
-        return Stepper("k-diffusion", name, claim, run)
+        return Stepper("k-diffusion", name, claim, run, stages)
 
     return [
         stepper("sample_euler", 1),

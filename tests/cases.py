@@ -27,7 +27,7 @@ class SolverCase(NamedTuple):
 
 
 SOLVERS: dict[str, SolverCase] = {
-    "auto": SolverCase(2),
+    "auto": SolverCase(3),
     "ddim": SolverCase(1),
     "ddpm": SolverCase(1, stochastic=True),
     "deis": SolverCase(3),

@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
-    "auto": (DPMSolverPP, {"order": 2}),
+    "auto": (Adams, {"order": 2, "prediction": "flow", "corrector": "every"}),
     "ddim": (DDIM, {}),
     "ddpm": (DDIM, {"eta": 1.0}),
     "deis": (DEIS, {}),

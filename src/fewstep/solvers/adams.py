@@ -7,8 +7,9 @@ III.5, eq. 5.1-5.9, for variable steps and the pair in PEC mode. Divided by a sc
 
 $$ \frac{x_t}{S_t} = \frac{x_s}{S_s} + \int_{u_s}^{u_t} f\,du, $$
 
-with f the noise prediction, S = alpha and u = sigma / alpha, or f the flow eps - x_0, S = alpha + sigma and u = sigma / (alpha + sigma). f
-is replaced by the polynomial in u through its last values, and that is integrated exactly.
+with f the noise prediction, S = alpha and u = sigma / alpha, or f the flow $d\,\varepsilon - x_0$ between data and noise of standard
+deviation d, $S = \alpha + \sigma / d$ and $u = (\sigma / d) / S$. f is replaced by the polynomial in u through its last values, and that is
+integrated exactly. (With d = 1 the flow is that of rectified flow.)
 
 The corrector goes over the step again once the prediction at its end is known, with that value as one more node; the prediction is not
 made again at the corrected state, so it costs no call. The last step stays as predicted.
@@ -34,6 +35,8 @@ from fewstep.solver import Solver
 __all__ = ["Adams"]
 
 Floats = NDArray[np.float64]
+FEW = 12
+"""From this many calls on the third order pays; with fewer the second has the smaller error (``python benchmarks/auto.py``)."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,14 @@ class Adams(Solver):
     """Adams-Bashforth multistep ("LMS"), with or without the Adams-Moulton corrector.
 
     Args:
-        order: 1 to 4, how many stored values the predictor uses. The first steps use as many as there are.
+        order: 1 to 4, how many stored values the predictor uses. The first steps use as many as there are. None: 2 in plans of fewer than
+            12 calls, 3 from there on.
         prediction: ``"noise"``: in sigma / alpha, as k-diffusion's LMS; ``"flow"``: in the velocity of rectified flow.
+        data_std: d, the standard deviation of the data as the flow sees it; with ``prediction="flow"`` only.
         corrector: ``"none"``, as k-diffusion's LMS; ``"start"``, of the first step only; ``"every"``, of every step but the last.
 
     Raises:
-        ValueError: for an order that does not exist.
+        ValueError: for an order that does not exist, or a standard deviation that is not positive, or not 1 with ``prediction="noise"``.
         UnknownNameError: for a prediction or corrector that does not exist.
 
     Note:
@@ -67,25 +72,29 @@ class Adams(Solver):
 
     source: ClassVar[str] = "LMS of k-diffusion; Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, III.5"
 
-    order: int = 3
+    order: int | None = 3
     prediction: str = "noise"
+    data_std: float = 1.0
     corrector: str = "start"
 
     def __post_init__(self) -> None:
-        if self.order not in (1, 2, 3, 4):
+        if self.order is not None and (type(self.order) is not int or self.order not in (1, 2, 3, 4)):
             raise ValueError(f"Adams has orders 1 to 4, got {self.order!r}.")
         if self.prediction not in ("noise", "flow"):
             raise UnknownNameError("prediction", self.prediction, ("noise", "flow"))
         if self.corrector not in ("none", "start", "every"):
             raise UnknownNameError("corrector", self.corrector, ("none", "start", "every"))
+        if not 0.0 < self.data_std < math.inf or (self.prediction == "noise" and self.data_std != 1.0):
+            raise ValueError(f"data_std must be positive, and belongs to the flow, got {self.data_std:g} with {self.prediction!r}.")
 
     @property
     def claimed_order(self) -> int:
         gained = self.corrector == "every"
-        return min(self.order + gained, 2 if self.corrector == "none" else 3)
+        return min((self.order or 2) + gained, 2 if self.corrector == "none" else 3)
 
     def rows(self, schedule: NoiseSchedule, times: Floats, calls: Sequence[int]) -> Iterator[Row]:
-        lam, alpha, sigma = schedule.lam(times), schedule.alpha(times), schedule.sigma(times)
+        lam, alpha, sigma = schedule.lam(times), schedule.alpha(times), schedule.sigma(times) / self.data_std
+        order = self.order or (2 if len(times) - 1 < FEW else 3)
         scale = alpha if self.prediction == "noise" else alpha + sigma
         first = int(np.isinf(lam[0]) and self.prediction == "noise")
         clock = np.append(np.full(first, np.nan), sigma[first:] / scale[first:])
@@ -94,14 +103,14 @@ class Adams(Solver):
                 carry = float(sigma[i + 1] / sigma[i])
                 yield Row(t, (carry,), (float(alpha[i + 1] - alpha[i] * carry),))
                 continue
-            nodes = np.arange(i, max(i - self.order, first - 1), -1)
+            nodes = np.arange(i, max(i - order, first - 1), -1)
             carry = np.array([scale[i + 1] / scale[i]])
             weights = scale[i + 1] * self._weights(clock, i, nodes)
             if i == first + 1 and self.corrector != "none":
                 states, outputs = self._start(alpha[first : i + 1], sigma[first : i + 1])
                 weights, carry = _add(weights, carry * outputs), carry * states
             elif i > first + 1 and self.corrector == "every":
-                weights = _add(weights, scale[i + 1] * self._correction(clock, i, first))
+                weights = _add(weights, scale[i + 1] * self._correction(clock, i, first, order))
             a, b = data_coefficients(self.prediction, float(alpha[i]), float(sigma[i]))
             yield Row(t, tuple(carry.tolist()), tuple(weights.tolist()), -a / b, 1.0 / b)
 
@@ -121,9 +130,9 @@ class Adams(Solver):
             return np.array([1.0, 0.0]), half
         return np.array([1.0, 0.0]) - half / alpha[::-1], half * (scale / alpha)[::-1]
 
-    def _correction(self, clock: Floats, i: int, first: int) -> Floats:
+    def _correction(self, clock: Floats, i: int, first: int, order: int) -> Floats:
         """What the step from i - 1 to i lacks, known once value i is there: weights over the scale, newest first."""
-        used = np.arange(i - 1, max(i - 1 - self.order, first - 1), -1)
+        used = np.arange(i - 1, max(i - 1 - order, first - 1), -1)
         better = self._weights(clock, i - 1, np.append(i, used))
         return better - np.append(0.0, self._weights(clock, i - 1, used))
 
