@@ -229,6 +229,7 @@ def steppers(official: Path | None = None) -> tuple[list[Stepper], list[str]]:
 
 def _diffusers_steppers() -> list[Stepper]:
     diffusers = importlib.import_module("diffusers")
+    diffusers.logging.set_verbosity_error()
     names = {
         "DPMSolverMultistep": diffusers.DPMSolverMultistepScheduler,
         "DPMSolverSinglestep": diffusers.DPMSolverSinglestepScheduler,
@@ -268,7 +269,7 @@ def _diffusers_steppers() -> list[Stepper]:
             sigmas = torch.from_numpy(
                 np.repeat(ratio, stages)[stages - 1 : len(ratio) * stages - (stages - 1)] if stages > 1 else ratio
             )
-            scheduler.sigmas = sigmas
+            scheduler.sigmas, scheduler.is_scale_input_called = sigmas, True  # the state is scaled here, not by its method
             scheduler.timesteps = torch.arange(len(sigmas) - 1, 0, -1, dtype=torch.float64)
             scheduler.set_begin_index(0)
             for i, t in enumerate(scheduler.timesteps):

@@ -208,7 +208,7 @@ def test_check(tiny, tmp_path, capsys):
         (["demo", "--nfe", "a"], "--nfe takes"),
         (["demo", "--models", "none"], "unknown model"),
         (["plan", "show", "DIR/bad"], "truncated, damaged or foreign"),
-        (["plan", "make", "ddim", "--grid", "1,2,3"], "does not decrease"),
+        (["plan", "make", "ddim", "--grid", "0.1,0.2,0.3"], "does not decrease"),
         (["plan", "make", "ddim", "--out", "DIR/no/such"], "No such file"),
         (["check", "TINY"], "--data is needed"),
         (["check", "TINY", "--data", "DIR/bad"], "no .npy or .npz"),

@@ -47,8 +47,8 @@ class Adams(Solver):
         order: 1 to 4, how many stored values the predictor uses. The first steps use as many as there are. None: 2 in plans of fewer than
             12 calls, 3 from there on.
         prediction: ``"noise"``: in sigma / alpha, as k-diffusion's LMS; ``"flow"``: in the velocity of rectified flow.
-        data_std: d, the standard deviation of the data as the flow sees it; with ``prediction="flow"`` only.
         corrector: ``"none"``, as k-diffusion's LMS; ``"start"``, of the first step only; ``"every"``, of every step but the last.
+        data_std: d, the standard deviation of the data as the flow sees it; with ``prediction="flow"`` only.
 
     Raises:
         ValueError: for an order that does not exist, or a standard deviation that is not positive, or not 1 with ``prediction="noise"``.
@@ -74,8 +74,8 @@ class Adams(Solver):
 
     order: int | None = 3
     prediction: str = "noise"
-    data_std: float = 1.0
     corrector: str = "start"
+    data_std: float = 1.0
 
     def __post_init__(self) -> None:
         if self.order is not None and (type(self.order) is not int or self.order not in (1, 2, 3, 4)):

@@ -99,7 +99,7 @@ class DenoisingLoss:
     Example:
         >>> from fewstep.schedules import VPLinear
         >>> objective = DenoisingLoss(VPLinear(), "noise")
-        >>> loss, info = objective(lambda x, time: 0.0 * x, {"x": torch.zeros(64, 2)}, torch.Generator().manual_seed(0))
+        >>> loss, info = objective(lambda x, time: 0.0 * x, {"x": torch.zeros(512, 2)}, torch.Generator().manual_seed(0))
         >>> 0.7 < float(loss) < 1.3  # the mean square of standard normal noise
         True
     """

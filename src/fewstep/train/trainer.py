@@ -130,7 +130,7 @@ def fit(
         ...         return self.value.expand_as(x)
         >>> model = Mean()
         >>> result = fit(DenoisingLoss(Flow(), "data"), model, {"x": torch.full((64, 2), 3.0)}, steps=200, batch_size=16, learning_rate=0.1)
-        >>> round(float(model.value), 2)
+        >>> round(model.value.item(), 2)
         3.0
     """
     options = Options(
