@@ -11,6 +11,12 @@
     <!-- models:start -->                               the models that come along, from models.json
     <!-- models:end -->
 
+    <!-- orders:start -->                               claimed and measured orders, ours and others', from orders.json
+    <!-- orders:end -->
+
+    <!-- auto:start -->                                 "auto" beside the best of every peer's settings, from auto.json
+    <!-- auto:end -->
+
 A file with rows has the shape
 
     {"command": "python benchmarks/solvers.py", "machine": "2 CPU cores", "seed": 0,
@@ -32,10 +38,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["main", "models_table", "render", "replace"]
+__all__ = ["auto_table", "main", "models_table", "orders_table", "render", "replace"]
 
 ROOT = Path(__file__).parents[1]
-MARK = re.compile(r"<!-- (results|models):(start(?: solvers=([^ ]+))?|end) -->")
+MARK = re.compile(r"<!-- (results|models|orders|auto):(start(?: solvers=([^ ]+))?|end) -->")
 NOTHING = "*No results yet: `make bench` measures them.*"
 
 
@@ -81,10 +87,10 @@ def replace(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     marks = list(MARK.finditer(page))
     kinds = [(mark[1], mark[2].startswith("start")) for mark in marks]
     if len(kinds) % 2 or any(kinds[i] != (kinds[i + 1][0], True) or kinds[i + 1][1] for i in range(0, len(kinds), 2)):
-        raise ValueError("every results:start and models:start needs its end after it.")
+        raise ValueError("every start of a table needs its end after it.")
     parts, place = [], 0
     for start, end in zip(marks[::2], marks[1::2], strict=True):
-        text = models_table(results.get("models")) if start[1] == "models" else _tables(results, start[3])
+        text = _tables(results, start[3]) if start[1] == "results" else TABLES[start[1]](results.get(start[1]))
         parts.append(f"{page[place : start.end()]}\n{text}\n")
         place = end.start()
     return "".join(parts) + page[place:]
@@ -123,6 +129,43 @@ def models_table(result: Mapping[str, Any] | None) -> str:
         steps = model["training"]["steps"]
         lines.append(f"| `{name}` | {model['parameters']:,} | {model['predicts']} | {kind} | {steps:,} | {bars} |")
     return "\n".join([*lines, "", f"Measured by `{result['command']}`, seed {result['seed']}."])
+
+
+def orders_table(result: Mapping[str, Any] | None) -> str:
+    """Claimed and measured orders."""
+    if result is None:
+        return NOTHING
+    lines = ["| library | solver | claims | inside | from noise | drift |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    for row in result["orders"]:
+        cells = []
+        for name in ("inside", "from noise", "drift"):
+            order = row["observed"].get(name)
+            text = "" if order is None else f"{order:.2f}"
+            cells.append(f"**{text}**" if text and order < row["claim"] - 0.15 else text)
+        lines.append(f"| {row['library']} | `{row['solver']}` | {row['claim']} | {' | '.join(cells)} |")
+    missing = f" Not run: {'; '.join(result['missing'])}." if result["missing"] else ""
+    return "\n".join([*lines, "", f"Measured by `{result['command']}`, {result['starts']} starts.{missing}"])
+
+
+def auto_table(result: Mapping[str, Any] | None) -> str:
+    """ "auto" and the best fixed settings, over the least error of any setting in each cell."""
+    if result is None:
+        return NOTHING
+    summary = result["summary"]
+    lines = ["| setting | geometric mean | worst cell |", "| --- | ---: | ---: |"]
+    lines.append(
+        f"| `auto` | {summary['auto']['geometric_mean']:.3g} | {summary['auto']['worst']:.3g} ({summary['auto']['worst_cell']}) |"
+    )
+    for name, values in summary["best_fixed_settings"].items():
+        lines.append(f"| {name.replace(' | ', ', grid ')} | {values['geometric_mean']:.3g} | {values['worst']:.3g} |")
+    by_problem = "; ".join(f"{name} {value:.2f}" for name, value in summary["auto_by_problem"].items())
+    missing = f" Not run: {'; '.join(result['missing'])}." if result["missing"] else ""
+    return "\n".join(
+        [*lines, "", f"`auto` by problem: {by_problem}.", "", f"Measured by `{result['command']}`, seed {result['seed']}.{missing}"]
+    )
+
+
+TABLES = {"models": models_table, "orders": orders_table, "auto": auto_table}
 
 
 def render(result: Mapping[str, Any]) -> str:
