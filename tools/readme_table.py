@@ -148,7 +148,7 @@ def orders_table(result: Mapping[str, Any] | None) -> str:
 
 
 def auto_table(result: Mapping[str, Any] | None) -> str:
-    """ "auto" and the best fixed settings, over the least error of any setting in each cell."""
+    """The figures of "auto" and of the best fixed settings, over the least error of any setting in each cell."""
     if result is None:
         return NOTHING
     summary = result["summary"]
