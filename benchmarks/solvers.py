@@ -28,8 +28,8 @@ from tqdm import tqdm
 import fewstep as fs
 
 RESULTS = Path(__file__).parent / "results" / "solvers.json"
-SOLVERS = ("ddim", "dpmpp_2m", "dpmpp_2m_taylor", "dpmpp_3m", "dpmpp_3m_official")
-GRIDS = ("time", "quadratic", "lambda", "karras", "beta", "shifted")
+SOLVERS = ("auto", "ddim", "dpmpp_2m", "dpmpp_2m_taylor", "dpmpp_3m", "dpmpp_3m_official", "deis", "ipndm", "unipc")
+GRIDS = ("auto", "time", "quadratic", "lambda", "karras", "beta")
 NFES = (4, 5, 6, 8, 10, 15, 20, 30)
 SHOWN = (5, 6, 8, 10, 15, 20)
 CHOOSING = (5, 8, 12, 20)
@@ -127,7 +127,8 @@ def contestants(schedule: fs.schedules.NoiseSchedule) -> list[Contestant]:
 
         return Contestant(solver, grid, final, run)
 
-    ours = [planned(solver, grid, final) for solver in SOLVERS for grid in GRIDS for final in ("t_end", "zero")]
+    grids = {"auto": ("auto",)}  # that is the solver and the grid; the others choose
+    ours = [planned(solver, grid, final) for solver in SOLVERS for grid in grids.get(solver, GRIDS) for final in ("t_end", "zero")]
     return ours + [Contestant(s.solver, s.options, s.final, s.run) for s in diffusers_settings(schedule)]
 
 

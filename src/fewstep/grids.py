@@ -300,9 +300,10 @@ class Logistic:
     $$ F(\lambda) = (1 - q)\, S\!\left(\frac{\lambda - c}{w}\right) + q\, \lambda, \qquad S(z) = \frac{1}{1 + e^{-z}}, $$
 
     each part scaled to run from 0 to 1 between the ends, and the nodes at equal steps of F. The prediction of data of standard deviation
-    1/2 changes most near sigma / alpha = 1/2 to 1, whatever the schedule, the network or the number of calls; at the ends it hardly
-    changes, and a grid that is uniform in lambda or in time wastes steps there. The defaults were fitted to Gaussian mixtures (``python
-    benchmarks/auto.py`` measures the result on others, and on trained networks); this is the grid "auto".
+    1/2 to 1 changes most where sigma / alpha is of that size, large pictures' somewhat before; at the ends it hardly changes, and a grid
+    that is uniform in lambda wastes steps there. The defaults are a compromise between Gaussian mixtures and the two models that come
+    along, found by a search with `Adams` on few samples of them (``python benchmarks/auto.py`` measures the result on other mixtures and
+    other samples); this is the grid "auto".
 
     Args:
         center, width: c and w, in lambda.
@@ -314,12 +315,12 @@ class Logistic:
     Example:
         >>> from fewstep.schedules import EDM
         >>> Logistic()(EDM(), 6, 80.0, 0.002).round(3).tolist()
-        [80.0, 6.005, 1.911, 0.793, 0.317, 0.081, 0.002]
+        [80.0, 8.018, 2.608, 1.052, 0.409, 0.11, 0.002]
     """
 
-    center: float = 0.1
-    width: float = 1.1
-    uniform: float = 0.27
+    center: float = -0.2
+    width: float = 1.3
+    uniform: float = 0.13
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.center) and 0.0 < self.width < math.inf and 0.0 <= self.uniform <= 1.0):

@@ -35,8 +35,6 @@ from fewstep.solver import Solver
 __all__ = ["Adams"]
 
 Floats = NDArray[np.float64]
-FEW = 12
-"""From this many calls on the third order pays; with fewer the second has the smaller error (``python benchmarks/auto.py``)."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,7 @@ class Adams(Solver):
     """Adams-Bashforth multistep ("LMS"), with or without the Adams-Moulton corrector.
 
     Args:
-        order: 1 to 4, how many stored values the predictor uses. The first steps use as many as there are. None: 2 in plans of fewer than
-            12 calls, 3 from there on.
+        order: 1 to 4, how many stored values the predictor uses. The first steps use as many as there are.
         prediction: ``"noise"``: in sigma / alpha, as k-diffusion's LMS; ``"flow"``: in the velocity of rectified flow.
         corrector: ``"none"``, as k-diffusion's LMS; ``"start"``, of the first step only; ``"every"``, of every step but the last.
         data_std: d, the standard deviation of the data as the flow sees it; with ``prediction="flow"`` only.
@@ -72,13 +69,13 @@ class Adams(Solver):
 
     source: ClassVar[str] = "LMS of k-diffusion; Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, III.5"
 
-    order: int | None = 3
+    order: int = 3
     prediction: str = "noise"
     corrector: str = "start"
     data_std: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.order is not None and (type(self.order) is not int or self.order not in (1, 2, 3, 4)):
+        if type(self.order) is not int or self.order not in (1, 2, 3, 4):
             raise ValueError(f"Adams has orders 1 to 4, got {self.order!r}.")
         if self.prediction not in ("noise", "flow"):
             raise UnknownNameError("prediction", self.prediction, ("noise", "flow"))
@@ -90,11 +87,10 @@ class Adams(Solver):
     @property
     def claimed_order(self) -> int:
         gained = self.corrector == "every"
-        return min((self.order or 2) + gained, 2 if self.corrector == "none" else 3)
+        return min(self.order + gained, 2 if self.corrector == "none" else 3)
 
     def rows(self, schedule: NoiseSchedule, times: Floats, calls: Sequence[int]) -> Iterator[Row]:
         lam, alpha, sigma = schedule.lam(times), schedule.alpha(times), schedule.sigma(times) / self.data_std
-        order = self.order or (2 if len(times) - 1 < FEW else 3)
         scale = alpha if self.prediction == "noise" else alpha + sigma
         first = int(np.isinf(lam[0]) and self.prediction == "noise")
         clock = np.append(np.full(first, np.nan), sigma[first:] / scale[first:])
@@ -103,14 +99,14 @@ class Adams(Solver):
                 carry = float(sigma[i + 1] / sigma[i])
                 yield Row(t, (carry,), (float(alpha[i + 1] - alpha[i] * carry),))
                 continue
-            nodes = np.arange(i, max(i - order, first - 1), -1)
+            nodes = np.arange(i, max(i - self.order, first - 1), -1)
             carry = np.array([scale[i + 1] / scale[i]])
             weights = scale[i + 1] * self._weights(clock, i, nodes)
             if i == first + 1 and self.corrector != "none":
                 states, outputs = self._start(alpha[first : i + 1], sigma[first : i + 1])
                 weights, carry = _add(weights, carry * outputs), carry * states
             elif i > first + 1 and self.corrector == "every":
-                weights = _add(weights, scale[i + 1] * self._correction(clock, i, first, order))
+                weights = _add(weights, scale[i + 1] * self._correction(clock, i, first))
             a, b = data_coefficients(self.prediction, float(alpha[i]), float(sigma[i]))
             yield Row(t, tuple(carry.tolist()), tuple(weights.tolist()), -a / b, 1.0 / b)
 
@@ -130,9 +126,9 @@ class Adams(Solver):
             return np.array([1.0, 0.0]), half
         return np.array([1.0, 0.0]) - half / alpha[::-1], half * (scale / alpha)[::-1]
 
-    def _correction(self, clock: Floats, i: int, first: int, order: int) -> Floats:
+    def _correction(self, clock: Floats, i: int, first: int) -> Floats:
         """What the step from i - 1 to i lacks, known once value i is there: weights over the scale, newest first."""
-        used = np.arange(i - 1, max(i - 1 - order, first - 1), -1)
+        used = np.arange(i - 1, max(i - 1 - self.order, first - 1), -1)
         better = self._weights(clock, i - 1, np.append(i, used))
         return better - np.append(0.0, self._weights(clock, i - 1, used))
 
