@@ -381,7 +381,7 @@ def _title(key: Key, titles: Mapping[str, str], grids: bool) -> str:
 def _pictures(report: Report, found: Comparison, shown: Sequence[Key], calls: Sequence[int], titles: Mapping[str, str]) -> None:
     if found.exact.ndim != 4 or found.exact.shape[1] not in (1, 3):
         return
-    columns, scale = (5, 5) if found.exact.shape[-1] <= 8 else (3, 2)
+    columns, scale = (5, 4) if found.exact.shape[-1] <= 8 else (3, 2)
     limits = found.info.data_range or (-1.0, 1.0)
     rows = {row.key: row for row in found.rows}
     grids = len({grid for _, grid in shown}) > 1
