@@ -14,6 +14,9 @@
     <!-- orders:start -->                               claimed and measured orders, ours and others', from orders.json
     <!-- orders:end -->
 
+    <!-- grids:start -->                                time grids by solver and model, from solvers.json
+    <!-- grids:end -->
+
     <!-- auto:start -->                                 "auto" beside the best of every peer's settings, from auto.json
     <!-- auto:end -->
 
@@ -38,10 +41,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["auto_table", "main", "models_table", "orders_table", "render", "replace"]
+__all__ = ["auto_table", "grids_table", "main", "models_table", "orders_table", "render", "replace"]
 
 ROOT = Path(__file__).parents[1]
-MARK = re.compile(r"<!-- (results|models|orders|auto):(start(?: solvers=([^ ]+))?|end) -->")
+MARK = re.compile(r"<!-- (results|models|orders|auto|grids):(start(?: solvers=([^ ]+))?|end) -->")
 NOTHING = "*No results yet: `make bench` measures them.*"
 
 
@@ -90,7 +93,7 @@ def replace(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
         raise ValueError("every start of a table needs its end after it.")
     parts, place = [], 0
     for start, end in zip(marks[::2], marks[1::2], strict=True):
-        text = _tables(results, start[3]) if start[1] == "results" else TABLES[start[1]](results.get(start[1]))
+        text = _tables(results, start[3]) if start[1] == "results" else TABLES[start[1]](results.get(SOURCES[start[1]]))
         parts.append(f"{page[place : start.end()]}\n{text}\n")
         place = end.start()
     return "".join(parts) + page[place:]
@@ -165,7 +168,26 @@ def auto_table(result: Mapping[str, Any] | None) -> str:
     )
 
 
-TABLES = {"models": models_table, "orders": orders_table, "auto": auto_table}
+def grids_table(result: Mapping[str, Any] | None) -> str:
+    """What every grid scored with two solvers when `benchmarks/solvers.py` chose among them."""
+    if result is None:
+        return NOTHING
+    scores: dict[str, dict[str, float]] = {}
+    columns = []
+    for model, notes in result["models"].items():
+        for solver in ("dpmpp_2m", "dpmpp_3m"):
+            columns.append(f"{model}, `{solver}`")
+            for setting, score in notes["tried"].get(solver, {}).items():
+                row = scores.setdefault(setting.rsplit(", ", 1)[0], {})
+                row[columns[-1]] = min(score or float("inf"), row.get(columns[-1], float("inf")))
+    best = {column: min(row[column] for row in scores.values() if column in row) for column in columns}
+    lines = [f"| grid | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+    lines += [f"| `{grid}` | {' | '.join(_cell(row.get(c), best[c]) for c in columns)} |" for grid, row in scores.items()]
+    return "\n".join([*lines, "", f"Measured by `{result['command']}`, seed {result['seed']}."])
+
+
+SOURCES = {"models": "models", "orders": "orders", "auto": "auto", "grids": "solvers"}
+TABLES = {"models": models_table, "orders": orders_table, "auto": auto_table, "grids": grids_table}
 
 
 def render(result: Mapping[str, Any]) -> str:
