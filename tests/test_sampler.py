@@ -222,3 +222,17 @@ def test_hooks_keep_the_shape(hook, message):
 def test_a_denoiser_that_returns_no_tensor_is_named():
     with pytest.raises(NetworkError, match=r"call 1 of 3.*returned NoneType"):
         fs.sample(lambda x, t: None, torch.ones(2, 3), fs.make_plan("ddim", fs.schedules.EDM(), 3))
+
+
+def test_conditions_are_those_the_model_takes():
+    den = fs.load("digits")
+    plan = fs.make_plan("auto", den.schedule, 2)
+    noise = fs.draw_noise(den.info.shape, range(3), plan)
+    for cond, message in [
+        ({"labels": torch.zeros(3, dtype=torch.long)}, "no condition 'labels'"),
+        ({"label": torch.zeros(4, dtype=torch.long)}, "3 whole numbers"),
+        ({"label": [0, 1, 2]}, "got list"),
+        ({"label": torch.tensor([0, 1, 33])}, "10 classes"),
+    ]:
+        with pytest.raises(PlanError, match=message):
+            fs.sample(den, noise, plan, cond=cond)

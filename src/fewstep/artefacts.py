@@ -104,6 +104,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         OSError: if the folder does not exist or cannot be written; nothing is left behind.
     """
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} into.")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:

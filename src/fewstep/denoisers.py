@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fewstep.errors import NetworkError
 from fewstep.predictions import check_prediction, data_coefficients
-from fewstep.schedules import NoiseSchedule
+from fewstep.schedules import FromAlphasCumprod, FromBetas, NoiseSchedule
 
 __all__ = ["Clipped", "Denoiser", "DynamicThreshold", "ModelInfo"]
 
@@ -97,6 +97,11 @@ class Denoiser:
             raise TypeError(f"network must be callable as network(x, time, **cond), got {type(network).__name__}.")
         if not isinstance(schedule, NoiseSchedule):
             raise TypeError(f"schedule must be a fewstep.schedules schedule, got {type(schedule).__name__}.")
+        if integer_time and network_time is None and not isinstance(schedule, (FromBetas, FromAlphasCumprod)):
+            raise ValueError(
+                f"integer_time rounds the network's time, but {type(schedule).__name__} has times like 0.5. Pass network_time= as well, "
+                f"e.g. lambda t: 1000 * t - 1, or use a schedule with a table."
+            )
         self.network = network
         self.schedule = schedule
         self.predicts = check_prediction(predicts)

@@ -50,8 +50,9 @@ class MissingExtraError(FewstepError, ImportError):
 class UnknownNameError(FewstepError, ValueError):
     """A name that is not in a table; the message gives the nearest match and the whole table."""
 
-    def __init__(self, what: str, name: object, known: Iterable[str]):
+    def __init__(self, what: str, name: object, known: Iterable[str], hint: str | None = None):
         names = sorted(known)
-        near = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        super().__init__(f"unknown {what} {name!r}.{hint} Known: {', '.join(names)}.")
+        near = difflib.get_close_matches(str(name).lower().replace("++", "pp_"), names, n=1, cutoff=0.5)
+        if hint is None:
+            hint = f"Did you mean {near[0]!r}?" if near else ""
+        super().__init__(f"unknown {what} {name!r}. {hint}{' ' if hint else ''}Known: {', '.join(names)}.")

@@ -344,7 +344,7 @@ def _verdict(mine: dict[str, Any], best: dict[str, Any], data: Tensor, info: Mod
         return (
             False,
             f"no reading that was tried predicts this data better than a linear guess (this one has {_ratio(mine['score'])} times its "
-            f"error): the network is untrained, or was trained on other data.",
+            f"error): the network is untrained, or was trained on other data than these, which span {low:.3g} to {high:.3g}.",
         )
     if best is not mine and gap > MARGIN:
         own = best["schedule"] == "as wrapped"

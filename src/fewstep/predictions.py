@@ -24,12 +24,30 @@ PREDICTIONS = ("noise", "data", "velocity", "flow", "score")
 """The names of the kinds."""
 
 
+ELSEWHERE = {
+    "eps": "noise",
+    "epsilon": "noise",
+    "x0": "data",
+    "x_start": "data",
+    "sample": "data",
+    "v": "velocity",
+    "v_prediction": "velocity",
+    "flow_prediction": "flow",
+    "velocity_field": "flow",
+}
+"""The names that other libraries and papers use."""
+
+
 def check_prediction(predicts: str) -> str:
     """Return `predicts` if it names a kind.
 
     Raises:
         UnknownNameError: otherwise, with the nearest name.
     """
+    if predicts in ELSEWHERE:
+        raise UnknownNameError(
+            "prediction", predicts, PREDICTIONS, hint=f"What others call {predicts!r} is {ELSEWHERE[predicts]!r} here."
+        )
     if predicts not in PREDICTIONS:
         raise UnknownNameError("prediction", predicts, PREDICTIONS)
     return predicts

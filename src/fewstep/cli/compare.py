@@ -42,9 +42,7 @@ FAR = 1_000_000
 
 def run(options: CompareOptions) -> int:
     """Run all solvers, rank them, write the page."""
-    from tqdm import tqdm
-
-    from fewstep.cli.setup import machine, new_folder, open_model, parse_numbers
+    from fewstep.cli.setup import machine, new_folder, open_model, parse_numbers, progress
     from fewstep.evaluate.report import Report
 
     nfes = parse_numbers("--nfe", options.nfe)
@@ -59,7 +57,7 @@ def run(options: CompareOptions) -> int:
     report.results = {"command": "fewstep compare", "machine": machine(), "seed": options.seed, "count": options.count}
     with new_folder(options.out) as folder:
         for model, (found, judged) in zip(models, prepared, strict=True):
-            with tqdm(total=len(found.plans), desc=model.info.name, unit="run", disable=options.quiet or None) as bar:
+            with progress(options, total=len(found.plans), desc=model.info.name, unit="run") as bar:
                 _model(report, model, found, judged, options, bar)
         report.results["seconds"] = round(time.perf_counter() - began, 1)
         report.text(f"Made in {report.results['seconds']:.0f} seconds on {machine()['processor']}, seed {options.seed}.", note=True)

@@ -44,9 +44,7 @@ def run(options: EvaluateOptions) -> int:
     """Measure and print, and write the page if it is asked for."""
     from contextlib import nullcontext
 
-    from tqdm import tqdm
-
-    from fewstep.cli.setup import new_folder
+    from fewstep.cli.setup import new_folder, progress
     from fewstep.evaluate.distances import Wasserstein, make_distances, measure
     from fewstep.evaluate.features import make_features
 
@@ -64,7 +62,7 @@ def run(options: EvaluateOptions) -> int:
     least, measured = min(len(first), len(second)), []
     with new_folder(options.out) if options.out else nullcontext() as folder:
         total = 2 * options.resamples * len(chosen)
-        with tqdm(total=total, desc="resampling", disable=options.quiet or None) as bar:
+        with progress(options, total=total, desc="resampling") as bar:
             for distance in chosen:
                 cut = least if isinstance(distance, Wasserstein) else None
                 drawn = {"resamples": options.resamples, "seed": options.seed, "after": bar.update}
@@ -106,6 +104,10 @@ def read_samples(source: str, options: EvaluateOptions) -> tuple[Any, Any]:
         path = path / "samples.npz"
     try:
         loaded = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"there are no samples at {source}: wanted a folder, an .npz or .npy file, or {' or '.join(SHIPPED)}."
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path} is no .npy or .npz file of plain numbers.") from error
     arrays = {"samples": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)

@@ -28,7 +28,7 @@ class Common:
         "precision of the state; bfloat16 runs the network in it under a float32 state",
         choices=("float32", "float64", "bfloat16"),
     )
-    threads: int = option(0, "processor threads; 0 leaves the choice to PyTorch")
+    threads: int = option(0, "processor threads; 0: one for small networks, else what PyTorch chooses")
     json: bool = option(False, "print results as JSON on standard output")
     quiet: bool = option(False, "no progress bars and no messages")
 

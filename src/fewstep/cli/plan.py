@@ -66,10 +66,16 @@ def _times(text: str) -> list[float]:
 
 def _schedule(name: str) -> Any:
     from fewstep import schedules
-    from fewstep.loading import load
+    from fewstep.errors import UnknownNameError
+    from fewstep.loading import load, shipped_models
 
     known = {"vp_linear": schedules.VPLinear, "vp_cosine": schedules.VPCosine, "edm": schedules.EDM, "flow": schedules.Flow}
-    return known[name]() if name in known else load(name).schedule
+    if name in known:
+        return known[name]()
+    try:
+        return load(name).schedule
+    except UnknownNameError:
+        raise UnknownNameError("schedule or model", name, [*known, *shipped_models()]) from None
 
 
 def _show(options: ShowOptions) -> int:

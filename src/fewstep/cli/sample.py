@@ -59,9 +59,8 @@ def run(options: SampleOptions) -> int:
 
 def _samples(model: Any, plan: Any, shape: tuple[int, ...], seeds: list[int], labels: Any, options: SampleOptions) -> Any:
     import torch
-    from tqdm import tqdm
 
-    from fewstep.cli.setup import state_dtype
+    from fewstep.cli.setup import progress, state_dtype
     from fewstep.noise import draw_noise
     from fewstep.sampler import sample
 
@@ -70,7 +69,7 @@ def _samples(model: Any, plan: Any, shape: tuple[int, ...], seeds: list[int], la
 
     pieces = []
     starts = range(0, len(seeds), options.batch)
-    with torch.no_grad(), tqdm(total=len(starts) * plan.nfe, desc="sampling", unit="call", disable=options.quiet or None) as bar:
+    with torch.no_grad(), progress(options, total=len(starts) * plan.nfe, desc="sampling", unit="call") as bar:
         for i in starts:
             own = seeds[i : i + options.batch]
             noise = draw_noise(shape, own, plan, dtype=state_dtype(options), device=options.device)

@@ -6,6 +6,7 @@ import os
 import platform
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,11 +30,14 @@ __all__ = [
     "parse_labels",
     "parse_numbers",
     "parse_seeds",
+    "progress",
     "state_dtype",
 ]
 
 
 MOST_SEEDS = 1_000_000
+SMALL = 5_000_000
+"""Parameters of a network below which one processor thread serves it best: more only wait for each other."""
 
 
 def open_model(name: str, options: Common) -> Denoiser:
@@ -48,10 +52,22 @@ def open_model(name: str, options: Common) -> Denoiser:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
     denoiser = load(name, device=device)
+    network = denoiser.network
+    size = sum(p.numel() for p in network.parameters()) if isinstance(network, torch.nn.Module) else 0
+    if not options.threads and device.type == "cpu" and size < SMALL:
+        torch.set_num_threads(1)
     if options.dtype in ("bfloat16", "float64") and isinstance(denoiser.network, torch.nn.Module):
         dtype = getattr(torch, options.dtype)
         return Denoiser(denoiser.network.to(dtype), denoiser.schedule, denoiser.predicts, info=denoiser.info)
     return denoiser
+
+
+def progress(options: Common, **details: Any) -> Any:
+    """A progress bar on standard error; where that is no terminal, a line every ten seconds."""
+    from tqdm import tqdm
+
+    pause = {"mininterval": 0.1} if sys.stderr.isatty() else {"mininterval": 10.0, "delay": 10.0}
+    return tqdm(disable=options.quiet, **pause, **details)
 
 
 def state_dtype(options: Common) -> torch.dtype:
