@@ -20,7 +20,7 @@ class DemoOptions(Common):
     count: int = option(12, "samples of each model")
     nfe: str = option("3,4,5,6,8,10,15,20", "numbers of network calls")
     seed: int = option(0, "seed of the first sample")
-    tol: float = option(1e-3, "tolerance of the exact solution, in the units of the data")
+    tol: float = option(5e-3, "tolerance of the exact solution, in the units of the data")
 
 
 OPTIONS = {"demo": DemoOptions}
