@@ -12,17 +12,19 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fewstep.errors import ArtefactError
 
-__all__ = ["FORMAT", "Artefact", "json_value", "write_atomically"]
+__all__ = ["FORMAT", "Artefact", "frozen_json", "json_value", "read_as", "write_atomically"]
 
+T = TypeVar("T")
 FORMAT = 1
 """The newest format this version writes and reads."""
 HEADER = "fewstep"
@@ -95,6 +97,32 @@ class Artefact:
         if artefact.digest() != checksum:
             raise ArtefactError(f"{path} is damaged or was edited: its checksum does not fit its content. Make it anew.")
         return artefact
+
+
+def read_as(
+    path: str | os.PathLike[str], *, kind: str, what: str, unpack: Callable[[Artefact], T], pack: Callable[[T], Artefact]
+) -> T:
+    """Read a file into an object, and refuse it unless the object says all that the file says.
+
+    Args:
+        path: the file.
+        kind: of the artefact.
+        what: what it holds, in words.
+        unpack, pack: from the artefact to the object, and back.
+
+    Raises:
+        ArtefactError: as `Artefact.load`; also if `unpack` refuses the content, or `pack` does not give it back to the bit.
+        FileNotFoundError: if there is none.
+    """
+    artefact = Artefact.load(path, kind=kind)
+    try:
+        value = unpack(artefact)
+        same = pack(value).digest() == artefact.digest()
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, MemoryError, RecursionError) as error:
+        raise ArtefactError(f"{path} holds no valid {what}: {str(error)[:200]}") from error
+    if not same:
+        raise ArtefactError(f"{path} holds more than a {what}, or numbers of other types than a {what} has.")
+    return value
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
@@ -188,3 +216,20 @@ def json_value(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"{type(value).__name__} has no JSON form.")
+
+
+def frozen_json(value: Any) -> Any:
+    """The value as `json_value` gives it, unchangeable: mappings as read-only views, lists as tuples.
+
+    Example:
+        >>> frozen_json({"a": [1, 2]})["a"]
+        (1, 2)
+    """
+    value = json_value(value)
+
+    def frozen(part: Any) -> Any:
+        if isinstance(part, dict):
+            return MappingProxyType({key: frozen(item) for key, item in part.items()})
+        return tuple(map(frozen, part)) if isinstance(part, list) else part
+
+    return frozen(value)

@@ -21,14 +21,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fewstep.artefacts import Artefact, json_value
-from fewstep.errors import ArtefactError, PlanError
+from fewstep.artefacts import Artefact, frozen_json, json_value, read_as
+from fewstep.errors import PlanError
 from fewstep.grids import check_grid
 from fewstep.schedules import NoiseSchedule, from_config
 
@@ -153,7 +152,7 @@ class Plan:
         object.__setattr__(self, "rows", tuple(_checked_row(i, row) for i, row in enumerate(self.rows)))
         if not isinstance(self.provenance, Mapping):
             raise PlanError(f"the provenance of a plan is a mapping, got {type(self.provenance).__name__}.")
-        object.__setattr__(self, "provenance", _immutable(json_value(self.provenance)))
+        object.__setattr__(self, "provenance", frozen_json(self.provenance))
 
     # ---- reading -------------------------------------------------------------------------------------------------------------------
 
@@ -281,15 +280,7 @@ class Plan:
             ArtefactError: if the file is truncated, damaged, foreign or of a newer format.
             FileNotFoundError: if there is none.
         """
-        artefact = Artefact.load(path, kind="plan")
-        try:
-            plan = _unpack(artefact)
-            same = plan.digest == artefact.digest()
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, MemoryError, RecursionError) as error:
-            raise ArtefactError(f"{path} holds no valid plan: {str(error)[:200]}") from error
-        if not same:
-            raise ArtefactError(f"{path} holds more than a plan, or numbers of other types than a plan has.")
-        return plan
+        return read_as(path, kind="plan", what="plan", unpack=_unpack, pack=cls._artefact)
 
     def _artefact(self) -> Artefact:
         tensors: dict[str, np.ndarray] = {"grid": self.grid, "tau": self.tau}
@@ -353,13 +344,6 @@ def _frozen(value: ArrayLike) -> Floats:
         raise PlanError("the numbers of a plan must be finite.")
     array.setflags(write=False)
     return array
-
-
-def _immutable(value: Any) -> Any:
-    """JSON values that cannot be changed: mappings as read-only views, lists as tuples."""
-    if isinstance(value, dict):
-        return MappingProxyType({key: _immutable(item) for key, item in value.items()})
-    return tuple(map(_immutable, value)) if isinstance(value, list) else value
 
 
 def _entry(value: Entry, what: str) -> Entry:

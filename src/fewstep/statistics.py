@@ -19,13 +19,12 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from os import PathLike
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fewstep.artefacts import Artefact, json_value
+from fewstep.artefacts import Artefact, frozen_json, json_value, read_as
 from fewstep.errors import ArtefactError, PlanError, UnknownNameError
 from fewstep.grids import FINITE_LAM
 from fewstep.numerics import gauss_legendre, lagrange_polynomials
@@ -112,7 +111,7 @@ class ModelStatistics:
         for name, own in shapes.items():  # as many axes each
             fill = [1] * (len(shape) + 1 - len(own))
             object.__setattr__(self, name, getattr(self, name).reshape(own[0], *fill, *own[1:]))
-        object.__setattr__(self, "provenance", MappingProxyType(json_value(self.provenance)))
+        object.__setattr__(self, "provenance", frozen_json(self.provenance))
 
     # ---- closed forms --------------------------------------------------------------------------------------------------------------
 
@@ -248,13 +247,12 @@ class ModelStatistics:
             ArtefactError: if the file is truncated, damaged, foreign or of a newer format.
             FileNotFoundError: if there is none.
         """
-        artefact = Artefact.load(path, kind=KIND)
-        try:
-            schedule, provenance = from_config(artefact.meta["schedule"]), artefact.meta["provenance"]
+
+        def unpack(artefact: Artefact) -> ModelStatistics:
             lam, l, s, b = (artefact.tensors[name] for name in ("lam", "l", "s", "b"))  # noqa: E741
-            return cls(schedule, lam, l, s, b, provenance)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtefactError(f"{path} holds no valid model statistics: {error}") from error
+            return cls(from_config(artefact.meta["schedule"]), lam, l, s, b, artefact.meta["provenance"])
+
+        return read_as(path, kind=KIND, what="set of model statistics", unpack=unpack, pack=cls._artefact)
 
     def _artefact(self) -> Artefact:
         meta = {"schedule": self.schedule.config(), "provenance": json_value(self.provenance)}

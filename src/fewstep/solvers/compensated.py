@@ -22,13 +22,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.artefacts import Artefact, json_value
+from fewstep.artefacts import Artefact, frozen_json, json_value, read_as
 from fewstep.errors import ArtefactError, PlanError, UnknownNameError
 from fewstep.multistep import Multistep, Step, added
 from fewstep.numerics import lagrange_polynomials
@@ -185,7 +184,7 @@ class CascadePolynomial:
         coefficients = coefficients.reshape(4, 3, 3)
         coefficients.setflags(write=False)
         object.__setattr__(self, "coefficients", coefficients)
-        object.__setattr__(self, "provenance", MappingProxyType(json_value(self.provenance)))
+        object.__setattr__(self, "provenance", frozen_json(self.provenance))
 
     @classmethod
     def fit(
@@ -229,8 +228,7 @@ class CascadePolynomial:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write it to one ``.safetensors`` file with a checksum."""
-        meta = {"scales": list(self.scales), "calls": list(self.calls), "provenance": json_value(self.provenance)}
-        Artefact(KIND, meta, {"coefficients": self.coefficients}).save(path)
+        self._artefact().save(path)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> CascadePolynomial:
@@ -239,12 +237,16 @@ class CascadePolynomial:
         Raises:
             ArtefactError: if the file is truncated, damaged, foreign or of a newer format.
         """
-        artefact = Artefact.load(path, kind=KIND)
-        try:
+
+        def unpack(artefact: Artefact) -> CascadePolynomial:
             (low, high), (few, many) = artefact.meta["scales"], artefact.meta["calls"]
             return cls(artefact.tensors["coefficients"], (low, high), (few, many), artefact.meta["provenance"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtefactError(f"{path} holds no valid regression: {error}") from error
+
+        return read_as(path, kind=KIND, what="regression", unpack=unpack, pack=cls._artefact)
+
+    def _artefact(self) -> Artefact:
+        meta = {"scales": list(self.scales), "calls": list(self.calls), "provenance": json_value(self.provenance)}
+        return Artefact(KIND, meta, {"coefficients": self.coefficients})
 
 
 def _features(scale: float, nfe: int, step: int) -> Floats:

@@ -22,8 +22,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fewstep.artefacts import Artefact
-from fewstep.errors import ArtefactError, GridError
+from fewstep.artefacts import Artefact, read_as
+from fewstep.errors import GridError
 from fewstep.grids import GridRule
 from fewstep.plan import Plan, StartTransform
 from fewstep.schedules import NoiseSchedule
@@ -32,6 +32,7 @@ from fewstep.solver import Solver
 __all__ = ["GaussianPrior", "Teleport"]
 
 Floats = NDArray[np.float64]
+KIND = "gaussian-prior"
 ORTHOGONAL = 1e-6
 """How far the axes may be from orthonormal."""
 POWER_STEPS, SPARE_COLUMNS = 4, 16
@@ -127,9 +128,7 @@ class GaussianPrior:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write it to one ``.safetensors`` file with a checksum."""
-        Artefact("gaussian-prior", {"rest": self.rest}, {"mean": self.mean, "axes": self.axes, "variances": self.variances}).save(
-            path
-        )
+        self._artefact().save(path)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> GaussianPrior:
@@ -138,12 +137,15 @@ class GaussianPrior:
         Raises:
             ArtefactError: if the file is damaged or holds something else.
         """
-        artefact = Artefact.load(path, kind="gaussian-prior")
-        try:
+
+        def unpack(artefact: Artefact) -> GaussianPrior:
             mean, axes, variances = (artefact.tensors[name] for name in ("mean", "axes", "variances"))
             return cls(mean, axes, variances, artefact.meta["rest"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtefactError(f"{path} holds no valid Gaussian: {error}") from error
+
+        return read_as(path, kind=KIND, what="Gaussian", unpack=unpack, pack=cls._artefact)
+
+    def _artefact(self) -> Artefact:
+        return Artefact(KIND, {"rest": self.rest}, {"mean": self.mean, "axes": self.axes, "variances": self.variances})
 
 
 @dataclass(frozen=True)
