@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.errors import NetworkError
+from fewstep.errors import NetworkError, PlanError
 from fewstep.predictions import check_prediction, data_coefficients
 from fewstep.schedules import FromAlphasCumprod, FromBetas, NoiseSchedule
 
-__all__ = ["Clipped", "Denoiser", "DynamicThreshold", "ModelInfo"]
+__all__ = ["Clipped", "Denoiser", "DynamicThreshold", "ModelInfo", "check_conditions"]
 
 REMEMBERED_TIMES = 4096
 """How many times a denoiser remembers the coefficients of, so that a loop computes none."""
@@ -301,3 +301,24 @@ def _quantile(values: Tensor, q: float) -> Tensor:
     low = values.kthvalue(below + 1, dim=1).values
     high = values.kthvalue(min(below + 2, values.shape[1]), dim=1).values
     return torch.lerp(low, high, place - below)
+
+
+def check_conditions(denoiser: object, cond: Mapping[str, Any], count: int) -> None:
+    """Conditions that a model says it takes: their names, one whole number a sample, and, where that reads no device, their range.
+
+    Raises:
+        PlanError: for a condition that the model does not have or cannot take.
+    """
+    known = getattr(getattr(denoiser, "info", None), "conditions", None)
+    if not known:
+        return
+    for name, value in cond.items():
+        if name not in known:
+            raise PlanError(f"this model has no condition {name!r}; it takes {', '.join(map(repr, known))}.")
+        if not isinstance(value, Tensor) or value.is_floating_point() or value.shape not in ((), (count,)):
+            found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise PlanError(f"the condition {name!r} must be a tensor of {count} whole numbers, one a sample, got {found}.")
+        if value.device.type == "cpu" and not bool(((value >= 0) & (value <= max(known[name].values()))).all()):
+            raise PlanError(
+                f"the condition {name!r} has {known[name]['classes']} classes, from 0; {known[name]['null']} stands for none."
+            )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.denoisers import Denoiser, ModelInfo
+from fewstep.denoisers import Denoiser, ModelInfo, check_conditions
 from fewstep.errors import ArtefactError, UnknownNameError
 from fewstep.models import read_model
 from fewstep.noise import draw_noise
@@ -209,6 +209,7 @@ def check(denoiser: Denoiser, data: Tensor, *, cond: Mapping[str, Any] | None = 
         )
     data = data[:most] if data.is_floating_point() else data[:most].float()
     conditions = {k: v[:most] if isinstance(v, Tensor) and v.ndim else v for k, v in (cond or {}).items()}
+    check_conditions(denoiser, conditions, len(data))
     calls = denoiser.calls
     with torch.no_grad():
         table = _score_all(denoiser, data, conditions, seed)
@@ -339,8 +340,13 @@ def _scores(
 def _verdict(mine: dict[str, Any], best: dict[str, Any], data: Tensor, info: ModelInfo) -> tuple[bool, str]:
     low, high = float(data.min()), float(data.max())
     bad = _worst(len(data))
-    gap = max((m - b if math.isfinite(m) else math.inf) for m, b in zip(_stretched(mine, best), best["scores"], strict=True))
-    if best["score"] > bad or (gap <= MARGIN and mine["score"] > bad):
+    nothing = best["score"] > bad
+    gap = (
+        0.0
+        if nothing
+        else max(m - b if math.isfinite(m) else math.inf for m, b in zip(mine["scores"], best["scores"], strict=True))
+    )
+    if nothing or (gap <= MARGIN and mine["score"] > bad):
         return (
             False,
             f"no reading that was tried predicts this data better than a linear guess (this one has {_ratio(mine['score'])} times its "
@@ -367,10 +373,6 @@ def _verdict(mine: dict[str, Any], best: dict[str, Any], data: Tensor, info: Mod
         "no other reading that was tried does better" if best is mine else "no other reading that was tried does clearly better"
     )
     return True, f"the network denoises this data with {_ratio(mine['score'])} of a linear guess's error; {others}."
-
-
-def _stretched(mine: dict[str, Any], best: dict[str, Any]) -> list[float]:
-    return mine["scores"] if len(mine["scores"]) == len(best["scores"]) else [mine["score"]] * len(best["scores"])
 
 
 def _ratio(score: float) -> str:

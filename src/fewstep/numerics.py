@@ -28,6 +28,7 @@ __all__ = [
     "lagrange_integrals",
     "lagrange_polynomials",
     "noise_clock",
+    "padded_sum",
     "phi",
 ]
 
@@ -181,3 +182,16 @@ def noise_clock(lam: float, rate: float) -> float:
     """
     above = lam + 20.0
     return math.exp(above) if above < 0.0 else 1.0 + math.expm1(2.0 * rate * above) / (2.0 * rate)
+
+
+def padded_sum(a: Floats, b: Floats) -> Floats:
+    """The sum of two vectors, the shorter continued by zeros.
+
+    Example:
+        >>> padded_sum(np.array([1.0, 2.0]), np.array([3.0])).tolist()
+        [4.0, 2.0]
+    """
+    total = np.zeros(max(len(a), len(b)))
+    total[: len(a)] += a
+    total[: len(b)] += b
+    return total

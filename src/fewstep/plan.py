@@ -280,7 +280,7 @@ class Plan:
             ArtefactError: if the file is truncated, damaged, foreign or of a newer format.
             FileNotFoundError: if there is none.
         """
-        return read_as(path, kind="plan", what="plan", unpack=_unpack, pack=cls._artefact)
+        return read_as(path, kind="plan", what="plan", unpack=_unpack, pack=lambda value: value._artefact())
 
     def _artefact(self) -> Artefact:
         tensors: dict[str, np.ndarray] = {"grid": self.grid, "tau": self.tau}

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.denoisers import check_conditions
 from fewstep.errors import NetworkError, PlanError
 from fewstep.noise import BrownianPath, check_seeds
 from fewstep.plan import Entry, Plan, Row, StartTransform
@@ -123,7 +124,7 @@ def sample(
     x = _checked_noise(noise)
     _check_fit(denoiser, plan, x, seeds)
     conditions = dict(cond or {})
-    _check_conditions(denoiser, conditions, len(x))
+    check_conditions(denoiser, conditions, len(x))
     hooks = hooks or Hooks()
     steps = _prepared(plan, x)
     path = BrownianPath(check_seeds(seeds, len(x)), x.shape[1:]) if plan.stochastic and seeds is not None else None
@@ -200,23 +201,6 @@ def _check_fit(denoiser: DenoiserLike, plan: Plan, x: Tensor, seeds: Iterable[in
         )
     if plan.stochastic and seeds is None:
         raise PlanError("this plan draws noise: pass seeds=, one whole number a sample.")
-
-
-def _check_conditions(denoiser: DenoiserLike, cond: dict[str, Any], count: int) -> None:
-    """Conditions that a model says it takes: their names, one whole number a sample, and, where that reads no device, their range."""
-    known = getattr(getattr(denoiser, "info", None), "conditions", None)
-    if not known:
-        return
-    for name, value in cond.items():
-        if name not in known:
-            raise PlanError(f"this model has no condition {name!r}; it takes {', '.join(map(repr, known))}.")
-        if not isinstance(value, Tensor) or value.is_floating_point() or value.shape not in ((), (count,)):
-            found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise PlanError(f"the condition {name!r} must be a tensor of {count} whole numbers, one a sample, got {found}.")
-        if value.device.type == "cpu" and not bool(((value >= 0) & (value <= max(known[name].values()))).all()):
-            raise PlanError(
-                f"the condition {name!r} has {known[name]['classes']} classes, from 0; {known[name]['null']} stands for none."
-            )
 
 
 def _brief(schedule: object) -> str:

@@ -252,7 +252,7 @@ class ModelStatistics:
             lam, l, s, b = (artefact.tensors[name] for name in ("lam", "l", "s", "b"))  # noqa: E741
             return cls(from_config(artefact.meta["schedule"]), lam, l, s, b, artefact.meta["provenance"])
 
-        return read_as(path, kind=KIND, what="set of model statistics", unpack=unpack, pack=cls._artefact)
+        return read_as(path, kind=KIND, what="set of model statistics", unpack=unpack, pack=lambda value: value._artefact())
 
     def _artefact(self) -> Artefact:
         meta = {"schedule": self.schedule.config(), "provenance": json_value(self.provenance)}

@@ -32,7 +32,6 @@ def run(options: CheckOptions) -> int:
         raise ValueError(f"--count must be at least 1, got {options.count}.")
     denoiser = open_model(options.model, options)
     batch = _data(options)
-    _check_labels(batch, denoiser)
     x = batch.pop("x").to(state_dtype(options)).to(options.device)
     report = check(denoiser, x, cond={k: v.to(options.device) for k, v in batch.items()}, seed=options.seed, most=options.count)
     if options.json:
@@ -43,10 +42,9 @@ def run(options: CheckOptions) -> int:
 
 
 def _data(options: CheckOptions) -> dict[str, Any]:
-    import zipfile
-
-    import numpy as np
     import torch
+
+    from fewstep.cli.setup import read_arrays
 
     if not options.data:
         from fewstep.train.recipes import digits, photos
@@ -56,11 +54,7 @@ def _data(options: CheckOptions) -> dict[str, Any]:
         if options.model == "photos":
             return photos("held_out")(options.count, torch.Generator().manual_seed(options.seed))
         raise ValueError(f"--data is needed: {options.model} brings no data of its own.")
-    try:
-        loaded = np.load(options.data, allow_pickle=False)
-        arrays = {"x": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{options.data} is no .npy or .npz file of plain numbers.") from error
+    arrays = read_arrays(options.data, "x")
     for name, array in arrays.items():
         if array.dtype.kind not in "fiub" or not array.ndim:
             raise ValueError(
@@ -69,16 +63,3 @@ def _data(options: CheckOptions) -> dict[str, Any]:
     if "x" not in arrays:
         raise ValueError(f"{options.data} holds {', '.join(arrays) or 'nothing'}, but no array `x`.")
     return {name: torch.from_numpy(array[: options.count]) for name, array in arrays.items()}
-
-
-def _check_labels(batch: dict[str, Any], denoiser: Any) -> None:
-    """Labels that the model does not have would end in an index error of its embedding."""
-    known = denoiser.info.conditions.get("label")
-    if "label" in batch and known is not None:
-        labels = batch["label"]
-        if (
-            labels.shape != batch["x"].shape[:1]
-            or labels.is_floating_point()
-            or not ((labels >= 0) & (labels <= known["null"])).all()
-        ):
-            raise ValueError(f"label must hold one class a sample, 0 to {known['classes'] - 1} or {known['null']} for none.")

@@ -95,6 +95,8 @@ def read_samples(source: str, options: EvaluateOptions) -> tuple[Any, Any]:
     import numpy as np
     import torch
 
+    from fewstep.cli.setup import read_arrays
+
     path = Path(source)
     if source in SHIPPED and not path.exists():
         return _shipped(source, options)
@@ -102,15 +104,11 @@ def read_samples(source: str, options: EvaluateOptions) -> tuple[Any, Any]:
         if not (path / "samples.npz").is_file():
             return _pictures(path, options.count), None
         path = path / "samples.npz"
-    try:
-        loaded = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
+    if not path.exists():
         raise FileNotFoundError(
             f"there are no samples at {source}: wanted a folder, an .npz or .npy file, or {' or '.join(SHIPPED)}."
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{path} is no .npy or .npz file of plain numbers.") from error
-    arrays = {"samples": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+        )
+    arrays = read_arrays(path, "samples")
     name = next((name for name in ("samples", "x", "arr_0") if name in arrays), None)
     if name is None:
         raise ValueError(f"{path} holds {', '.join(arrays) or 'nothing'}, but no array `samples`, `x` or `arr_0`.")

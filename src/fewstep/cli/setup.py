@@ -7,11 +7,13 @@ import platform
 import secrets
 import shutil
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fewstep.cli.options import Common
@@ -31,6 +33,7 @@ __all__ = [
     "parse_numbers",
     "parse_seeds",
     "progress",
+    "read_arrays",
     "state_dtype",
 ]
 
@@ -132,6 +135,20 @@ def guided(denoiser: Denoiser, scale: float, labels: torch.Tensor | None) -> Any
     if labels is None or "label" not in denoiser.info.conditions:
         raise ValueError(f"--guidance needs a model with conditions; {denoiser.info.name} has none.")
     return ClassifierFree(denoiser, scale, {"label": denoiser.info.conditions["label"]["null"]})
+
+
+def read_arrays(path: str | Path, name: str) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file, or the one of a .npy file under this name.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is something else, or holds anything but plain numbers.
+    """
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        return {name: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no .npy or .npz file of plain numbers.") from error
 
 
 def machine() -> dict[str, Any]:

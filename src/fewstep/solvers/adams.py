@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.errors import UnknownNameError
-from fewstep.numerics import lagrange_polynomials
+from fewstep.numerics import lagrange_polynomials, padded_sum
 from fewstep.plan import Row
 from fewstep.predictions import data_coefficients
 from fewstep.schedules import NoiseSchedule
@@ -104,9 +104,9 @@ class Adams(Solver):
             weights = scale[i + 1] * self._weights(clock, i, nodes)
             if i == first + 1 and self.corrector != "none":
                 states, outputs = self._start(alpha[first : i + 1], sigma[first : i + 1])
-                weights, carry = _add(weights, carry * outputs), carry * states
+                weights, carry = padded_sum(weights, carry * outputs), carry * states
             elif i > first + 1 and self.corrector == "every":
-                weights = _add(weights, scale[i + 1] * self._correction(clock, i, first))
+                weights = padded_sum(weights, scale[i + 1] * self._correction(clock, i, first))
             a, b = data_coefficients(self.prediction, float(alpha[i]), float(sigma[i]))
             yield Row(t, tuple(carry.tolist()), tuple(weights.tolist()), -a / b, 1.0 / b)
 
@@ -131,11 +131,3 @@ class Adams(Solver):
         used = np.arange(i - 1, max(i - 1 - self.order, first - 1), -1)
         better = self._weights(clock, i - 1, np.append(i, used))
         return better - np.append(0.0, self._weights(clock, i - 1, used))
-
-
-def _add(a: Floats, b: Floats) -> Floats:
-    """The sum of two vectors, the shorter continued by zeros."""
-    total = np.zeros(max(len(a), len(b)))
-    total[: len(a)] += a
-    total[: len(b)] += b
-    return total

@@ -242,7 +242,7 @@ class CascadePolynomial:
             (low, high), (few, many) = artefact.meta["scales"], artefact.meta["calls"]
             return cls(artefact.tensors["coefficients"], (low, high), (few, many), artefact.meta["provenance"])
 
-        return read_as(path, kind=KIND, what="regression", unpack=unpack, pack=cls._artefact)
+        return read_as(path, kind=KIND, what="regression", unpack=unpack, pack=lambda value: value._artefact())
 
     def _artefact(self) -> Artefact:
         meta = {"scales": list(self.scales), "calls": list(self.calls), "provenance": json_value(self.provenance)}

@@ -38,7 +38,33 @@ LARGEST_GAMMA = math.sqrt(2.0) - 1.0
 
 
 @dataclass(frozen=True)
-class EDMHeun(Solver):
+class _EDM(Solver):
+    """The options of both."""
+
+    source: ClassVar[str] = "Elucidating the Design Space of Diffusion-Based Generative Models, arXiv 2206.00364"
+
+    s_churn: float = 0.0
+    s_tmin: float = 0.0
+    s_tmax: float | None = None
+    s_noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.s_churn) and self.s_churn >= 0.0):
+            raise ValueError(f"s_churn must be at least 0, got {self.s_churn:g}.")
+        highest = math.inf if self.s_tmax is None else self.s_tmax
+        if not 0.0 <= self.s_tmin <= highest:
+            raise ValueError(
+                f"s_tmin and s_tmax are noise levels sigma / alpha with 0 <= s_tmin <= s_tmax, got {self.s_tmin:g} and {highest:g}."
+            )
+        if not (math.isfinite(self.s_noise) and self.s_noise > 0.0):
+            raise ValueError(f"s_noise must be positive, got {self.s_noise:g}.")
+
+    def rows(self, schedule: NoiseSchedule, times: Floats, calls: Sequence[int]) -> Iterator[Row]:
+        yield from _rows(schedule, times, calls, _churn(schedule, times, self))
+
+
+@dataclass(frozen=True)
+class EDMHeun(_EDM):
     """Heun's method of EDM: two calls a step, and one for a step from an infinite or to a zero noise level, or when calls run out.
 
     Args:
@@ -67,16 +93,7 @@ class EDMHeun(Solver):
         (35, True)
     """
 
-    source: ClassVar[str] = "Elucidating the Design Space of Diffusion-Based Generative Models, arXiv 2206.00364"
     cost: ClassVar[str] = "2 calls a step"
-
-    s_churn: float = 0.0
-    s_tmin: float = 0.0
-    s_tmax: float | None = None
-    s_noise: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check(self)
 
     @property
     def claimed_order(self) -> int:
@@ -86,12 +103,9 @@ class EDMHeun(Solver):
     def stages(self) -> int:
         return 2
 
-    def rows(self, schedule: NoiseSchedule, times: Floats, calls: Sequence[int]) -> Iterator[Row]:
-        yield from _rows(schedule, times, calls, _churn(schedule, times, self))
-
 
 @dataclass(frozen=True)
-class EDMEuler(Solver):
+class EDMEuler(_EDM):
     """Euler's method of EDM: one call a step; DDIM if nothing is added.
 
     Args:
@@ -106,22 +120,9 @@ class EDMEuler(Solver):
         6
     """
 
-    source: ClassVar[str] = "Elucidating the Design Space of Diffusion-Based Generative Models, arXiv 2206.00364"
-
-    s_churn: float = 0.0
-    s_tmin: float = 0.0
-    s_tmax: float | None = None
-    s_noise: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check(self)
-
     @property
     def claimed_order(self) -> int:
         return 1
-
-    def rows(self, schedule: NoiseSchedule, times: Floats, calls: Sequence[int]) -> Iterator[Row]:
-        yield from _rows(schedule, times, calls, _churn(schedule, times, self))
 
 
 class _Level(NamedTuple):
@@ -133,7 +134,7 @@ class _Level(NamedTuple):
     noise: Interval | None
 
 
-def _churn(schedule: NoiseSchedule, times: Floats, options: EDMHeun | EDMEuler) -> list[_Level]:
+def _churn(schedule: NoiseSchedule, times: Floats, options: _EDM) -> list[_Level]:
     """The level from which every step begins, and that of the end."""
     lam, steps = schedule.lam(times).tolist(), len(times) - 1
     noisiest = min(lam[0], float(schedule.lam(schedule.t_start)))
@@ -166,15 +167,3 @@ def _rows(schedule: NoiseSchedule, times: Floats, calls: Sequence[int], levels: 
         yield Row(begin.t, (carry,), (weight,))
         mend = 0.5 * end.alpha * (begin.sigma / begin.alpha * alpha / sigma - 1.0)
         yield Row(t, (rise,), (mend, -mend), noise=end.noise)
-
-
-def _check(options: EDMHeun | EDMEuler) -> None:
-    if not (math.isfinite(options.s_churn) and options.s_churn >= 0.0):
-        raise ValueError(f"s_churn must be at least 0, got {options.s_churn:g}.")
-    highest = math.inf if options.s_tmax is None else options.s_tmax
-    if not 0.0 <= options.s_tmin <= highest:
-        raise ValueError(
-            f"s_tmin and s_tmax are noise levels sigma / alpha with 0 <= s_tmin <= s_tmax, got {options.s_tmin:g} and {highest:g}."
-        )
-    if not (math.isfinite(options.s_noise) and options.s_noise > 0.0):
-        raise ValueError(f"s_noise must be positive, got {options.s_noise:g}.")

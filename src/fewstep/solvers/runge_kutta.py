@@ -65,7 +65,37 @@ SHORTER = {1: "euler", 2: "heun", 3: "kutta3"}
 
 
 @dataclass(frozen=True)
-class RhoRK(Solver):
+class _RungeKutta(Solver):
+    """A method by name, on the ODE of one prediction."""
+
+    cost: ClassVar[str] = "1 to 4 calls a step, by kind"
+    prediction: ClassVar[str]
+
+    kind: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in TABLEAUX:
+            raise UnknownNameError("kind", self.kind, TABLEAUX)
+
+    @property
+    def claimed_order(self) -> int:
+        return TABLEAUX[self.kind].order
+
+    @property
+    def stages(self) -> int:
+        return len(TABLEAUX[self.kind].b)
+
+    def split(self, budget: int) -> list[int]:
+        """The fewest steps, as equal as can be in calls, the longer ones first: a last step of one call would lower the order."""
+        steps = -(-budget // self.stages)
+        return [budget // steps + (k < budget % steps) for k in range(steps)] if steps else []
+
+    def rows(self, schedule: NoiseSchedule, times: Floats, calls: Sequence[int]) -> Iterator[Row]:
+        return _rows(schedule, times, calls, self.prediction, self.kind)
+
+
+@dataclass(frozen=True)
+class RhoRK(_RungeKutta):
     """Runge-Kutta in rho = sigma / alpha on the noise prediction ("rho-RK" of DEIS).
 
     Args:
@@ -87,31 +117,13 @@ class RhoRK(Solver):
     """
 
     source: ClassVar[str] = "DEIS, arXiv 2204.13902"
-    cost: ClassVar[str] = "1 to 4 calls a step, by kind"
+    prediction: ClassVar[str] = "noise"
 
     kind: str = "kutta3"
 
-    def __post_init__(self) -> None:
-        if self.kind not in TABLEAUX:
-            raise UnknownNameError("kind", self.kind, TABLEAUX)
-
-    @property
-    def claimed_order(self) -> int:
-        return TABLEAUX[self.kind].order
-
-    @property
-    def stages(self) -> int:
-        return len(TABLEAUX[self.kind].b)
-
-    def split(self, budget: int) -> list[int]:
-        return _even(budget, self.stages)
-
-    def rows(self, schedule: NoiseSchedule, times: Floats, calls: Sequence[int]) -> Iterator[Row]:
-        return _rows(schedule, times, calls, "noise", self.kind)
-
 
 @dataclass(frozen=True)
-class FlowRK(Solver):
+class FlowRK(_RungeKutta):
     """Rectified-flow Euler, Heun, midpoint or RK4: Runge-Kutta on the velocity eps - x_0, whatever the schedule.
 
     Args:
@@ -131,36 +143,12 @@ class FlowRK(Solver):
     """
 
     source: ClassVar[str] = "Flow Straight and Fast, arXiv 2209.03003"
-    cost: ClassVar[str] = "1 to 4 calls a step, by kind"
+    prediction: ClassVar[str] = "flow"
 
     kind: str = "heun"
 
-    def __post_init__(self) -> None:
-        if self.kind not in TABLEAUX:
-            raise UnknownNameError("kind", self.kind, TABLEAUX)
-
-    @property
-    def claimed_order(self) -> int:
-        return TABLEAUX[self.kind].order
-
-    @property
-    def stages(self) -> int:
-        return len(TABLEAUX[self.kind].b)
-
     def single_call(self, lams: Floats) -> NDArray[np.bool_]:
         return lams == math.inf
-
-    def split(self, budget: int) -> list[int]:
-        return _even(budget, self.stages)
-
-    def rows(self, schedule: NoiseSchedule, times: Floats, calls: Sequence[int]) -> Iterator[Row]:
-        return _rows(schedule, times, calls, "flow", self.kind)
-
-
-def _even(budget: int, stages: int) -> list[int]:
-    """The fewest steps, as equal as can be in calls, the longer ones first: a last step of one call would lower the order."""
-    steps = -(-budget // stages)
-    return [budget // steps + (k < budget % steps) for k in range(steps)] if steps else []
 
 
 def _rows(schedule: NoiseSchedule, times: Floats, calls: Sequence[int], prediction: str, kind: str) -> Iterator[Row]:

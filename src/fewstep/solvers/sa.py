@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.errors import UnknownNameError
-from fewstep.numerics import exponential_weights, noise_clock
+from fewstep.numerics import exponential_weights, noise_clock, padded_sum
 from fewstep.plan import Interval, Row
 from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
@@ -118,7 +118,7 @@ class SASolver(Solver):
                 weights = alpha[i + 1] * self._predicted(lam, i, first, pieces)
             if i > first and self.corrector and carry > 0.0:
                 before = self._pieces(lam, i - 1, edges)
-                weights = _add(weights, carry * alpha[i] * self._correction(lam, i, first, before))
+                weights = padded_sum(weights, carry * alpha[i] * self._correction(lam, i, first, before))
             noise = None
             if spent > 0.0 and sigma[i + 1] > 0.0:
                 scale = float(sigma[i + 1]) * math.sqrt(-math.expm1(-2.0 * spent))
@@ -164,7 +164,7 @@ class SASolver(Solver):
             better = np.array([0.5 * z, -math.expm1(-z) - 0.5 * z])
         else:
             better = _weights(lam[i + 1 - order : i + 1][::-1], pieces)
-        return _add(better, -np.append(0.0, self._predicted(lam, i - 1, first, pieces)))
+        return padded_sum(better, -np.append(0.0, self._predicted(lam, i - 1, first, pieces)))
 
 
 def _energy(pieces: list[Piece]) -> float:
@@ -178,12 +178,4 @@ def _weights(nodes: Floats, pieces: list[Piece]) -> Floats:
     for k, (a, b, eta) in enumerate(pieces):
         decay = math.exp(b - end - _energy(pieces[k + 1 :]))
         total += decay * exponential_weights((nodes - a) / (b - a), (1.0 + eta) * (b - a))
-    return total
-
-
-def _add(a: Floats, b: Floats) -> Floats:
-    """The sum of two vectors, the shorter continued by zeros."""
-    total = np.zeros(max(len(a), len(b)))
-    total[: len(a)] += a
-    total[: len(b)] += b
     return total

@@ -142,7 +142,7 @@ class GaussianPrior:
             mean, axes, variances = (artefact.tensors[name] for name in ("mean", "axes", "variances"))
             return cls(mean, axes, variances, artefact.meta["rest"])
 
-        return read_as(path, kind=KIND, what="Gaussian", unpack=unpack, pack=cls._artefact)
+        return read_as(path, kind=KIND, what="Gaussian", unpack=unpack, pack=lambda value: value._artefact())
 
     def _artefact(self) -> Artefact:
         return Artefact(KIND, {"rest": self.rest}, {"mean": self.mean, "axes": self.axes, "variances": self.variances})
