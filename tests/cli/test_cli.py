@@ -221,6 +221,8 @@ def test_check(tiny, tmp_path, capsys):
         (["compare", "TINY", "--features", "pixel"], "Did you mean 'pixels'"),
         (["compare", "TINY,TINY"], "different names"),
         (["compare", "TINY", "--count", "1"], "at least 2"),
+        (["compare", "TINY", "--grids", "karas"], "Did you mean 'karras'"),
+        (["compare", "TINY", "--grids", "linspace"], "no solver can be run on tiny: with 10 calls and grid linspace"),
         (["compare", "photos", "--features", "digits"], "sees samples of shape"),
         (["evaluate", "DIR/bad"], "no .npy or .npz"),
         (["evaluate", "DIR"], "neither samples.npz nor at least 2 pictures"),

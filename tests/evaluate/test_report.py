@@ -122,6 +122,19 @@ def test_candidates_run_equal_plans_once_and_say_what_is_left_out(monkeypatch):
         candidates(schedule, [5], names=["broken"])
 
 
+def test_candidates_have_or_tell_of_every_method():
+    found = candidates(fs.schedules.VPLinear(), [5])
+    assert "epsilon_scale" in {name for name, _, _ in found.plans}
+    assert set(found.skipped) == {"Compensated", "DPMSolverV3", "Mixed", "Teleport", "TimeShift", "adaptive"}
+    for name, reason in found.skipped.items():
+        assert hasattr(fs.solvers, name) or hasattr(fs, name)
+        assert reason != found.skipped.get("Mixed") or name == "Mixed"  # every reason is its own
+    (own,) = candidates(fs.schedules.VPLinear(), [5], names=["epsilon_scale"]).plans
+    assert own[2] == fs.solvers.EpsilonScale(fs.solvers.DPMSolverPP(order=2)).plan(fs.schedules.VPLinear(), 5)
+    with pytest.raises(fs.FewstepError, match="Did you mean 'karras'"):
+        candidates(fs.schedules.VPLinear(), [5], grids=["karas"])
+
+
 def run_comparison(nfes=(3, 6), judge=True):
     exact_model = fs.exact.GaussianMixture(fs.schedules.VPLinear(), [[1.0, 0.5], [-1.0, -0.3]], 0.2)
     denoiser = fs.Denoiser(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,11 +79,21 @@ def _prepare(model: Any, nfes: list[int], options: CompareOptions) -> tuple[Any,
 
     names = None if options.solvers == "all" else options.solvers.split(",")
     found = candidates(model.schedule, nfes, names=names, grids=options.grids.split(","))
+    if not found.plans:
+        raise ValueError(f"no solver can be run on {model.info.name}: {_reasons(found.skipped)}.")
     shape = ask_for(model.info.shape, model.info.name)
     features = make_features(options.features, shape, weights=options.weights or None, device=options.device)
     (distance,) = make_distances([options.distance])
     check_distance(distance, options.count, options.others or 2 * options.count)
     return found, (distance, features)
+
+
+def _reasons(skipped: dict[str, str]) -> str:
+    """Why solvers could not be planned, with how many share a reason; without what is never a candidate."""
+    from fewstep.evaluate.comparison import LEFT_OUT
+
+    counts = Counter(reason for solver, reason in skipped.items() if solver not in LEFT_OUT)
+    return "; ".join(f"{reason} ({count} solver{'s' * (count > 1)})" for reason, count in counts.items())
 
 
 def _model(report: Any, model: Any, found: Any, judged: Any, options: CompareOptions, bar: Any) -> None:

@@ -24,9 +24,11 @@ from torch import Tensor
 
 from fewstep import solvers
 from fewstep.denoisers import ModelInfo
+from fewstep.errors import UnknownNameError
 from fewstep.evaluate.distances import KID, MMD, Distance, Excess, Groups, Wasserstein, excess
 from fewstep.evaluate.report import Report, image_grid, line_plot
 from fewstep.evaluate.trajectories import ErrorRow, compare_plans
+from fewstep.grids import grid_names
 from fewstep.plan import Plan
 from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
@@ -37,6 +39,17 @@ Key = tuple[str, str]
 """Name of the solver, name of the grid."""
 SHOWN_SAMPLES = 10
 SHOWN_LINES = 6
+UNNAMED: dict[str, Solver] = {"epsilon_scale": solvers.EpsilonScale(solvers.DPMSolverPP(order=2))}
+"""Solvers that need nothing of a model but have no name in `fewstep.solver_names`: they run as well, around the solver of "dualfast"."""
+LEFT_OUT = {
+    "Compensated": "its ratios are searched for a model, a grid and a number of calls",
+    "DPMSolverV3": "its statistics are computed for a model",
+    "Mixed": "its recipe is written or searched for a number of calls",
+    "Teleport": "it starts from the mean and the covariance of the data",
+    "TimeShift": "it is a hook around any solver, with a window chosen for a model",
+    "adaptive": "it takes a tolerance, not a number of calls",
+}
+"""What is no candidate, and why."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +75,12 @@ def candidates(
     Args:
         schedule: of the model.
         nfes: numbers of calls.
-        names: of solvers; all of `fewstep.solver_names` when left out. Then, of names that make the same plans one is run; what cannot
-            be planned is left out and told, and so are solvers without a name, which need something that is computed for the model first.
+        names: of solvers; all of `fewstep.solver_names`, and "epsilon_scale", when left out. Then, of names that make the same plans one
+            is run; what cannot be planned is left out and told, and so are solvers that need something of the model first.
         grids: names of time grids.
 
     Raises:
+        UnknownNameError: for the name of a grid that does not exist.
         UnknownNameError, GridError, ValueError: from a solver that was asked for by name.
 
     Example:
@@ -75,9 +89,12 @@ def candidates(
         >>> found.same["dpmpp_1"], "dpmpp_1" in [name for name, _, _ in found.plans]
         ('ddim', False)
     """
-    found = Candidates([], {}, {} if names is not None else _nameless())
+    for grid in grids:
+        if grid not in grid_names():
+            raise UnknownNameError("grid", grid, grid_names())
+    found = Candidates([], {}, {} if names is not None else _left_out())
     seen: dict[Any, str] = {}
-    for name in solvers.solver_names() if names is None else names:
+    for name in sorted([*solvers.solver_names(), *UNNAMED]) if names is None else names:
         mine: list[tuple[str, str, Plan]] = []
         for grid, nfe in itertools.product(grids, nfes):
             plan = _plan(name, schedule, nfe, grid, None if names is not None else found.skipped)
@@ -93,7 +110,8 @@ def candidates(
 def _plan(name: str, schedule: NoiseSchedule, nfe: int, grid: str, skipped: dict[str, str] | None) -> Plan | None:
     """The plan; or None, and the reason in `skipped` if that is given."""
     try:
-        return solvers.make_plan(name, schedule, nfe, grid=grid)
+        solver = UNNAMED[name] if name in UNNAMED else solvers.make_solver(name)
+        return solver.plan(schedule, nfe, grid)
     except (TypeError, ValueError) as error:
         if skipped is None:
             raise
@@ -101,13 +119,13 @@ def _plan(name: str, schedule: NoiseSchedule, nfe: int, grid: str, skipped: dict
         return None
 
 
-def _nameless() -> dict[str, str]:
-    """Solvers of the package that no name stands for."""
-    named = {solver for solver, _ in solvers.SOLVERS.values()}
+def _left_out() -> dict[str, str]:
+    """What no candidate is made of, and why: solvers of the package without a name, and what is no solver of so many calls."""
+    with_name = {solver for solver, _ in solvers.SOLVERS.values()} | {type(solver) for solver in UNNAMED.values()}
     public = (getattr(solvers, name) for name in solvers.__all__)
-    classes = (c for c in public if inspect.isclass(c) and issubclass(c, Solver) and c is not Solver and c not in named)
-    reason = "it needs something that is computed for the model, a recipe, or another solver to wrap, so no name stands for it"
-    return {c.__name__: reason for c in classes}
+    classes = (c for c in public if inspect.isclass(c) and issubclass(c, Solver) and c is not Solver and c not in with_name)
+    unknown = "it needs something that is computed for the model, so no name stands for it"
+    return {**{c.__name__: unknown for c in classes}, **LEFT_OUT}
 
 
 def _numbers(plan: Plan) -> tuple[Any, ...]:
