@@ -79,5 +79,5 @@ $(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(LOWEST)/.dev: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
 	sed -E $(if $(TORCH),'s/^torch==.*/torch==$(TORCH)/','') constraints-lowest.txt > $(LOWEST)/constraints.txt
-	$(LOWEST)/bin/python $(PIP) -c $(LOWEST)/constraints.txt -e ".[demo]" hypothesis pytest pytest-xdist
+	$(LOWEST)/bin/python $(PIP) -c $(LOWEST)/constraints.txt -e ".[demo]" POT hypothesis pytest pytest-xdist
 	@touch $@

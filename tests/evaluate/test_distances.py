@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from scipy.linalg import sqrtm
 
 import fewstep as fs
-from fewstep.errors import ArtefactError, UnknownNameError
+from fewstep.errors import ArtefactError, MissingExtraError, UnknownNameError
 from fewstep.evaluate import (
     DISTANCES,
     KID,
@@ -28,6 +29,7 @@ from fewstep.evaluate import (
     make_features,
     measure,
     pixels,
+    wasserstein_of_points,
 )
 from fewstep.evaluate.features import CLASSIFIER
 from fewstep.models import read_classifier
@@ -96,8 +98,46 @@ def test_exact_wasserstein_of_draws_of_a_mixture():
     # the two draws differ in how many points each component got: each of these goes 6 far
     surplus = abs(int((x[:, 0] > 0).sum()) - int((y[:, 0] > 0).sum()))
     assert Wasserstein()(one, two) == pytest.approx(6.0 * math.sqrt(surplus / 200), rel=0.02)  # a component is 0.01 wide
-    with pytest.raises(ValueError, match="equal size, got 4 and 5"):
-        Wasserstein()(x[:4], y[:5])
+
+
+def test_exact_wasserstein_of_unequal_sets_in_one_dimension_is_the_sorted_coupling():
+    pytest.importorskip("ot")
+    x, y = draw(7, 1), draw(10, 1, seed=1) * 2.0 + 1.0
+    wanted = math.sqrt(np.square(np.repeat(np.sort(x, 0), 10, 0) - np.repeat(np.sort(y, 0), 7, 0)).mean())  # 70 quantiles each
+    assert Wasserstein()(x, y) == pytest.approx(wanted, rel=1e-12)
+    assert Wasserstein()(y, x) == pytest.approx(wanted, rel=1e-12)
+    # a set counts its members as draws, in several dimensions too: copies of all change nothing, and the assignment is the same
+    a, b = draw(6, 3), draw(6, 3, seed=1) + 0.3
+    assert Wasserstein()(a, np.repeat(b, 3, 0)) == pytest.approx(Wasserstein()(a, b), rel=1e-10)
+    (found,) = measure(draw(40, 2), draw(60, 2, seed=1) + 2.0, "wasserstein", resamples=20)
+    assert (found.sizes, found.p) == ((40, 60), 1 / 21)
+    assert found.low < found.value < found.high
+
+
+def test_wasserstein_of_weighted_points():
+    pytest.importorskip("ot")
+    # one dimension: the coupling of quantiles; x has mass 1/4 at 0 and 3/4 at 1, y has 1/2 at 0, 1/3 at 2 and 1/6 at 5
+    parts = ((1 / 4, 0, 0), (1 / 4, 1, 0), (1 / 3, 1, 2), (1 / 6, 1, 5))
+    wanted = math.sqrt(sum(mass * (a - b) ** 2 for mass, a, b in parts))
+    x, y = np.array([[1.0], [0.0]]), torch.tensor([[2.0], [5.0], [0.0]])
+    assert wasserstein_of_points(x, y, np.array([3.0, 1.0]), torch.tensor([2.0, 1.0, 3.0])) == pytest.approx(wanted, rel=1e-12)
+    # two far pairs of points, each of which keeps its own mass: a shift of both components is all there is
+    centres, weights = np.array([[0.0, 0.0], [100.0, 0.0]]), np.array([0.2, 0.8])
+    assert wasserstein_of_points(centres, centres + np.array([3.0, 4.0]), weights, weights) == pytest.approx(5.0, rel=1e-12)
+    # the weights alone: 0.3 of the mass goes 100 far
+    assert wasserstein_of_points(centres, centres, weights, np.array([0.5, 0.5])) == pytest.approx(100 * math.sqrt(0.3), rel=1e-12)
+    u, v = draw(20, 3), draw(20, 3, seed=1)
+    assert wasserstein_of_points(u, v) == pytest.approx(Wasserstein()(u, v), rel=1e-10)
+    for bad in (np.array([1.0, -1.0]), np.zeros(2), np.ones(3), np.array([1.0, np.nan])):
+        with pytest.raises(ValueError, match="2 finite numbers of at least 0"):
+            wasserstein_of_points(centres, centres, bad)
+
+
+def test_exact_wasserstein_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ot", None)
+    with pytest.raises(MissingExtraError, match=r"unequal size or with weights needs POT.*fewstep\[evaluate\]"):
+        Wasserstein()(draw(4, 2), draw(5, 2))
+    assert Wasserstein()(draw(5, 2), draw(5, 2) + 1.0) == pytest.approx(math.sqrt(2.0))
 
 
 @pytest.mark.parametrize("distance", DISTANCES.values(), ids=DISTANCES)

@@ -84,7 +84,7 @@ def _prepare(model: Any, nfes: list[int], options: CompareOptions) -> tuple[Any,
     shape = ask_for(model.info.shape, model.info.name)
     features = make_features(options.features, shape, weights=options.weights or None, device=options.device)
     (distance,) = make_distances([options.distance])
-    check_distance(distance, options.count, options.others or 2 * options.count)
+    check_distance(distance)
     return found, (distance, features)
 
 

@@ -28,7 +28,7 @@ class EvaluateOptions(Common):
         "auto", "what they look at: pixels, digits (a small classifier), inception; auto: digits if 1 x 8 x 8, else pixels"
     )
     weights: str = option("", "file of Inception's weights")
-    count: int = option(1000, "use at most so many of either; the exact distance uses equally many of both")
+    count: int = option(1000, "use at most so many of either")
     resamples: int = option(200, "resamples of the intervals, and again of the floor and the test")
     seed: int = option(0, "seed of the resamples and of the crops of photos")
     out: str = option("", "folder for index.html, results.json and pictures; left out: none")
@@ -45,7 +45,7 @@ def run(options: EvaluateOptions) -> int:
     from contextlib import nullcontext
 
     from fewstep.cli.setup import new_folder, progress
-    from fewstep.evaluate.distances import Wasserstein, make_distances, measure
+    from fewstep.evaluate.distances import make_distances, measure
     from fewstep.evaluate.features import make_features
 
     chosen = make_distances(options.distances)
@@ -59,15 +59,11 @@ def run(options: EvaluateOptions) -> int:
         )
     features = make_features(options.features, tuple(sets[0].shape[1:]), weights=options.weights or None, device=options.device)
     first, second = (features(samples) for samples in sets)
-    least, measured = min(len(first), len(second)), []
     with new_folder(options.out) if options.out else nullcontext() as folder:
         total = 2 * options.resamples * len(chosen)
         with progress(options, total=total, desc="resampling") as bar:
-            for distance in chosen:
-                cut = least if isinstance(distance, Wasserstein) else None
-                drawn = {"resamples": options.resamples, "seed": options.seed, "after": bar.update}
-                within = None if groups is None else (groups[0][:cut], groups[1][:cut])
-                measured += measure(first[:cut], second[:cut], [distance], groups=within, **drawn)
+            drawn = {"resamples": options.resamples, "seed": options.seed, "after": bar.update}
+            measured = measure(first, second, chosen, groups=groups, **drawn)
         results = _results(measured, options)
         if folder is not None:
             _write(folder, sets, measured, results, options)

@@ -17,6 +17,7 @@ from fewstep.evaluate.distances import (
     frechet_of_gaussians,
     make_distances,
     measure,
+    wasserstein_of_points,
 )
 from fewstep.evaluate.features import Inception, digit_features, make_features, pixels
 from fewstep.evaluate.report import Report, image_grid
@@ -64,4 +65,5 @@ __all__ = [
     "pixels",
     "rms_error",
     "settled_solution",
+    "wasserstein_of_points",
 ]

@@ -25,7 +25,7 @@ from torch import Tensor
 from fewstep import solvers
 from fewstep.denoisers import ModelInfo
 from fewstep.errors import UnknownNameError
-from fewstep.evaluate.distances import KID, MMD, Distance, Excess, Groups, Wasserstein, excess
+from fewstep.evaluate.distances import KID, MMD, Distance, Excess, Groups, excess
 from fewstep.evaluate.report import Report, image_grid, line_plot
 from fewstep.evaluate.trajectories import ErrorRow, compare_plans
 from fewstep.grids import grid_names
@@ -150,7 +150,7 @@ class Judge:
         groups: of the twin and of the others, as of `fewstep.evaluate.measure`.
 
     Raises:
-        ValueError: for a distance that can be negative, of which no ratios can be formed, or sets that it does not take.
+        ValueError: for a distance that can be negative, of which no ratios can be formed.
     """
 
     distance: Distance
@@ -163,19 +163,17 @@ class Judge:
     groups: Groups | None = None
 
     def __post_init__(self) -> None:
-        check_distance(self.distance, len(self.twin), len(self.others))
+        check_distance(self.distance)
 
 
-def check_distance(distance: Distance, count: int, others: int) -> None:
-    """Whether a distance can rank solvers, with sets of these sizes.
+def check_distance(distance: Distance) -> None:
+    """Whether a distance can rank solvers.
 
     Raises:
         ValueError: if it cannot.
     """
     if isinstance(distance, (KID, MMD)):
         raise ValueError(f"{distance.name} can be negative, so it ranks nothing: take frechet, sliced_wasserstein or wasserstein.")
-    if isinstance(distance, Wasserstein) and count != others:
-        raise ValueError(f"the exact Wasserstein distance needs sets of equal size, got {count} and {others}.")
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ Every distance sees two sets of vectors, ``"n d"`` and ``"m d"``: pixels, or fea
 - `MMD`: the same with a sum of Gaussian kernels ("A Kernel Two-Sample Test", JMLR 13, 2012, eq. 3). Unbiased likewise.
 - `SlicedWasserstein`: root of the mean over random directions of the squared Wasserstein-2 distance of the projections ("Sliced and Radon
   Wasserstein Barycenters of Measures", JMIV 51, 2015), exact in every direction.
-- `Wasserstein`: the exact Wasserstein-2 distance of two sets of equal size, by an optimal assignment. For sets of up to about a thousand,
-  draws of a mixture among them. Too large by about $n^{-1/d}$, which is much.
+- `Wasserstein`: the exact Wasserstein-2 distance, by an optimal assignment of sets of equal size and an optimal transport of others, also
+  of weighted points (`wasserstein_of_points`). For sets of up to about a thousand, draws of a mixture among them. Too large by about
+  $n^{-1/d}$, which is much.
 
 A figure of a finite set says little alone: two sets from *one* distribution are some way apart too. `measure` therefore adds three things.
 
@@ -26,7 +27,7 @@ an exact test of that ("Permutation Tests", Good, 2000): under equal distributio
 *Groups.* Sets with a fixed number of samples of every class are more alike than independent draws; what holds for independent draws
 would be far too wide for them (for features of a classifier, several times). Given the classes, all of this is done within each.
 
-All of it is decided by one seed. Optimal assignments need SciPy (``pip install "fewstep[evaluate]"``).
+All of it is decided by one seed. Optimal assignments need SciPy, optimal transports POT (``pip install "fewstep[evaluate]"``).
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ __all__ = [
     "frechet_of_gaussians",
     "make_distances",
     "measure",
+    "wasserstein_of_points",
 ]
 
 Floats = NDArray[np.float64]
@@ -65,6 +67,8 @@ Statistic = Callable[[Counts, Counts], float]
 """The distance of two sets that are given as how often each member of a pool is in them."""
 Vectors = Tensor | Floats
 Groups = tuple[ArrayLike | Tensor, ArrayLike | Tensor]
+MOST_PIVOTS = 10_000_000
+"""Of the network simplex; a set of a thousand takes some ten thousand."""
 
 
 class Distance(abc.ABC):
@@ -215,7 +219,13 @@ class SlicedWasserstein(Distance):
 
 @dataclass(frozen=True)
 class Wasserstein(Distance):
-    """Exact Wasserstein-2 distance of two sets of equal size, in the features' units.
+    """Exact Wasserstein-2 distance, in the features' units.
+
+    Sets of equal size need SciPy, others POT.
+
+    Raises:
+        MissingExtraError: if that library is not installed.
+        RuntimeError: if an optimal transport was not found, which takes sets of many thousands.
 
     Example:
         >>> x = np.random.default_rng(0).standard_normal((50, 2))
@@ -227,13 +237,13 @@ class Wasserstein(Distance):
     title: ClassVar[str] = "exact W2"
 
     def bind(self, pool: Floats, n: int) -> Statistic:
+        squares = _squared_distances(pool)
+        if 2 * n != len(pool):
+            return lambda a, b: math.sqrt(_transport(a / n, b / (len(pool) - n), squares))
         try:
             from scipy.optimize import linear_sum_assignment
         except ImportError as error:
             raise MissingExtraError("SciPy", "evaluate", "The exact Wasserstein distance") from error
-        if 2 * n != len(pool):
-            raise ValueError(f"the exact Wasserstein distance needs sets of equal size, got {n} and {len(pool) - n}. Cut one.")
-        squares = _squared_distances(pool)
 
         def statistic(a: Counts, b: Counts) -> float:
             rows, columns = (np.repeat(np.arange(len(pool)), counts) for counts in (a, b))
@@ -241,6 +251,52 @@ class Wasserstein(Distance):
             return math.sqrt(float(costs[linear_sum_assignment(costs)].mean()))
 
         return statistic
+
+
+def wasserstein_of_points(x: Vectors, y: Vectors, x_weights: Vectors | None = None, y_weights: Vectors | None = None) -> float:
+    """Exact Wasserstein-2 distance of two discrete distributions, e.g. of mixtures whose components are points. Needs POT.
+
+    Args:
+        x, y: points ``"n *shape"`` and ``"m *shape"``.
+        x_weights, y_weights: ``"n"`` and ``"m"``, at least 0, in any unit; equal ones when left out.
+
+    Raises:
+        ValueError: if shapes do not fit, a value is not finite, a weight is negative, or all weights of a set are 0.
+        MissingExtraError: if POT is not installed.
+
+    Example:
+        >>> round(wasserstein_of_points([[0.0], [1.0]], [[0.0], [2.0]], [1.0, 3.0]), 6)  # half goes 1 far, a quarter from 1 to 0
+        0.866025
+    """
+    pool, n = _pool(x, y)
+    weights = np.zeros((2, len(pool)))
+    weights[0, :n], weights[1, n:] = _weights(x_weights, n), _weights(y_weights, len(pool) - n)
+    return math.sqrt(_transport(weights[0], weights[1], _squared_distances(pool)))
+
+
+def _weights(given: Vectors | None, count: int) -> Floats:
+    """Weights ``"n"`` whose sum is 1."""
+    if given is None:
+        return np.full(count, 1.0 / count)
+    weights = given.detach().cpu().double().numpy() if isinstance(given, Tensor) else np.asarray(given, np.float64)
+    if weights.shape != (count,) or not np.isfinite(weights).all() or weights.min() < 0.0 or weights.max() == 0.0:
+        raise ValueError(f"weights must be {count} finite numbers of at least 0, not all 0, got {weights}.")
+    return weights / weights.sum()
+
+
+def _transport(a: Floats, b: Floats, costs: Floats) -> float:
+    """The least cost of bringing the masses a to the masses b, ``"N"`` each with sum 1, at costs ``"N N"``."""
+    try:
+        import ot
+    except ImportError as error:
+        raise MissingExtraError(
+            "POT", "evaluate", "The exact Wasserstein distance of sets of unequal size or with weights"
+        ) from error
+    rows, columns = np.flatnonzero(a), np.flatnonzero(b)
+    cost, log = ot.emd2(a[rows], b[columns], costs[np.ix_(rows, columns)], numItermax=MOST_PIVOTS, log=True)
+    if log["warning"] is not None:
+        raise RuntimeError(f"no optimal transport of {len(rows)} to {len(columns)} points was found: {log['warning']}")
+    return max(0.0, float(cost))
 
 
 DISTANCES: dict[str, Distance] = {d.name: d for d in (Frechet(), KID(), MMD(), SlicedWasserstein(), Wasserstein())}
