@@ -138,10 +138,10 @@ def orders_table(result: Mapping[str, Any] | None) -> str:
     """Claimed and measured orders."""
     if result is None:
         return NOTHING
-    lines = ["| library | solver | claims | inside | from noise | drift |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    lines = ["| library | solver | claims | midway | from noise | drift |", "| --- | --- | ---: | ---: | ---: | ---: |"]
     for row in result["orders"]:
         cells = []
-        for name in ("inside", "from noise", "drift"):
+        for name in ("midway", "from noise", "drift"):
             order = row["observed"].get(name)
             text = "" if order is None else f"{order:.2f}"
             cells.append(f"**{text}**" if text and order < row["claim"] - 0.15 else text)

@@ -1,0 +1,52 @@
+"""What the benchmarks measure with, on what is known."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+import fewstep as fs
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def orders(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module("orders")
+    for name in ("orders", "peers"):
+        sys.modules.pop(name, None)
+
+
+def test_orders_are_measured_where_every_run_ends_with_the_same_kind_of_step(orders):
+    assert len(orders.CALLS) == 5
+    assert all(calls % 12 == 0 for calls in orders.CALLS)
+    # the rule of "dpm_fast" ends with a step of order 2 and one of order 1 for all of them, so its order shows within one doubling
+    assert len({tuple(fs.solvers.make_solver("dpm_fast").split(calls)[-2:]) for calls in orders.CALLS}) == 1
+
+
+def test_the_slope_is_that_of_a_power_above_the_rounding(orders):
+    errors = [7.0 * calls**-2.5 for calls in orders.CALLS]
+    assert orders.slope(errors) == pytest.approx(2.5)
+    assert orders.slope([*errors[:4], 1e-12]) == pytest.approx(2.5)  # the last lies below the rounding
+    assert orders.slope([1.0, *errors[1:]]) == pytest.approx(2.5)  # the last two doublings count
+    assert orders.slope(errors, [2 * calls for calls in orders.CALLS]) == pytest.approx(2.5)
+    assert orders.slope([float("nan")] * 4 + [0.1]) is None
+    stalled = [*errors[:3], errors[2], errors[2]]
+    assert orders.slope(stalled, single=True) == pytest.approx(2.5)
+
+
+def test_every_solver_has_a_row_with_an_order_to_measure(orders):
+    rows = orders.our_rows()
+    assert set(fs.solver_names()) <= set(rows)
+    problem = orders.Problem.make(orders.INTERVALS["midway"], 2)
+    classes = {type(make(problem, orders.CALLS[0])) for make in rows.values()}
+    public = {getattr(fs.solvers, name) for name in fs.solvers.__all__ if isinstance(getattr(fs.solvers, name), type)}
+    solvers = {kind for kind in public if issubclass(kind, fs.solvers.Solver) and kind is not fs.solvers.Solver}
+    assert {kind.__name__ for kind in solvers - classes} == {"EpsilonScale", "Teleport"}
+    row = orders.our_row("Mixed, recipe of 2M", rows["Mixed, recipe of 2M"], {"midway": problem})
+    assert row["observed"]["midway"] == pytest.approx(2.0, abs=0.05)
+    assert row["holds"]
