@@ -67,6 +67,15 @@ def test_exact_in_one_step_for_gaussian_data(schedule):
     assert float((ddim - exact).abs().max()) > 0.1
 
 
+def test_from_infinite_noise_the_first_step_is_one_of_order_1():
+    """Where alpha is 0 there is no lambda to hold statistics, so one step on the default flow schedule is DDIM's, not exact."""
+    schedule = fs.schedules.Flow()
+    stats = ModelStatistics.gaussian(schedule, 0.7, 0.5)
+    one, ddim = (solver.plan(schedule, 1) for solver in (DPMSolverV3(stats), fs.solvers.DDIM()))
+    np.testing.assert_allclose(one.dense().B, ddim.dense().B, rtol=1e-12)
+    np.testing.assert_allclose(one.dense().A, ddim.dense().A, rtol=1e-12)
+
+
 class Papers:
     """Algorithms 1 and 2 of the paper on the nodes of the statistics, all integrals by trapezoids."""
 

@@ -45,6 +45,8 @@ __all__ = ["auto_table", "grids_table", "main", "models_table", "orders_table", 
 
 ROOT = Path(__file__).parents[1]
 MARK = re.compile(r"<!-- (results|models|orders|auto|grids):(start(?: solvers=([^ ]+))?|end) -->")
+AIM = 1.6
+"""The ratio to the best of every peer's settings that "auto" should keep below in every cell."""
 NOTHING = "*No results yet: `make bench` measures them.*"
 
 
@@ -163,8 +165,11 @@ def auto_table(result: Mapping[str, Any] | None) -> str:
         lines.append(f"| {name.replace(' | ', ', grid ')} | {values['geometric_mean']:.3g} | {values['worst']:.3g} |")
     by_problem = "; ".join(f"{name} {value:.2f}" for name, value in summary["auto_by_problem"].items())
     missing = f" Not run: {'; '.join(result['missing'])}." if result["missing"] else ""
+    ratios = [cell["ratio"] for cell in result["cells"]]
+    above = ", ".join(f"above {bar:g} in {sum(ratio > bar for ratio in ratios)}" for bar in (1.0, AIM))
+    worst = f"Of {len(ratios)} cells `auto` is {above}; the worst is {max(ratios):.2f}, {summary['auto']['worst_cell']}."
     return "\n".join(
-        [*lines, "", f"`auto` by problem: {by_problem}.", "", f"Measured by `{result['command']}`, seed {result['seed']}.{missing}"]
+        [*lines, "", worst, "", f"`auto` by problem: {by_problem}.", "", f"Measured by `{result['command']}`, seed {result['seed']}.{missing}"]
     )
 
 
