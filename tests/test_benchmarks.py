@@ -6,6 +6,7 @@ import importlib
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fewstep as fs
@@ -37,6 +38,41 @@ def test_the_slope_is_that_of_a_power_above_the_rounding(orders):
     assert orders.slope([float("nan")] * 4 + [0.1]) is None
     stalled = [*errors[:3], errors[2], errors[2]]
     assert orders.slope(stalled, single=True) == pytest.approx(2.5)
+
+
+@pytest.fixture
+def official(orders):
+    yield importlib.import_module("official")
+    sys.modules.pop("official", None)
+
+
+def test_random_recipes_are_legal_and_the_same_in_the_words_of_others(official):
+    """The comparison with the authors' search space needs their files; that its recipes are ones of theirs does not."""
+    random = np.random.default_rng(0)
+    recipes = [official.random_recipe(random, ("data", "noise", "v3")) for _ in range(200)]
+    assert {move.prediction for recipe in recipes for move in recipe.moves} == {"data", "noise", "v3"}
+    assert {recipe.first for recipe in recipes} == {"network", "mean"}
+    for recipe in recipes:
+        told = official.decisions(recipe, np.linspace(1.0, 0.1, len(recipe.moves) + 1))
+        for move, order, start, points, corrector in zip(
+            recipe.moves, told["orders"], told["start_points"], told["derivative_types"], told["corrector_types"], strict=True
+        ):
+            assert order == len(points) + 1
+            assert all(start not in point["active_points"] for point in points)
+            assert all(f"_{len(point['active_points'])}" in point["estimate"] for point in points)
+            assert (corrector["type"] == "no_corrector") == (move.corrector is None)
+            if corrector["type"] != "no_corrector":  # every derivative of theirs knows the evaluation at the end
+                assert corrector["start_point"] <= -2
+                assert all(-1 in point["active_points"] for point in corrector["derivative_type"])
+
+
+def test_what_is_not_there_is_named(official, tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match="there is no USF"):
+        next(official.of_usf(tmp_path, 0))
+    missing: list[str] = []
+    with official._noted(missing, "usf"):
+        next(official.of_usf(tmp_path, 0))
+    assert missing == ["usf (there is no USF/uni_sampler.py)"]
 
 
 def test_every_solver_has_a_row_with_an_order_to_measure(orders):

@@ -14,6 +14,9 @@
     <!-- orders:start -->                               claimed and measured orders, ours and others', from orders.json
     <!-- orders:end -->
 
+    <!-- official:start -->                             differences from the authors' code, from official.json
+    <!-- official:end -->
+
     <!-- grids:start -->                                time grids by solver and model, from solvers.json
     <!-- grids:end -->
 
@@ -41,10 +44,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["auto_table", "grids_table", "main", "models_table", "orders_table", "render", "replace"]
+__all__ = ["auto_table", "grids_table", "main", "models_table", "official_table", "orders_table", "render", "replace"]
 
 ROOT = Path(__file__).parents[1]
-MARK = re.compile(r"<!-- (results|models|orders|auto|grids):(start(?: solvers=([^ ]+))?|end) -->")
+MARK = re.compile(r"<!-- (results|models|orders|official|auto|grids):(start(?: solvers=([^ ]+))?|end) -->")
 AIM = 1.6
 """The ratio to the best of every peer's settings that "auto" should keep below in every cell."""
 NOTHING = "*No results yet: `make bench` measures them.*"
@@ -152,6 +155,19 @@ def orders_table(result: Mapping[str, Any] | None) -> str:
     return "\n".join([*lines, "", f"Measured by `{result['command']}`, {result['starts']} starts.{missing}"])
 
 
+def official_table(result: Mapping[str, Any] | None) -> str:
+    """The largest difference of our samples from those of other code that should take the same steps."""
+    if result is None:
+        return NOTHING
+    lines = ["| code | solver | ours | cases | largest difference |", "| --- | --- | --- | ---: | ---: |"]
+    lines += [
+        f"| {row['code']} | `{row['theirs']}` | `{row['ours']}` | {row['cases']} | {row['largest']:.1e} |"
+        for row in result["comparisons"]
+    ]
+    missing = f" Not run: {'; '.join(result['missing'])}." if result["missing"] else ""
+    return "\n".join([*lines, "", f"Measured by `{result['command']}`, seed {result['seed']}.{missing}"])
+
+
 def auto_table(result: Mapping[str, Any] | None) -> str:
     """The figures of "auto" and of the best fixed settings, over the least error of any setting in each cell."""
     if result is None:
@@ -169,7 +185,15 @@ def auto_table(result: Mapping[str, Any] | None) -> str:
     above = ", ".join(f"above {bar:g} in {sum(ratio > bar for ratio in ratios)}" for bar in (1.0, AIM))
     worst = f"Of {len(ratios)} cells `auto` is {above}; the worst is {max(ratios):.2f}, {summary['auto']['worst_cell']}."
     return "\n".join(
-        [*lines, "", worst, "", f"`auto` by problem: {by_problem}.", "", f"Measured by `{result['command']}`, seed {result['seed']}.{missing}"]
+        [
+            *lines,
+            "",
+            worst,
+            "",
+            f"`auto` by problem: {by_problem}.",
+            "",
+            f"Measured by `{result['command']}`, seed {result['seed']}.{missing}",
+        ]
     )
 
 
@@ -191,8 +215,8 @@ def grids_table(result: Mapping[str, Any] | None) -> str:
     return "\n".join([*lines, "", f"Measured by `{result['command']}`, seed {result['seed']}."])
 
 
-SOURCES = {"models": "models", "orders": "orders", "auto": "auto", "grids": "solvers"}
-TABLES = {"models": models_table, "orders": orders_table, "auto": auto_table, "grids": grids_table}
+SOURCES = {"models": "models", "orders": "orders", "official": "official", "auto": "auto", "grids": "solvers"}
+TABLES = {"models": models_table, "orders": orders_table, "official": official_table, "auto": auto_table, "grids": grids_table}
 
 
 def render(result: Mapping[str, Any]) -> str:
