@@ -356,7 +356,7 @@ def of_usf(folder: Path, seed: int) -> Iterator[Row]:
 
 def usf_sampler(module: types.ModuleType, statistics: ModelStatistics) -> Any:
     mean = MEAN.reshape(1, 1, 1, 2)
-    with written(statistics) as files, theirs_in_double(), mock.patch.object(torch, "load", lambda path: mean):
+    with written(statistics) as files, theirs_in_double(), mock.patch.object(torch, "load", return_value=mean):
         ends = {"dpmsolver_v3_t_start": SCHEDULE.t_start, "dpmsolver_v3_t_end": SCHEDULE.t_end}
         schedule = linear(module, dtype=torch.float64)
         return module.uni_sampler(noise_model, schedule, statistics_dir=files, average_x0_dir="mean", **ends)
