@@ -36,7 +36,7 @@ PACKAGE = "fewstep"
 ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("0", ("errors", "numerics", "version")),
     ("1", ("artefacts", "schedules", "predictions")),
-    ("2", ("denoisers", "exact", "grids", "guidance", "models")),
+    ("2", ("denoisers", "exact", "grids", "guidance", "identity", "models")),
     ("3", ("multistep", "plan", "recipes", "solver", "statistics")),
     ("4", ("solvers", "discrete")),
     ("5", ("noise", "sampler", "integrate", "likelihood", "restoration")),
@@ -49,6 +49,7 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 SAME_ROW = {
     ("exact", "denoisers"),
+    ("exact", "identity"),
     ("guidance", "denoisers"),
     ("multistep", "plan"),
     ("multistep", "solver"),
@@ -74,6 +75,7 @@ EXTRAS = {
     "PIL": ("demo", "pillow"),
     "accelerate": ("diffusers", "accelerate"),
     "datasets": ("train", "datasets"),
+    "cmaes": ("tune", "cmaes"),
     "diffusers": ("diffusers", "diffusers"),
     "fastapi": ("serve", "fastapi"),
     "gymnasium": ("act", "gymnasium"),

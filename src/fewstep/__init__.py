@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.version import __version__
 
 if TYPE_CHECKING:
-    from fewstep import denoisers, evaluate, exact, grids, guidance, schedules, solvers, train
+    from fewstep import denoisers, evaluate, exact, grids, guidance, schedules, solvers, train, tuners
     from fewstep.denoisers import Denoiser, ModelInfo
     from fewstep.errors import FewstepError
     from fewstep.integrate import adaptive, invert, reference
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fewstep.sampler import Hooks, sample
     from fewstep.solvers import make_plan, solver_names
     from fewstep.train.trainer import fit
+    from fewstep.tuners.auto import tune
 
 __all__ = [
     "Denoiser",
@@ -48,6 +49,8 @@ __all__ = [
     "solver_names",
     "solvers",
     "train",
+    "tune",
+    "tuners",
 ]
 
 HOMES = {
@@ -67,6 +70,7 @@ HOMES = {
     "reference": "integrate",
     "sample": "sampler",
     "solver_names": "solvers",
+    "tune": "tuners.auto",
 }
 """Where each public name lives; the public modules live under their own names."""
 

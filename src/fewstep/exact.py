@@ -29,6 +29,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from fewstep.identity import digest_of
 from fewstep.schedules import NoiseSchedule
 
 __all__ = ["FiniteData", "Gaussian", "GaussianMixture", "widest_dtype"]
@@ -54,7 +55,18 @@ def widest_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-class Gaussian:
+class _Exact:
+    """A denoiser that is its parameters."""
+
+    _parameters: _Parameters
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the parameters."""
+        return digest_of({name: value for name, value in self._parameters.host.items() if isinstance(value, Tensor)})
+
+
+class Gaussian(_Exact):
     """Exact denoiser of normally distributed data.
 
     Args:
@@ -122,7 +134,7 @@ class Gaussian:
         return (p["mean"] + (scaled if p["axes"] is None else scaled @ p["axes"].T)).reshape(count, *self.shape)
 
 
-class GaussianMixture:
+class GaussianMixture(_Exact):
     """Exact denoiser of a mixture of Gaussians, each with a covariance of its own.
 
     Args:
@@ -218,7 +230,7 @@ class GaussianMixture:
         return alpha, p, shift, total, logits
 
 
-class FiniteData:
+class FiniteData(_Exact):
     """Exact denoiser of a finite data set, every point equally likely: what a network that memorised it would predict.
 
     Args:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fewstep.denoisers import check_conditions
 from fewstep.errors import NetworkError, PlanError
+from fewstep.identity import check_identity
 from fewstep.noise import BrownianPath, check_seeds
 from fewstep.plan import Entry, Plan, Row, StartTransform
 
@@ -199,6 +200,8 @@ def _check_fit(denoiser: DenoiserLike, plan: Plan, x: Tensor, seeds: Iterable[in
         raise PlanError(
             f"the plan was made for {_brief(plan.schedule)}, but the denoiser has {_brief(schedule)}. Plan for its schedule."
         )
+    if "tuned" in plan.provenance:
+        check_identity(plan.provenance["tuned"]["model"], denoiser)
     if plan.stochastic and seeds is None:
         raise PlanError("this plan draws noise: pass seeds=, one whole number a sample.")
 

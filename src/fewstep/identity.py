@@ -1,0 +1,110 @@
+"""Which model is this? A digest of its weights and its guidance, so that what was computed for one model is not used with another."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.errors import PlanError
+
+__all__ = ["check_identity", "digest_of", "identity"]
+
+MOST_ELEMENTS = 1 << 16
+"""Of a tensor of weights so many elements are read, evenly spread: a digest of billions would take minutes."""
+
+_known: weakref.WeakKeyDictionary[torch.nn.Module, tuple[tuple[int, ...], str]] = weakref.WeakKeyDictionary()
+
+
+def identity(denoiser: object) -> dict[str, Any]:
+    """What tells this model from others, as JSON values.
+
+    Args:
+        denoiser: a `fewstep.Denoiser`, a guided one, an exact one, or any callable.
+
+    Returns:
+        ``name``, ``fingerprint`` (None if the model has no weights and no fingerprint of its own) and ``guidance`` (None for none).
+
+    Example:
+        >>> from fewstep.exact import Gaussian
+        >>> from fewstep.schedules import Flow
+        >>> identity(Gaussian(Flow(), [0.0], 1.0)) == identity(Gaussian(Flow(), [0.0], 2.0))
+        False
+    """
+    guidance, inner = [], denoiser
+    while True:
+        settings = getattr(inner, "guidance", None)
+        if settings is not None:
+            guidance.append(settings)
+        if not hasattr(inner, "denoiser"):
+            break
+        inner = inner.denoiser  # type: ignore[attr-defined]
+    name = getattr(getattr(inner, "info", None), "name", type(inner).__name__)
+    told = guidance[0] if len(guidance) == 1 else guidance or None
+    return {"name": name, "fingerprint": _fingerprint(inner), "guidance": told}
+
+
+def check_identity(made_for: dict[str, Any], denoiser: object) -> None:
+    """Refuse a model or a guidance that something was not made for. What has no fingerprint is not refused.
+
+    Raises:
+        PlanError: names both.
+    """
+    found = identity(denoiser)
+    if made_for["guidance"] != found["guidance"]:
+        raise PlanError(
+            f"this plan was tuned for {_told(made_for['guidance'])}, but the denoiser has {_told(found['guidance'])}: tune it anew, or use "
+            f"an untuned plan."
+        )
+    wanted, given = made_for["fingerprint"], found["fingerprint"]
+    if wanted is not None and given is not None and wanted != given:
+        raise PlanError(
+            f"this plan was tuned for the model {made_for['name']} ({wanted[:12]}), but the denoiser is {found['name']} ({given[:12]}): "
+            f"tune it anew, or use an untuned plan."
+        )
+
+
+def _told(guidance: Any) -> str:
+    if guidance is None:
+        return "no guidance"
+    if isinstance(guidance, dict) and "guidance_scale" in guidance:
+        where = "" if guidance.get("interval") is None else f" within {list(guidance['interval'])}"
+        return f"{guidance.get('kind', '')} guidance of scale {guidance['guidance_scale']:g}{where}".strip()
+    return f"guidance {guidance}"
+
+
+def _fingerprint(inner: object) -> str | None:
+    given = getattr(getattr(inner, "info", None), "fingerprint", None) or getattr(inner, "fingerprint", None)
+    if given is not None:
+        return str(given)
+    network = getattr(inner, "network", None)
+    return _digest(network) if isinstance(network, torch.nn.Module) else None
+
+
+def _digest(network: torch.nn.Module) -> str | None:
+    """A SHA-256 over names, shapes and numbers of the weights, remembered until they change."""
+    tensors = dict(network.state_dict(keep_vars=True))
+    if not tensors:
+        return None
+    versions = tuple(value._version for value in tensors.values() if isinstance(value, Tensor))
+    known = _known.get(network)
+    if known is not None and known[0] == versions:
+        return known[1]
+    digest = digest_of({name: value for name, value in tensors.items() if isinstance(value, Tensor)})
+    _known[network] = (versions, digest)
+    return digest
+
+
+def digest_of(tensors: dict[str, Tensor]) -> str:
+    """A SHA-256 over names, shapes and evenly spread numbers of tensors."""
+    hasher = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        flat = value.detach().reshape(-1)
+        picked = flat[:: max(1, -(-flat.numel() // MOST_ELEMENTS))].cpu()
+        hasher.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        hasher.update(np.ascontiguousarray(picked.double().numpy()).tobytes())
+    return hasher.hexdigest()

@@ -1,0 +1,7 @@
+"""Tuning: plans made for a user's own model."""
+
+from fewstep.tuners.auto import Effort, Tuned, tune
+from fewstep.tuners.learned import Learned
+from fewstep.tuners.paths import Paths, trace_paths
+
+__all__ = ["Effort", "Learned", "Paths", "Tuned", "trace_paths", "tune"]

@@ -1,0 +1,325 @@
+"""`tune`: plans made for one model, validated on noise and conditions that nothing was fitted to, never worse than an untuned one."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.artefacts import json_value
+from fewstep.errors import FewstepError, UnknownNameError
+from fewstep.identity import identity
+from fewstep.plan import Plan
+from fewstep.sampler import sample
+from fewstep.schedules import NoiseSchedule
+from fewstep.solvers import make_plan
+from fewstep.tuners.learned import Learned
+from fewstep.tuners.paths import take_rows, trace_paths
+from fewstep.tuners.task import Candidate, Counted, Task
+from fewstep.version import __version__
+
+__all__ = ["Effort", "Tuned", "tune"]
+
+FEWEST_HELD_OUT = 32
+SLOW = 1e-4
+"""Seconds of an evaluation (one sample, one call) from which a network counts as slow, and less is spent on it by default."""
+SENSITIVITY_CALLS = 6
+PERTURBATION = {torch.float64: 1e-4, torch.float32: 1e-2}
+"""Relative size of the change of the noise that shows how much a sample depends on it, by the precision of the state."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is spent.
+
+    Args:
+        trajectories: exact paths that plans are fitted to.
+        held_out: exact paths that they are validated on.
+        pool: noises among which the paths to fit to are chosen, as a multiple of `trajectories`.
+        reference_calls: network calls of an exact path.
+        trials: of times, see `Learned`.
+        polish: Jacobians, see `Learned`.
+    """
+
+    trajectories: int = 128
+    held_out: int = 64
+    pool: int = 3
+    reference_calls: int = 64
+    trials: int = 40
+    polish: int = 3
+
+    def __post_init__(self) -> None:
+        if self.trajectories < 1 or self.held_out < 2 or self.pool < 1 or self.reference_calls < 8:
+            raise ValueError(
+                f"tuning needs at least 1 trajectory, 2 held-out ones, a pool of 1 and 8 reference calls, got {self.trajectories}, "
+                f"{self.held_out}, {self.pool} and {self.reference_calls}."
+            )
+
+
+SLOW_EFFORT = Effort()
+FAST_EFFORT = Effort(trajectories=1024, held_out=512, pool=8, reference_calls=128, trials=100, polish=15)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning found.
+
+    Attributes:
+        plans: number of calls -> the best plan.
+        candidates: number of calls -> everything that was validated, in the order in which it was tried; the first is the best
+            untuned solver and grid.
+        report: JSON values: the model, options, costs, and the errors of every candidate.
+    """
+
+    plans: dict[int, Plan]
+    candidates: dict[int, list[Candidate]]
+    report: dict[str, Any]
+
+    @property
+    def plan(self) -> Plan:
+        """The plan, if one number of calls was asked for.
+
+        Raises:
+            ValueError: if there are several.
+        """
+        if len(self.plans) != 1:
+            raise ValueError(f"there are plans for {sorted(self.plans)} calls: take one from .plans.")
+        return next(iter(self.plans.values()))
+
+
+def tune(
+    denoiser: Callable[..., Tensor],
+    *,
+    nfe: int | Sequence[int],
+    noise: Tensor | None = None,
+    method: str = "auto",
+    cond: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    final: str = "t_end",
+    effort: Effort | None = None,
+    block: int = 256,
+    report: Callable[[str], None] | None = None,
+) -> Tuned:
+    """Make plans for a model that are better than any untuned one.
+
+    Exact paths of some noises are computed once, plans are fitted to them for every number of calls, and validated on other noise, with
+    conditions drawn anew, beside a set of untuned solvers on several grids. The best on the validation noise is returned: an untuned one if
+    nothing tuned beats it.
+
+    Args:
+        denoiser: ``D(x, t, **cond)`` with a schedule; guided or not. The plan serves this model under this guidance only, and says so
+            when it is run with another.
+        nfe: number of network calls, or several.
+        noise: ``"batch *shape"``, starting noise at the scale of the schedule's start, which plans are fitted to. More is drawn as
+            needed, and so is the validation noise. It may be left out if the denoiser's info says the shape.
+        method: ``"auto"`` or ``"learned"``; see `METHODS`.
+        cond: conditions of the noise, one entry a sample; rows of them are drawn with every noise that is drawn.
+        seed: of everything that is drawn.
+        final: ``"t_end"``: the plan ends at the schedule's t_end; ``"zero"``: at sigma = 0.
+        effort: how much to spend. Left out, it depends on the network: less for one that takes over 0.1 ms a sample and call.
+        block: the most samples of a network call.
+        report: called with a line about what goes on, e.g. ``print``.
+
+    Returns:
+        `Tuned`: plans, candidates and a report.
+
+    Raises:
+        UnknownNameError: for a method that does not exist.
+        ValueError: for a number of calls below 1, noise of another scale than the start's, or conditions that do not fit it.
+        FewstepError: if the denoiser has no schedule, or the network fails.
+
+    Example:
+        >>> import fewstep as fs
+        >>> exact = fs.exact.GaussianMixture(fs.schedules.VPLinear(), [[-1.0, 0.0], [1.0, 0.5]], 0.05)
+        >>> noise = fs.draw_noise((2,), range(64), dtype=torch.float64)
+        >>> effort = Effort(trajectories=64, held_out=32, pool=1, trials=20, polish=3)
+        >>> tuned = tune(exact, nfe=4, noise=noise, effort=effort)
+        >>> tuned.plan.nfe, tuned.report["plans"]["4"]["ratio"] < 0.5
+        (4, True)
+    """
+    if method not in METHODS:
+        raise UnknownNameError("method of tuning", method, METHODS)
+    calls = sorted({nfe} if isinstance(nfe, int) else set(nfe))
+    if not calls or calls[0] < 1:
+        raise ValueError(f"nfe must be at least 1, got {nfe}.")
+    task, effort = prepare(denoiser, noise, cond, seed=seed, final=final, effort=effort, block=block, report=report)
+    candidates = {n: list(_candidates(task, n, METHODS[method], effort)) for n in calls}
+    return _tuned(task, candidates, denoiser, method, effort)
+
+
+def learned(task: Task, nfe: int, effort: Effort) -> Iterator[Candidate]:
+    """The three stages of `Learned`."""
+    options = Learned(trials=effort.trials, polish=effort.polish)
+    for stage, numbers in options.stages(task, nfe):
+        made_by = {"solver": {"name": "learned", "options": {**asdict(options), "stage": stage}}, "grid": "learned"}
+        yield task.judge(f"learned: {stage}", numbers.plan(task.schedule, made_by))
+
+
+METHODS: dict[str, tuple[Callable[[Task, int, Effort], Iterator[Candidate]], ...]] = {
+    "auto": (learned,),
+    "learned": (learned,),
+}
+"""What can be asked for, in the order in which it is tried."""
+
+
+def _candidates(task: Task, nfe: int, methods: Sequence[Any], effort: Effort) -> Iterator[Candidate]:
+    """The best untuned plan, then what the methods make."""
+    base = task.untuned(nfe)
+    task.report(f"{nfe} calls: {base.name} is the best untuned setting, error {base.errors.rms:.4g}")
+    yield base
+    for make in methods:
+        for candidate in make(task, nfe, effort):
+            task.report(f"{nfe} calls: {candidate.name}, error {candidate.errors.rms:.4g}")
+            yield candidate
+
+
+def _tuned(task: Task, candidates: dict[int, list[Candidate]], denoiser: Any, method: str, effort: Effort) -> Tuned:
+    """The best of the candidates, with what is known of how they came about."""
+    model, plans, told = identity(denoiser), {}, {}
+    for nfe, tried in candidates.items():
+        best = min((c for c in tried if math.isfinite(c.errors.rms)), key=lambda candidate: candidate.errors.rms)
+        base = tried[0]
+        validation = {"rms": best.errors.rms, "median": best.errors.median, "untuned": base.name, "untuned_rms": base.errors.rms}
+        plans[nfe] = best.plan
+        if best.tuned:
+            made = {"model": model, "method": best.name, "seed": task.seed, "effort": asdict(effort), "validation": validation}
+            cost = {"evaluations": task.denoiser.evaluations, "seconds": round(time.perf_counter() - task.began, 1)}
+            provenance = {
+                **json_value(best.plan.provenance),
+                "final": task.final,
+                "fewstep": __version__,
+                "tuned": {**made, **cost},
+            }
+            plans[nfe] = replace(best.plan, provenance=provenance)
+        tries = [{"name": c.name, "tuned": c.tuned, **asdict(c.errors)} for c in tried]
+        told[str(nfe)] = {"best": best.name, "ratio": best.errors.rms / base.errors.rms, **validation, "candidates": tries}
+    report = {
+        "model": model,
+        "schedule": task.schedule.config(),
+        "method": method,
+        "final": task.final,
+        "seed": task.seed,
+        "effort": asdict(effort),
+        "reference_error": task.held_out.error,
+        "evaluations": task.denoiser.evaluations,
+        "seconds": round(time.perf_counter() - task.began, 1),
+        "plans": told,
+    }
+    return Tuned(plans, candidates, report)
+
+
+# ---- noise and exact paths ---------------------------------------------------------------------------------------------------------
+
+
+def prepare(
+    denoiser: Callable[..., Tensor],
+    noise: Tensor | None,
+    cond: Mapping[str, Any] | None,
+    *,
+    seed: int,
+    final: str,
+    effort: Effort | None,
+    block: int,
+    report: Callable[[str], None] | None,
+) -> tuple[Task, Effort]:
+    """The task that all methods share: noise drawn and chosen, exact paths computed."""
+    schedule = getattr(denoiser, "schedule", None)
+    if not isinstance(schedule, NoiseSchedule):
+        raise FewstepError("tune needs a denoiser with a noise schedule: wrap the network in fewstep.Denoiser.")
+    if final not in ("t_end", "zero"):
+        raise UnknownNameError("final", final, ("t_end", "zero"))
+    began = time.perf_counter()
+    counted = Counted(denoiser, block)
+    draw = _Draws(counted, noise, dict(cond or {}), seed)
+    effort = effort or (FAST_EFFORT if _seconds(counted, draw) < SLOW else SLOW_EFFORT)
+    say = report or (lambda line: None)
+    chosen = _sensitive(counted, draw, effort)
+    say(
+        f"exact paths of {len(chosen[0])} noises to fit to and {effort.held_out} to validate on, {effort.reference_calls} calls each"
+    )
+    paths = [
+        trace_paths(counted, x, schedule, calls=effort.reference_calls, cond=conditions, final=final)
+        for x, conditions in (chosen, draw(effort.held_out))
+    ]
+    return Task(counted, schedule, paths[0], paths[1], final, seed, say, began), effort
+
+
+class _Draws:
+    """Noise like that which was given, and conditions among those which were given. What was given comes first."""
+
+    def __init__(self, denoiser: Counted, noise: Tensor | None, cond: dict[str, Any], seed: int):
+        schedule = denoiser.schedule
+        shape = getattr(denoiser.info, "shape", None)
+        if noise is None and shape is None:
+            raise ValueError("tune needs noise=, as the denoiser does not say the shape of its samples.")
+        self.scale = float(schedule.sigma(schedule.t_start))
+        self.given = torch.empty(0, *(shape or ())) if noise is None else noise.detach()
+        self.cond, self.random = cond, np.random.default_rng([seed, 0x66657773])
+        if noise is not None:
+            _check_noise(noise, self.scale)
+        for name, value in cond.items():
+            if isinstance(value, Tensor) and value.ndim and noise is not None and len(value) != len(noise):
+                raise ValueError(f"the condition {name!r} has {len(value)} entries for {len(noise)} noises.")
+        self.rows = next((len(value) for value in cond.values() if isinstance(value, Tensor) and value.ndim), 0)
+
+    def __call__(self, count: int) -> tuple[Tensor, dict[str, Any]]:
+        """Fresh noise ``"count *shape"`` with conditions."""
+        numbers = torch.from_numpy(self.random.standard_normal((count, *self.given.shape[1:])))
+        noise = (self.scale * numbers).to(self.given)
+        rows = torch.from_numpy(self.random.integers(self.rows, size=count)) if self.rows else slice(None)
+        return noise, take_rows(self.cond, rows)
+
+    def pool(self, count: int) -> tuple[Tensor, dict[str, Any]]:
+        """What was given, and as much fresh noise as is missing."""
+        missing = max(0, count - len(self.given))
+        if not missing:
+            return self.given, self.cond
+        noise, cond = self(missing)
+        if not len(self.given):
+            return noise, cond
+        joined = {n: torch.cat([v, cond[n]]) if isinstance(v, Tensor) and v.ndim else v for n, v in self.cond.items()}
+        return torch.cat([self.given, noise]), joined
+
+
+def _check_noise(noise: Tensor, scale: float) -> None:
+    if noise.ndim < 2 or not len(noise) or not noise.is_floating_point() or not bool(torch.isfinite(noise).all()):
+        raise ValueError(f'noise must be a finite real tensor "batch *shape", got {noise.dtype} of shape {tuple(noise.shape)}.')
+    spread = float(noise.double().square().mean().sqrt()) / scale
+    if not 0.5 < spread < 2.0:
+        raise ValueError(f"the noise has {spread:.3g} times the scale {scale:g} of the schedule's start. See fewstep.draw_noise.")
+
+
+def _seconds(denoiser: Counted, draw: _Draws) -> float:
+    """Seconds of one evaluation, in a block of the size that is used."""
+    noise, cond = draw(min(denoiser.block, 64))
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        denoiser(noise, denoiser.schedule.t_start, **cond)
+        if noise.is_cuda:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - began) / len(noise))
+    return min(times)
+
+
+def _sensitive(denoiser: Counted, draw: _Draws, effort: Effort) -> tuple[Tensor, dict[str, Any]]:
+    """Noises whose samples depend on them most: drawn from a pool with a probability in proportion to how far a sample moves when its noise
+    moves a little, in a random direction, under a plan of few calls.
+    """
+    noise, cond = draw.pool(effort.pool * effort.trajectories)
+    if len(noise) <= effort.trajectories:
+        return noise, cond
+    plan = make_plan("auto", denoiser.schedule, SENSITIVITY_CALLS)
+    direction = torch.from_numpy(draw.random.standard_normal(tuple(noise.shape))).to(noise) * draw.scale
+    size = PERTURBATION.get(noise.dtype, PERTURBATION[torch.float32])
+    moved = sample(denoiser, noise + size * direction, plan, cond=cond) - sample(denoiser, noise, plan, cond=cond)
+    moves = moved.double().reshape(len(noise), -1).square().mean(1).sqrt().cpu().numpy()
+    keys = draw.random.exponential(size=len(noise)) / np.maximum(moves, 1e-300)  # a weighted draw without replacement
+    rows = torch.from_numpy(np.sort(np.argsort(keys)[: effort.trajectories])).to(noise.device)
+    return noise[rows], take_rows(cond, rows)

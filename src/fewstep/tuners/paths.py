@@ -1,0 +1,151 @@
+r"""Reference trajectories: the probability-flow ODE solved once, with many calls, and read off at any time afterwards.
+
+Tuners compare a plan's states with the exact ones, at times that are being searched. So the paths are kept on a fine grid and interpolated.
+With $\varphi = \operatorname{atan2}(\sigma, \alpha)$ the scaled state $u = x / \sqrt{\alpha^2 + \sigma^2}$ obeys
+
+$$ \frac{du}{d\varphi} = \frac{\cos\varphi\; u - D}{\sin\varphi} , $$
+
+which the stored data predictions D give at every node, so between two nodes u is the cubic through both values and slopes (Hermite). The
+angle is finite where lambda is not: alpha = 0 is a node like any other; at sigma = 0 the state is its own prediction, and nothing is
+interpolated beyond the last node with sigma > 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fewstep.errors import FewstepError
+from fewstep.sampler import sample
+from fewstep.schedules import NoiseSchedule
+from fewstep.solvers import Adams
+
+__all__ = ["Paths", "trace_paths"]
+
+Floats = NDArray[np.float64]
+DenoiserLike = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Exact paths of some noises, on a fine grid.
+
+    Attributes:
+        schedule: the noise schedule.
+        times: ``"K+1"``, decreasing in noise.
+        states: ``"K+1 batch *shape"``.
+        predictions: ``"K+1 batch *shape"``, the data predictions there.
+        target: ``"batch *shape"``, the exact samples: the states at the end, or the prediction of the clean data made there.
+        cond: conditions, tensors with one entry a sample.
+        error: how far the ends are from those of half as many calls, root mean square over all elements: an upper estimate.
+    """
+
+    schedule: NoiseSchedule
+    times: Floats
+    states: Tensor
+    predictions: Tensor
+    target: Tensor
+    cond: dict[str, Any]
+    error: float
+
+    @property
+    def noise(self) -> Tensor:
+        """``"batch *shape"``, where they start."""
+        return self.states[0]
+
+    @property
+    def count(self) -> int:
+        """How many paths."""
+        return self.states.shape[1]
+
+    def at(self, t: float) -> Tensor:
+        """``"batch *shape"``: the states at a time between the first and the last."""
+        angles = _angles(self.schedule, self.times)
+        angle = float(_angles(self.schedule, np.array([t]))[0])
+        k = int(np.clip(np.searchsorted(-angles, -angle, side="right") - 1, 0, len(angles) - 2))
+        if angle == angles[k]:
+            return self.states[k]
+        h = float(angles[k + 1] - angles[k])
+        s = (angle - float(angles[k])) / h
+        ends = [self._scaled(j, float(angles[j])) for j in (k, k + 1)]
+        weights = ((1 + 2 * s) * (1 - s) ** 2, s * (1 - s) ** 2 * h, s**2 * (3 - 2 * s), s**2 * (s - 1) * h)
+        u = weights[0] * ends[0][0] + weights[1] * ends[0][1] + weights[2] * ends[1][0] + weights[3] * ends[1][1]
+        return u * math.hypot(float(self.schedule.alpha(t)), float(self.schedule.sigma(t)))
+
+    def _scaled(self, k: int, angle: float) -> tuple[Tensor, Tensor]:
+        """U and its slope at node k."""
+        t = float(self.times[k])
+        u = self.states[k] / math.hypot(float(self.schedule.alpha(t)), float(self.schedule.sigma(t)))
+        return u, (math.cos(angle) * u - self.predictions[k]) / math.sin(angle)
+
+    def take(self, rows: NDArray[np.intp] | slice) -> Paths:
+        """Some of the paths."""
+        picked = rows if isinstance(rows, slice) else torch.from_numpy(np.asarray(rows)).to(self.states.device)
+        return replace(
+            self,
+            states=self.states[:, picked],
+            predictions=self.predictions[:, picked],
+            target=self.target[picked],
+            cond=take_rows(self.cond, picked),
+        )
+
+
+def take_rows(cond: Mapping[str, Any], rows: Any) -> dict[str, Any]:
+    """The conditions of some samples: tensors that have one entry a sample, by row; the rest as it is."""
+    return {name: value[rows] if isinstance(value, Tensor) and value.ndim else value for name, value in cond.items()}
+
+
+@torch.no_grad()
+def trace_paths(
+    denoiser: DenoiserLike,
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    calls: int,
+    cond: Mapping[str, Any] | None = None,
+    final: str = "t_end",
+) -> Paths:
+    """Solve from noise to data with `calls` calls (the third-order Adams method in the flow velocity), and keep everything.
+
+    The error is estimated on the first eighth of the noises (at least one), with half as many calls.
+
+    Args:
+        denoiser: ``D(x, t, **cond)``.
+        noise: ``"batch *shape"``, at the scale of the schedule's start.
+        schedule: the denoiser's.
+        calls: of the network, at least 8.
+        cond: conditions.
+        final: ``"t_end"``: the target is the state there; ``"zero"``: the data prediction made of it.
+
+    Raises:
+        FewstepError: if the paths are not finite.
+    """
+    if calls < 8:
+        raise ValueError(f"reference trajectories need at least 8 calls, got {calls}.")
+    cond = dict(cond or {})
+    solver = Adams(order=3, prediction="flow", corrector="start")
+    run = sample(denoiser, noise, solver.plan(schedule, calls), cond=cond, trajectory=True)
+    times, states, target = np.asarray(run.times, np.float64), run.states, run.samples
+    if float(schedule.sigma(times[-1])) == 0.0:
+        times, states, predictions = times[:-1], states[:-1], run.predictions
+    else:
+        predictions = torch.cat([run.predictions, denoiser(run.samples, float(times[-1]), **cond)[None]])
+        target = predictions[-1] if final == "zero" else target
+    if not bool(torch.isfinite(target).all()):
+        raise FewstepError("the reference trajectories are not finite: see fewstep.check for how the network is wrapped.")
+    few = max(1, len(noise) // 8)
+    coarse = np.append(run.times[:-1:2], run.times[-1])
+    half = sample(denoiser, noise[:few], solver.plan(schedule, grid=coarse), cond=take_rows(cond, slice(few)))
+    error = float((half - run.samples[:few]).double().square().mean().sqrt())
+    return Paths(schedule, times, states, predictions, target, cond, error)
+
+
+def _angles(schedule: NoiseSchedule, times: Floats) -> Floats:
+    return np.arctan2(schedule.sigma(times), schedule.alpha(times))

@@ -1,0 +1,180 @@
+"""What every tuner works on: a denoiser that counts, exact paths to fit, others to validate on, and what untuned solvers reach there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.plan import Plan
+from fewstep.sampler import sample
+from fewstep.schedules import NoiseSchedule
+from fewstep.solver import Solver
+from fewstep.solvers import DDIM, DEIS, IPNDM, Adams, DPMSolverPP, UniPC
+from fewstep.tuners.paths import Paths, take_rows
+
+__all__ = ["GRIDS", "UNTUNED", "Candidate", "Counted", "Errors", "Task", "errors_of"]
+
+UNTUNED: dict[str, Solver] = {
+    "auto": Adams(order=2, prediction="flow", corrector="every"),
+    "ddim": DDIM(),
+    "dpmpp_2m": DPMSolverPP(order=2),
+    "dpmpp_3m": DPMSolverPP(order=3),
+    "unipc_2": UniPC(order=2),
+    "unipc_3": UniPC(order=3),
+    "deis_3": DEIS(order=3),
+    "ipndm_3": IPNDM(order=3),
+    "adams_flow_2": Adams(order=2, prediction="flow"),
+    "adams_flow_3": Adams(order=3, prediction="flow"),
+}
+"""The untuned solvers that a tuned plan has to beat: those that are best in some cell of ``benchmarks/solvers.py`` or ``auto.py``."""
+GRIDS = ("auto", "time", "quadratic", "lambda", "karras")
+
+
+class Counted:
+    """A denoiser that counts network evaluations, one a sample and call, and splits large batches into blocks.
+
+    Args:
+        denoiser: ``D(x, t, **cond)`` with a schedule.
+        block: the most samples of a network call.
+
+    Attributes:
+        evaluations: how many so far. A guided pair counts as one.
+    """
+
+    def __init__(self, denoiser: Callable[..., Tensor], block: int):
+        self.denoiser, self.block, self.evaluations = denoiser, block, 0
+        self.schedule: NoiseSchedule = denoiser.schedule  # type: ignore[attr-defined]
+        self.info = getattr(denoiser, "info", None)
+
+    @property
+    def rounds_times(self) -> bool:
+        """Whether the network gets integer times."""
+        return bool(_innermost(self.denoiser, "integer_time"))
+
+    @property
+    def precision(self) -> torch.dtype | None:
+        """The precision of the network, if it is known."""
+        return _innermost(self.denoiser, "network_dtype")
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, t: Any, **cond: Any) -> Tensor:
+        """The data prediction ``"batch *shape"``."""
+        self.evaluations += len(x)
+        if len(x) <= self.block:
+            return self.denoiser(x, t, **cond)
+        each = isinstance(t, (Tensor, np.ndarray)) and t.ndim > 0
+        parts = [slice(k, k + self.block) for k in range(0, len(x), self.block)]
+        return torch.cat([self.denoiser(x[part], t[part] if each else t, **take_rows(cond, part)) for part in parts])
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Distances of samples from the exact ones, each the root mean square over a sample's elements.
+
+    Attributes:
+        rms: root mean square over the samples.
+        median: over the samples.
+    """
+
+    rms: float
+    median: float
+
+
+def errors_of(samples: Tensor, exact: Tensor) -> Errors:
+    """Compare samples ``"batch *shape"`` with the exact ones.
+
+    Example:
+        >>> errors_of(torch.tensor([[3.0], [1.0], [1.0]]), torch.zeros(3, 1)).median
+        1.0
+    """
+    each = distances(samples, exact)
+    return Errors(float(np.sqrt((each**2).mean())), float(np.median(each)))
+
+
+def distances(samples: Tensor, exact: Tensor) -> np.ndarray:
+    """``"batch"``: the root mean square difference of every sample."""
+    return (samples - exact).double().reshape(len(exact), -1).square().mean(1).sqrt().cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan, and how it did on the validation noise.
+
+    Attributes:
+        name: what made it.
+        plan: the plan.
+        errors: on the validation noise.
+        tuned: whether it was fitted to the model.
+    """
+
+    name: str
+    plan: Plan
+    errors: Errors
+    tuned: bool = True
+
+
+@dataclass
+class Task:
+    """One model, one guidance, one set of conditions, exact paths.
+
+    Attributes:
+        denoiser: counts.
+        fit: paths to fit to; not a fair sample of the noise, see `fewstep.tuners.draw_paths`.
+        held_out: paths of noise that nothing is fitted to, a fair sample.
+        final: where plans end, ``"t_end"`` or ``"zero"``.
+        seed: of whatever is drawn at random.
+        report: called with a line about what goes on.
+    """
+
+    denoiser: Counted
+    schedule: NoiseSchedule
+    fit: Paths
+    held_out: Paths
+    final: str
+    seed: int
+    report: Callable[[str], None] = field(default=lambda line: None)
+    began: float = field(default_factory=time.perf_counter)
+
+    def judge(self, name: str, plan: Plan, *, tuned: bool = True) -> Candidate:
+        """Run a plan on the validation noise."""
+        return Candidate(name, plan, errors_of(self.run(plan, self.held_out), self.held_out.target), tuned)
+
+    def run(self, plan: Plan, paths: Paths) -> Tensor:
+        """The samples that a plan makes of the paths' noise; NaN where the network fails."""
+        return sample(self.denoiser, paths.noise, plan, cond=paths.cond, check=False)
+
+    def untuned(self, nfe: int) -> Candidate:
+        """The best of the untuned solvers and grids at this number of calls, on the validation noise."""
+        return min(self._untuned(nfe), key=lambda candidate: candidate.errors.rms)
+
+    def _untuned(self, nfe: int) -> Iterator[Candidate]:
+        for name, solver in UNTUNED.items():
+            for grid in GRIDS:
+                plan = solver.plan(self.schedule, nfe, grid, final=self.final)
+                candidate = self.judge(f"{name}, {grid}", plan, tuned=False)
+                if np.isfinite(candidate.errors.rms):
+                    yield candidate
+
+
+def _innermost(denoiser: Any, name: str) -> Any:
+    """An attribute of the denoiser that others are wrapped around."""
+    while not hasattr(denoiser, name) and hasattr(denoiser, "denoiser"):
+        denoiser = denoiser.denoiser
+    return getattr(denoiser, name, None)
+
+
+def tensors_only(cond: Mapping[str, Any], count: int) -> None:
+    """Refuse conditions that cannot be drawn from row by row.
+
+    Raises:
+        ValueError: for a tensor whose first dimension is not the batch.
+    """
+    for name, value in cond.items():
+        if isinstance(value, Tensor) and value.ndim and len(value) != count:
+            raise ValueError(f"the condition {name!r} has {len(value)} entries for {count} noises.")
