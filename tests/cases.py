@@ -35,7 +35,7 @@ SOLVERS: dict[str, SolverCase] = {
     "deis_rho": SolverCase(3, coarse=320),
     "dpm_2m": SolverCase(2),
     "dpm_2s": SolverCase(2),
-    "dpm_3m": SolverCase(3, coarse=672),
+    "dpm_3m": SolverCase(3, coarse=320),
     "dpm_3s": SolverCase(3),
     "dpm_fast": SolverCase(2, coarse=672),
     "dpmpp": SolverCase(2),

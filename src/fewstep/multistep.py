@@ -25,7 +25,7 @@ from fewstep.plan import Entry, Interval, Row
 from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
 
-__all__ = ["Multistep", "Step", "added", "taylor_weights"]
+__all__ = ["Multistep", "Step", "added", "taylor_weights", "trapezoidal_end"]
 
 Floats = NDArray[np.float64]
 
@@ -110,3 +110,32 @@ def taylor_weights(moments: Sequence[Entry], offsets: Sequence[float], derivativ
         for j, factor in zip(used, estimate.tolist(), strict=True):
             weights[j] = weights[j] + factor * moments[k]
     return weights
+
+
+def trapezoidal_end(prediction: str, alpha: Floats, sigma: Floats) -> tuple[Floats, Floats]:
+    r"""The end of a first-order step, brought to the trapezoidal rule in the velocity $v = \varepsilon - x_0$.
+
+    With $S = \alpha + \sigma$ the state moves by $d(x / S) = v\,d(\sigma / S)$, so the end lacks
+    $\tfrac12 S_1 (\sigma_1 / S_1 - \sigma_0 / S_0)(v_1 - v_0)$. The velocity is tame where the step is long, which the polynomial through
+    noise predictions is not: near alpha = 0 their slope is steep, and it overshoots.
+
+    Args:
+        prediction: what the method stores, ``"noise"``, ``"data"`` or ``"flow"``.
+        alpha, sigma: ``"2"``, at the begin and the end of the step.
+
+    Returns:
+        Weights of the states and of the stored values at the step's end and begin, in this order; the state at the end has 1 of its own.
+
+    Example:
+        >>> states, values = trapezoidal_end("flow", np.array([0.2, 0.4]), np.array([0.8, 0.6]))
+        >>> states.tolist(), values.round(3).tolist()
+        ([1.0, 0.0], [-0.1, 0.1])
+    """
+    scale = alpha + sigma
+    half = 0.5 * scale[1] * (sigma[1] / scale[1] - sigma[0] / scale[0]) * np.array([1.0, -1.0])
+    of_state, of_value = {  # v in terms of the state and of what is stored, at the begin and the end
+        "noise": lambda: (-1.0 / alpha, scale / alpha),
+        "data": lambda: (1.0 / sigma, -scale / sigma),
+        "flow": lambda: (np.zeros(2), np.ones(2)),
+    }[prediction]()
+    return np.array([1.0, 0.0]) + half * of_state[::-1], half * of_value[::-1]

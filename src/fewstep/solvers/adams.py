@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.errors import UnknownNameError
+from fewstep.multistep import trapezoidal_end
 from fewstep.numerics import lagrange_polynomials, padded_sum
 from fewstep.plan import Row
 from fewstep.predictions import data_coefficients
@@ -103,7 +104,7 @@ class Adams(Solver):
             carry = np.array([scale[i + 1] / scale[i]])
             weights = scale[i + 1] * self._weights(clock, i, nodes)
             if i == first + 1 and self.corrector != "none":
-                states, outputs = self._start(alpha[first : i + 1], sigma[first : i + 1])
+                states, outputs = trapezoidal_end(self.prediction, alpha[first : i + 1], sigma[first : i + 1])
                 weights, carry = padded_sum(weights, carry * outputs), carry * states
             elif i > first + 1 and self.corrector == "every":
                 weights = padded_sum(weights, scale[i + 1] * self._correction(clock, i, first))
@@ -115,16 +116,6 @@ class Adams(Solver):
         length = clock[i + 1] - clock[i]
         basis = lagrange_polynomials((clock[nodes] - clock[i]) / length)
         return length * (basis @ (1.0 / np.arange(1, len(nodes) + 1)))
-
-    def _start(self, alpha: Floats, sigma: Floats) -> tuple[Floats, Floats]:
-        """The end of the first step, brought from order 1 to the trapezoidal rule in the velocity eps - x_0: weights of the states and
-        of the stored values at the step's end and begin, in this order.
-        """
-        scale = alpha + sigma
-        half = 0.5 * scale[1] * (sigma[1] / scale[1] - sigma[0] / scale[0]) * np.array([1.0, -1.0])
-        if self.prediction == "flow":
-            return np.array([1.0, 0.0]), half
-        return np.array([1.0, 0.0]) - half / alpha[::-1], half * (scale / alpha)[::-1]
 
     def _correction(self, clock: Floats, i: int, first: int) -> Floats:
         """What the step from i - 1 to i lacks, known once value i is there: weights over the scale, newest first."""

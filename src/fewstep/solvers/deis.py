@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.errors import UnknownNameError
+from fewstep.multistep import trapezoidal_end
 from fewstep.numerics import exponential_weights, lagrange_polynomials
 from fewstep.plan import Row
 from fewstep.schedules import FromAlphasCumprod, FromBetas, NoiseSchedule
@@ -103,7 +104,7 @@ class DEIS(Solver):
             carry = np.array([alpha[i + 1] / alpha[i]])
             weights = self._weights(schedule, times, lam, i, nodes) * sigma[i + 1]
             if i == first + 1 and self.order > 2 and self.compat == "exact":
-                states, outputs = _correction(alpha[first : i + 1], sigma[first : i + 1])
+                states, outputs = trapezoidal_end("noise", alpha[first : i + 1], sigma[first : i + 1])
                 weights[:2] += carry * outputs
                 carry = carry * states
             yield Row(t, tuple(carry.tolist()), tuple(weights.tolist()), 1.0 / float(sigma[i]), float(-alpha[i] / sigma[i]))
@@ -170,18 +171,6 @@ def _first_order(t: float, alpha: Floats, sigma: Floats) -> Row:
     """A step from or to an infinite lambda, which stores nothing that a later step uses."""
     carry = float(sigma[1] / sigma[0])
     return Row(t, (carry,), (float(alpha[1] - alpha[0] * carry),))
-
-
-def _correction(alpha: Floats, sigma: Floats) -> tuple[Floats, Floats]:
-    """The end of a first-order step, brought to the trapezoidal rule in the velocity eps - x_0: weights of the states and of the noise
-    predictions at the step's end and begin, in this order.
-
-    In this variable the rule is tame where the step is long, which it is not in rho: near alpha = 0 the slope of the noise prediction
-    is steep.
-    """
-    scale = alpha + sigma
-    half = 0.5 * scale[1] * (sigma[1] / scale[1] - sigma[0] / scale[0]) * np.array([1.0, -1.0])
-    return np.array([1.0, 0.0]) - half / alpha[::-1], half * (scale / alpha)[::-1]
 
 
 def _kinks(schedule: NoiseSchedule) -> Floats:

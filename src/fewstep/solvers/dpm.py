@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from fewstep.errors import UnknownNameError
 from fewstep.grids import GridRule, Karras, Lambda, Power
+from fewstep.multistep import trapezoidal_end
 from fewstep.numerics import decaying_moments, exponential_weights, lagrange_polynomials, noise_clock
 from fewstep.plan import Interval, Row
 from fewstep.schedules import NoiseSchedule
@@ -68,7 +69,8 @@ class DPMSolverPP(Solver):
     Note:
         The first step of a multistep method has one stored value and is of order 1, which would cap the third order at 2 wherever the
         data prediction already changes at the start. At order 3 that step is therefore corrected when the second prediction is known
-        (by the interpolant through both, as UniC does, arXiv 2302.04867), at no call.
+        (by the interpolant through both, as UniC does, arXiv 2302.04867; on the way back, where that overshoots, by the trapezoidal rule
+        in the velocity eps - x_0), at no call.
 
         The authors' code, and the libraries that follow it, leave out a factor 2 in the second difference of the third-order step,
         which then converges at order 2. The default is the step that converges at order 3; ``compat="official"`` reproduces the
@@ -115,6 +117,12 @@ class DPMSolver(Solver):
 
     Raises:
         ValueError: for an order, variant or compat that does not exist.
+
+    Note:
+        At order 3 the first step, which is of order 1, is corrected when the second prediction is known, at no call: by the trapezoidal
+        rule in the velocity eps - x_0. (The polynomial in lambda, as UniC takes it, has the same order; from near alpha = 0, where the
+        noise prediction is steep, it overshoots.) With ``variant="taylor"`` every order is `DEIS` in ``"logrho"``, step for step;
+        ``"midpoint"`` differs from it in the steps of order 2, of which order 3 has one, the second.
 
     Example:
         >>> from fewstep.schedules import VPLinear
@@ -285,10 +293,10 @@ class _Nodes:
         scale = self.sigma[j] * math.sqrt(-math.expm1(-2.0 * self.eta * self.h(i, j)))
         return Interval(scale, *(noise_clock(self.lam[k], self.eta) for k in (i, j)))
 
-    def row(self, i: int, carry: float, weights: Sequence[float] | Floats) -> Row:
+    def row(self, i: int, carry: Sequence[float] | Floats, weights: Sequence[float] | Floats) -> Row:
         """The row from node i to the next, weights on predictions of this form."""
         gains = (1.0 / self.sigma[i], -self.alpha[i] / self.sigma[i]) if self.of_noise else (0.0, 1.0)
-        return Row(self.times[i], (carry,), tuple(float(w) for w in weights), *gains, noise=self.noise(i, i + 1))
+        return Row(self.times[i], tuple(map(float, carry)), tuple(map(float, weights)), *gains, noise=self.noise(i, i + 1))
 
     def end_row(self, i: int) -> Row:
         """First order without logarithms, from the data prediction: the same numbers, finite at both ends."""
@@ -307,16 +315,24 @@ def _multistep(nodes: _Nodes, order: int, variant: str, lower_order_final: int, 
         p = min(order, i - first + 1, nfe - i if nfe < lower_order_final else order)
         past = (lam[i + 1 - p : i + 1][::-1] - lam[i]) / h
         weights = nodes.scale(i + 1) * _interpolant(past, nodes.z(i, i + 1), variant, flaw)
-        carry = nodes.carry(i, i + 1)
+        carry = np.array([nodes.carry(i, i + 1)])
         if i == first + 1 and p > 1 and order == 3 and flaw == "none":
-            weights = weights + carry * _late_correction(nodes, first)
+            states, outputs = _late_correction(nodes, first)
+            weights, carry = weights + carry * outputs, carry * states
         yield nodes.row(i, carry, weights)
 
 
-def _late_correction(nodes: _Nodes, first: int) -> Floats:
-    """What the first step lacks, known once the second prediction is there: weights of the newest two predictions."""
+def _late_correction(nodes: _Nodes, first: int) -> tuple[Floats, Floats]:
+    """The end of the first step once the second prediction is there: weights of the states and of the newest two predictions.
+
+    Where predictions weigh the more the nearer they are to the end of the step, so for noise and on the way back, the interpolant in
+    lambda overshoots over a long step.
+    """
     z = nodes.z(first, first + 1)
-    return nodes.scale(first + 1) * (exponential_weights([1.0, 0.0], z) - [0.0, -math.expm1(-z)])
+    if nodes.of_noise or z < 0.0:
+        ends = slice(first, first + 2)
+        return trapezoidal_end("noise" if nodes.of_noise else "data", np.array(nodes.alpha[ends]), np.array(nodes.sigma[ends]))
+    return np.ones(1), nodes.scale(first + 1) * (exponential_weights([1.0, 0.0], z) - [0.0, -math.expm1(-z)])
 
 
 def _interpolant(places: Floats, z: float, variant: str, flaw: str = "none") -> Floats:
@@ -350,7 +366,7 @@ def _singlestep(nodes: _Nodes, calls: Sequence[int], variant: str, compat: str) 
             for i in range(begin, end):
                 after = nodes.scale(i + 1) * _stage(nodes, begin, i + 1, end, variant, compat)
                 carry = nodes.carry(i, i + 1)
-                yield nodes.row(i, carry, after - carry * np.concatenate([[0.0], before]))
+                yield nodes.row(i, [carry], after - carry * np.concatenate([[0.0], before]))
                 before = after
         begin = end
 
