@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from cases import FINITE, SCHEDULES
+from cases import FINITE, SCHEDULES, SOLVERS
 
 import fewstep as fs
 from fewstep.errors import GridError
-from fewstep.solvers import DDIM, DPMSolverPP, EpsilonScale
+from fewstep.solvers import DDIM, DEIS, DPMSolverPP, EpsilonScale, make_solver
 
 MEAN = torch.tensor([0.7, -0.2], dtype=torch.float64)
 VARIANCE = torch.tensor([0.5, 0.05], dtype=torch.float64)
@@ -32,6 +33,41 @@ def test_the_way_back_has_the_order_of_the_solver(schedule, order):
         assert plan.nfe == nfe
         errors.append(float((fs.sample(exact, x, plan) - wanted).abs().max()))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize("name", ["vp_linear", "flow"])
+def test_every_solver_finds_the_way_back(name):
+    """To the exact noise and there and back, at no less than the order of the way there."""
+    schedule, tested = FINITE[name], 0
+    exact = fs.exact.Gaussian(schedule, MEAN, VARIANCE)
+    noise = exact.solution(data(), schedule.t_end, schedule.t_start)
+    for solver_name, case in SOLVERS.items():
+        if case.stochastic:
+            continue
+        solver, errors, round_trips = make_solver(solver_name), [], []
+        for nfe in (120, 240):
+            found = fs.sample(exact, data(), solver.inverse_plan(schedule, nfe, "lambda"))
+            back = fs.sample(exact, found, solver.plan(schedule, nfe, "lambda"))
+            errors.append(float((found - noise).abs().max()))
+            round_trips.append(float((back - data()).abs().max()))
+        for coarse, fine in (errors, round_trips):
+            assert math.log2(coarse / fine) > case.order - 0.15, solver_name
+        tested += 1
+    assert tested == sum(not case.stochastic for case in SOLVERS.values())
+
+
+@pytest.mark.parametrize(
+    ("solver", "bound"), [(DEIS(order=3), 1.7e-3), (DEIS(order=4, compat="official"), 0.021)], ids=["exact", "official"]
+)
+@pytest.mark.parametrize("name", ["betas", "zero_snr"])
+def test_the_way_back_over_the_kinks_of_a_table(name, solver, bound):
+    """In the time of a table, whose quadrature is cut at its entries. Bounds: twice what was measured."""
+    schedule = SCHEDULES[name]
+    exact = fs.exact.Gaussian(schedule, MEAN, VARIANCE)
+    times = np.linspace(0.05, 0.95, 61)[::-1]
+    wanted = exact.solution(data(), 0.05, 0.95)
+    found = fs.sample(exact, data(), solver.inverse_plan(schedule, grid=times))
+    assert float((found - wanted).abs().max()) < bound
 
 
 def test_ddim_inversion_is_the_known_formula():

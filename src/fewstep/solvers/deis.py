@@ -184,14 +184,17 @@ def _kinks(schedule: NoiseSchedule) -> Floats:
     return schedule.lam(np.arange(count, 0, -1) / count)
 
 
-def _quadrature(low: float, high: float, kinks: Floats) -> tuple[Floats, Floats]:
-    """Points in lambda and weights for integrals of exp(high - lambda), on panels that end at the kinks."""
-    inside = kinks[(kinks > low) & (kinks < high)]
-    edges = np.union1d(np.linspace(low, high, 1 + math.ceil((high - low) / PANEL)), inside)
+def _quadrature(begin: float, end: float, kinks: Floats) -> tuple[Floats, Floats]:
+    """Points in lambda and weights for integrals of exp(end - lambda) from begin to end, on panels that end at the kinks. On the way
+    back, where the end is the lower one, the weights are negative.
+    """
+    inside = kinks[(kinks > min(begin, end)) & (kinks < max(begin, end))]
+    edges = np.union1d(np.linspace(begin, end, 1 + math.ceil(abs(end - begin) / PANEL)), inside)
+    edges = edges if begin < end else edges[::-1]
     nodes, weights = np.polynomial.legendre.leggauss(POINTS)
     half, middle = 0.5 * np.diff(edges)[:, None], 0.5 * (edges[1:] + edges[:-1])[:, None]
     lams = (middle + half * nodes).ravel()
-    return lams, (half * weights).ravel() * np.exp(high - lams)
+    return lams, (half * weights).ravel() * np.exp(end - lams)
 
 
 def _lagrange(places: Floats, knots: Floats, j: int) -> Floats:
