@@ -165,12 +165,12 @@ def test_the_quadratures_agree_as_the_nodes_grow():
     assert errors[1] == pytest.approx(errors[0] / 16, rel=0.1)  # trapezoids are of second order
 
 
-def test_integrals_by_another_quadrature():
+@pytest.mark.parametrize(("s", "t"), [(-2.3, 1.9), (1.9, -2.3)], ids=["there", "back"])
+def test_integrals_by_another_quadrature(s, t):
     from scipy.integrate import quad
 
     lam = np.linspace(-3.0, 4.0, 15)
     stats = ModelStatistics(VP, lam, 0.5 - 0.1 * lam, 0.05 * lam**2, 0.2 + 0.02 * lam**3)  # cubics are interpolated exactly
-    s, t = -2.3, 1.9
 
     def inside(u):
         return math.exp(0.5 * (u - s) - 0.05 * (u**2 - s**2) + 0.05 / 3 * (u**3 - s**3))

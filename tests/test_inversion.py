@@ -11,7 +11,9 @@ from cases import FINITE, SCHEDULES, SOLVERS
 
 import fewstep as fs
 from fewstep.errors import GridError
-from fewstep.solvers import DDIM, DEIS, DPMSolverPP, EpsilonScale, make_solver
+from fewstep.recipes import Recipe
+from fewstep.solvers import DDIM, DEIS, DPMSolverPP, DPMSolverV3, EpsilonScale, Mixed, make_solver
+from fewstep.statistics import ModelStatistics
 
 MEAN = torch.tensor([0.7, -0.2], dtype=torch.float64)
 VARIANCE = torch.tensor([0.5, 0.05], dtype=torch.float64)
@@ -54,6 +56,24 @@ def test_every_solver_finds_the_way_back(name):
             assert math.log2(coarse / fine) > case.order - 0.15, solver_name
         tested += 1
     assert tested == sum(not case.stochastic for case in SOLVERS.values())
+
+
+@pytest.mark.parametrize("name", ["vp_linear", "edm", "flow"])
+@pytest.mark.parametrize("nfe", [1, 2, 5, 20])
+def test_the_way_back_with_statistics_of_a_gaussian_is_exact(name, nfe):
+    """In any number of calls, up to the cubics between the nodes; up to the trapezoids with those of the authors."""
+    schedule = FINITE[name]
+    exact, stats = fs.exact.Gaussian(schedule, MEAN, VARIANCE), ModelStatistics.gaussian(schedule, MEAN.numpy(), VARIANCE.numpy())
+    recipe = Recipe.multistep(nfe, order=min(nfe, 2), prediction="v3")
+    for solver, bound in (
+        (DPMSolverV3(stats), 1e-8),
+        (DPMSolverV3(stats, corrector="raised", lower_order_final=False), 1e-8),
+        (Mixed(recipe, stats), 1e-8),
+        (DPMSolverV3(stats, compat="official"), 3e-5),
+    ):
+        plan = solver.inverse_plan(schedule, nfe, "lambda")
+        wanted = exact.solution(data(), float(plan.grid[0]), float(plan.grid[-1]))
+        assert float((fs.sample(exact, data(), plan) - wanted).abs().max()) < bound * float(wanted.abs().max()), solver
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ class ModelStatistics:
         return _along(basis, self.l[near])[0]
 
     def integrals(self, start: float, end: float, *, count: int = 1, rule: str = "gauss") -> Integrals:
-        """The integrals of a step, start < end.
+        """The integrals of a step; on the way back, where end < start, with the sign that goes with it.
 
         Args:
             start, end: lambda at its ends, within the nodes.
@@ -205,9 +205,9 @@ class ModelStatistics:
         unit, share, upto = _rule(rule)
         L, S, drift, forcing = (np.zeros(self.shape) for _ in range(4))
         moments = [np.zeros(self.shape) for _ in range(count)]
-        for low, high in self._pieces(start, end, rule):
-            width, points = high - low, low + (high - low) * unit
-            near, basis = self._cubic(self._interval(0.5 * (low + high)), points)
+        for begin, until in self._pieces(start, end, rule):
+            width, points = until - begin, begin + (until - begin) * unit
+            near, basis = self._cubic(self._interval(0.5 * (begin + until)), points)
             l, s, b = (_along(basis, array[near]) for array in (self.l, self.s, self.b))  # noqa: E741
             L_at, S_at = L + width * _along(upto, l), S + width * _along(upto, s)
             inner = np.exp(-S_at) * b
@@ -224,10 +224,8 @@ class ModelStatistics:
         """U and v of g = u f + v: what the value f at `lam`, before or after a step's `start`, is in the variables of that step."""
         if lam == start:
             return np.ones(self.shape), np.zeros(self.shape)
-        between = self.integrals(min(lam, start), max(lam, start), count=0, rule=rule)
-        if lam > start:
-            return np.exp(-between.S), -between.drift
-        return np.exp(between.S), np.exp(between.S) * between.drift
+        between = self.integrals(start, lam, count=0, rule=rule)
+        return np.exp(-between.S), -between.drift
 
     # ---- files ---------------------------------------------------------------------------------------------------------------------
 
@@ -265,9 +263,12 @@ class ModelStatistics:
         return int(np.clip(np.searchsorted(self.lam, lam, side="right") - 1, 0, len(self.lam) - 2))
 
     def _pieces(self, start: float, end: float, rule: str) -> list[tuple[float, float]]:
-        knots = [start, *self.lam[(self.lam > start + SLACK) & (self.lam < end - SLACK)].tolist(), end]
+        """The way from start to end, cut at the nodes: pairs of begin and end, in the direction of the step."""
+        low, high = min(start, end), max(start, end)
+        inside = self.lam[(self.lam > low + SLACK) & (self.lam < high - SLACK)].tolist()
+        knots = [start, *(inside if start < end else inside[::-1]), end]
         if rule == "gauss":
-            cuts = [np.linspace(a, b, 1 + math.ceil((b - a) / WIDEST))[:-1] for a, b in pairwise(knots)]
+            cuts = [np.linspace(a, b, 1 + math.ceil(abs(b - a) / WIDEST))[:-1] for a, b in pairwise(knots)]
             knots = [*np.concatenate(cuts).tolist(), end]
         return list(pairwise(knots))
 
