@@ -178,6 +178,16 @@ def test_analytic_first_step(name, first):
         torch.testing.assert_close(fs.sample(network, x, plan), fs.sample(analytic, x, full), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(("first", "mean"), [("zero", None), ("mean", 0.2)])
+def test_no_way_back_over_an_analytic_first_step(first, mean):
+    solver = Mixed(Recipe(Recipe.multistep(4, order=2).moves, first=first), mean=mean)
+    with pytest.raises(ValueError, match="transforms the noise before the first call"):
+        solver.inverse_plan(VP, grid="lambda")
+    back = Mixed(Recipe.multistep(4, order=2)).inverse_plan(VP, grid="lambda")
+    assert back.start is None
+    assert back.nfe == 4
+
+
 def test_json_keeps_everything():
     recipe = Recipe(
         (

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from fewstep.artefacts import json_value
 from fewstep.errors import GridError
 from fewstep.grids import GridRule, Lambda, make_grid
-from fewstep.plan import Plan, Row
+from fewstep.plan import Plan, Row, StartTransform
 from fewstep.schedules import NoiseSchedule
 from fewstep.version import __version__
 
@@ -62,6 +62,10 @@ class Solver(abc.ABC):
         Every row's tau is the time of its state's noise level.
         """
 
+    def start_transform(self, schedule: NoiseSchedule, times: Floats, start: float | None) -> StartTransform | None:
+        """What the plan makes of x_T before the first row, on a checked grid; `start` is that of `plan`. None: nothing."""
+        return None
+
     def plan(
         self,
         schedule: NoiseSchedule,
@@ -89,7 +93,8 @@ class Solver(abc.ABC):
         times, calls = self._steps(schedule, nfe, grid, start, final)
         rows = tuple(self.rows(schedule, times, calls))
         levels = [row.tau for row in rows]
-        return Plan(schedule, np.array([*levels, times[-1]]), rows, provenance=self._provenance(grid, start, final))
+        first = self.start_transform(schedule, times, start)
+        return Plan(schedule, np.array([*levels, times[-1]]), rows, first, self._provenance(grid, start, final))
 
     def inverse_plan(
         self,
@@ -109,7 +114,7 @@ class Solver(abc.ABC):
 
         Raises:
             GridError: also if sigma is 0 at the end of the data, where the noise in them is not determined.
-            ValueError: for a stochastic solver.
+            ValueError: for a stochastic solver, or one that transforms the noise before the first call.
 
         Example:
             >>> from fewstep.schedules import VPLinear
@@ -126,6 +131,11 @@ class Solver(abc.ABC):
             )
         if any(row.noise is not None for row in self.rows(schedule, times, calls)):
             raise ValueError(f"{type(self).__name__} draws noise as it was given, so there is no way back.")
+        if self.start_transform(schedule, times, start) is not None:
+            raise ValueError(
+                f"{type(self).__name__} transforms the noise before the first call, and a way back would have to undo that after the "
+                f"last. Plan the way back with a solver that starts with a call."
+            )
         times, calls = times[::-1].copy(), calls[::-1]
         rows = tuple(self.rows(schedule, times, calls))
         made_with = {**self._provenance(grid, start, "t_end"), "inverse": True}

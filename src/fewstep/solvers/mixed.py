@@ -34,7 +34,7 @@ from fewstep.errors import GridError, PlanError
 from fewstep.grids import GridRule, make_grid
 from fewstep.multistep import taylor_weights
 from fewstep.numerics import decaying_moments
-from fewstep.plan import Entry, Plan, Row, StartTransform
+from fewstep.plan import Entry, Row, StartTransform
 from fewstep.recipes import Move, Recipe, Update
 from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
@@ -87,21 +87,11 @@ class Mixed(Solver):
         updates = [move.predictor if move.corrector is None else move.corrector for move in self.recipe.moves]
         return max(1, min(_local_order(update) for update in updates) - 1)
 
-    def plan(
-        self,
-        schedule: NoiseSchedule,
-        nfe: int | None = None,
-        grid: str | GridRule | ArrayLike = "auto",
-        *,
-        start: float | None = None,
-        final: str = "t_end",
-    ) -> Plan:
-        plan = super().plan(schedule, nfe, grid, start=start, final=final)
+    def start_transform(self, schedule: NoiseSchedule, times: Floats, start: float | None) -> StartTransform | None:
         if self.recipe.first == "network":
-            return plan
-        times, _ = self._steps(schedule, nfe, grid, start, final)
+            return None
         scale, shift = _Run(self, schedule, times).analytic_start()
-        return dataclasses.replace(plan, start=StartTransform(scale, shift, time=float(times[0])))
+        return StartTransform(scale, shift, time=float(times[0]))
 
     def _steps(
         self, schedule: NoiseSchedule, nfe: int | None, grid: str | GridRule | ArrayLike, start: float | None, final: str
