@@ -61,8 +61,10 @@ def test_the_plan_is_saved_with_its_start(tmp_path):
     plan.save(tmp_path / "p.safetensors")
     again = fs.Plan.load(tmp_path / "p.safetensors")
     assert again == plan
-    assert again.provenance["solver"]["name"] == "DPMSolverPP"
-    assert again.provenance["teleport"] == {"to": 5.0, "rank": 4}
+    made_by = again.provenance["solver"]
+    assert made_by["name"] == "Teleport"
+    assert made_by["options"]["solver"]["name"] == "DPMSolverPP"
+    assert (made_by["options"]["to"], made_by["options"]["prior"]) == (5.0, shaped.digest)
     noise = fs.draw_noise((2, 3), range(4), plan)
     assert float(noise.std()) == pytest.approx(80.0, rel=0.5)
     exact = fs.exact.Gaussian(schedule, MEAN.reshape(2, 3), 0.2)

@@ -21,7 +21,7 @@ from fewstep.plan import Plan, Row, StartTransform
 from fewstep.schedules import NoiseSchedule
 from fewstep.version import __version__
 
-__all__ = ["Solver"]
+__all__ = ["Solver", "Wrapper", "per_call"]
 
 Floats = NDArray[np.float64]
 
@@ -178,7 +178,7 @@ class Solver(abc.ABC):
     def options(self) -> dict[str, Any]:
         """The options as JSON values, for the provenance: a wrapped solver with its own, an artefact by its digest."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
-        return {name: value.described() if isinstance(value, Solver) else json_value(value) for name, value in values.items()}
+        return {name: _option(value) for name, value in values.items()}
 
     def described(self) -> dict[str, Any]:
         """Name and options, as a plan's provenance has them."""
@@ -193,3 +193,57 @@ class Solver(abc.ABC):
             "start": start,
             "fewstep": __version__,
         }
+
+
+class Wrapper(Solver):
+    """Interface of solvers that change the rows, or the start, of another one and leave the rest of its planning as it is."""
+
+    solver: Solver
+
+    @property
+    def claimed_order(self) -> int:
+        return self.solver.claimed_order
+
+    @property
+    def stages(self) -> int:
+        return self.solver.stages
+
+    def split(self, budget: int) -> list[int]:
+        return self.solver.split(budget)
+
+    def single_call(self, lams: Floats) -> NDArray[np.bool_]:
+        return self.solver.single_call(lams)
+
+    def rows(self, schedule: NoiseSchedule, times: Floats, calls: Sequence[int]) -> Iterator[Row]:
+        return self.solver.rows(schedule, times, calls)
+
+    def start_transform(self, schedule: NoiseSchedule, times: Floats, start: float | None) -> StartTransform | None:
+        return self.solver.start_transform(schedule, times, start)
+
+    def _steps(
+        self, schedule: NoiseSchedule, nfe: int | None, grid: str | GridRule | ArrayLike, start: float | None, final: str
+    ) -> tuple[Floats, list[int]]:
+        return self.solver._steps(schedule, nfe, grid, start, final)
+
+
+def per_call(value: Any, what: str) -> float | tuple[float, ...]:
+    """An option that is one number for all calls, or a sequence with one for each.
+
+    Raises:
+        TypeError: for anything else; `what` names the option.
+
+    Example:
+        >>> per_call([1, 2], "a scale"), per_call(1, "a scale")
+        ((1.0, 2.0), 1.0)
+    """
+    numbers = np.asarray(value)
+    if numbers.dtype.kind not in "iuf" or numbers.ndim > 1:
+        raise TypeError(f"{what} must be a number, or a sequence of numbers, got {value!r:.80}.")
+    return float(numbers) if numbers.ndim == 0 else tuple(numbers.astype(np.float64).tolist())
+
+
+def _option(value: Any) -> Any:
+    if isinstance(value, Solver):
+        return value.described()
+    digest = getattr(value, "digest", None)
+    return json_value(value) if digest is None else digest

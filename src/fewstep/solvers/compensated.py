@@ -33,7 +33,7 @@ from fewstep.multistep import Multistep, Step, added
 from fewstep.numerics import lagrange_polynomials
 from fewstep.plan import Row
 from fewstep.schedules import NoiseSchedule
-from fewstep.solver import Solver
+from fewstep.solver import Solver, Wrapper
 
 __all__ = ["CascadePolynomial", "Compensated"]
 
@@ -47,7 +47,7 @@ SCALE_UNIT, CALLS_UNIT = 12.0, 50.0
 
 
 @dataclass(frozen=True)
-class Compensated(Solver):
+class Compensated(Wrapper):
     """DC-Solver: a multistep solver with compensation ratios.
 
     Args:
@@ -95,12 +95,19 @@ class Compensated(Solver):
         return self.solver.claimed_order if all(ratio == 1.0 for ratio in self.ratios) else 1
 
     def rows(self, schedule: NoiseSchedule, times: Floats, calls: Sequence[int]) -> Iterator[Row]:
-        if len(self.ratios) != len(times) - 1:
-            raise PlanError(f"there are {len(self.ratios)} compensation ratios for a plan of {len(times) - 1} calls.")
-        lam = schedule.lam(times)
-        places = times if self.variable == "time" else lam
+        rows = list(self.solver.rows(schedule, times, calls))
+        if len(self.ratios) != len(rows):
+            raise PlanError(f"there are {len(self.ratios)} compensation ratios for a plan of {len(rows)} calls.")
+        if all(ratio == 1.0 for ratio in self.ratios):
+            return iter(rows)
+        return self._compensated_rows(schedule, self._parts(schedule, times, rows))
+
+    def _compensated_rows(self, schedule: NoiseSchedule, steps: list[Step]) -> Iterator[Row]:
+        levels = np.array([step.tau for step in steps])
+        lam = schedule.lam(levels)
+        places = levels if self.variable == "time" else lam
         kinds: list[str] = []
-        for i, (step, ratio) in enumerate(zip(self._parts(schedule, times, calls), self.ratios, strict=True)):
+        for i, (step, ratio) in enumerate(zip(steps, self.ratios, strict=True)):
             kinds.append(step.stores if math.isfinite(lam[i]) else "")
             if ratio == 1.0:
                 yield step.row()
@@ -113,11 +120,11 @@ class Compensated(Solver):
             near = places[i - self.degree : i + 1][::-1]
             yield _compensated(step, _shares(near, ratio, i))
 
-    def _parts(self, schedule: NoiseSchedule, times: Floats, calls: Sequence[int]) -> Iterator[Step]:
+    def _parts(self, schedule: NoiseSchedule, times: Floats, rows: list[Row]) -> list[Step]:
         if isinstance(self.solver, Multistep):
-            yield from self.solver.steps(schedule, times)
-            return
-        for row in self.solver.rows(schedule, times, calls):
+            return list(self.solver.steps(schedule, times))
+        steps = []
+        for row in rows:
             (carry, *others) = row.carry
             if row.memory or others:
                 raise TypeError(
@@ -125,7 +132,8 @@ class Compensated(Solver):
                 )
             kind = "data" if isinstance(row.state_gain, float) and row.state_gain == 0.0 else "other"
             gains = {"state_gain": row.state_gain, "output_gain": row.output_gain}
-            yield Step(row.tau, carry, row.weights, stores=kind, offset=row.offset, noise=row.noise, **gains)
+            steps.append(Step(row.tau, carry, row.weights, stores=kind, offset=row.offset, noise=row.noise, **gains))
+        return steps
 
 
 def _shares(near: Floats, ratio: float, call: int) -> Floats:

@@ -15,16 +15,14 @@ Next to an infinite lambda a step is first order on the data prediction and not 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fewstep.artefacts import json_value
 from fewstep.errors import UnknownNameError
 from fewstep.grids import GridRule, check_grid
 from fewstep.multistep import Multistep, Step, added, taylor_weights
@@ -118,10 +116,6 @@ class DPMSolverV3(Multistep):
         corrected = nfe <= 6 if family == "edm" else nfe not in (9, 10)
         lowered = family == "edm" or nfe > 5
         return cls(statistics, pseudo=nfe <= 5, corrector="same" if corrected else "none", lower_order_final=lowered)
-
-    def options(self) -> dict[str, Any]:
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return json_value({**own, "statistics": self.statistics.digest})
 
     @property
     def claimed_order(self) -> int:

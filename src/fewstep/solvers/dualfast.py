@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from fewstep.errors import UnknownNameError
 from fewstep.plan import Row
 from fewstep.schedules import NoiseSchedule
-from fewstep.solver import Solver
+from fewstep.solver import Solver, Wrapper, per_call
 
 __all__ = ["DualFast"]
 
@@ -40,18 +40,19 @@ DUST = 1e-14
 
 
 @dataclass(frozen=True)
-class DualFast(Solver):
+class DualFast(Wrapper):
     """DualFast around a deterministic solver of one call a step.
 
     Args:
         solver: what it corrects.
-        weight: c of the second call, which falls linearly to 0 at the last call; or a tuple with c of every call after the first
+        weight: c of the second call, which falls linearly to 0 at the last call; or a sequence with c of every call after the first
             (as many as calls less one). 0 gives exactly the rows of `solver`.
         anchor: the earlier time: that of the step before (``"previous"``) or the first of all (``"first"``).
 
     Raises:
-        ValueError: for a weight that is not finite, an anchor that does not exist, or a solver of several calls a step; when planning,
-            for a stochastic solver, or a tuple that does not fit the calls.
+        ValueError: for a weight that is negative or not finite, an anchor that does not exist, or a solver of several calls a step;
+            when planning, for a stochastic solver, or a sequence that does not fit the calls.
+        TypeError: for a weight that is neither a number nor a sequence of them.
 
     Note:
         The decay from 0.5 to 0 is what the paper describes; without code or a table of the settings it could not be compared with theirs.
@@ -70,9 +71,10 @@ class DualFast(Solver):
     anchor: str = "previous"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "weight", per_call(self.weight, "the weight of DualFast"))
         given = self.weight if isinstance(self.weight, tuple) else (self.weight,)
-        if not all(math.isfinite(weight) for weight in given):
-            raise ValueError(f"the weight of DualFast must be finite, got {self.weight!r}.")
+        if not all(math.isfinite(weight) and weight >= 0.0 for weight in given):
+            raise ValueError(f"the weight of DualFast must be finite and at least 0, got {self.weight!r}.")
         if self.anchor not in ANCHORS:
             raise UnknownNameError("anchor", self.anchor, ANCHORS)
         if self.solver.stages > 1:
@@ -87,8 +89,9 @@ class DualFast(Solver):
         return 1 if self.anchor == "previous" else 0
 
     def rows(self, schedule: NoiseSchedule, times: NDArray[np.float64], calls: Sequence[int]) -> Iterator[Row]:
-        alpha, sigma = schedule.alpha(times), schedule.sigma(times)
         rows = list(self.solver.rows(schedule, times, calls))
+        levels = np.array([*(row.tau for row in rows), times[-1]])
+        alpha, sigma = schedule.alpha(levels), schedule.sigma(levels)
         if any(row.noise is not None for row in rows):
             raise ValueError("DualFast corrects the step of an ODE; the solver it was given draws noise.")
         for i, c in enumerate(self._weights(len(rows))):

@@ -82,6 +82,11 @@ class Mixed(Solver):
         return json_value({"recipe": dataclasses.asdict(self.recipe), "statistics": statistics, "mean": mean})
 
     @property
+    def stages(self) -> int:
+        """2 if a step calls again at its corrected end."""
+        return 1 + any(move.again for move in self.recipe.moves)
+
+    @property
     def claimed_order(self) -> int:
         """What the least accurate step would have if all were like it: a lower bound, 1 for multistep recipes with their first step."""
         updates = [move.predictor if move.corrector is None else move.corrector for move in self.recipe.moves]

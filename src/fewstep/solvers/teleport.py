@@ -15,7 +15,8 @@ of the path away from them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from typing import Any, ClassVar
 
@@ -25,9 +26,9 @@ from numpy.typing import ArrayLike, NDArray
 from fewstep.artefacts import Artefact, read_as
 from fewstep.errors import GridError
 from fewstep.grids import GridRule
-from fewstep.plan import Plan, StartTransform
+from fewstep.plan import StartTransform
 from fewstep.schedules import NoiseSchedule
-from fewstep.solver import Solver
+from fewstep.solver import Solver, Wrapper
 
 __all__ = ["GaussianPrior", "Teleport"]
 
@@ -126,6 +127,11 @@ class GaussianPrior:
         shift = (alpha_to - common * alpha) * self.mean - alpha * shifted
         return StartTransform(common, shift, self.axes, extra, t_from)
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the content."""
+        return self._artefact().digest()
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write it to one ``.safetensors`` file with a checksum."""
         self._artefact().save(path)
@@ -149,7 +155,7 @@ class GaussianPrior:
 
 
 @dataclass(frozen=True)
-class Teleport(Solver):
+class Teleport(Wrapper):
     """A solver that starts where the Gaussian's path has led.
 
     Args:
@@ -178,37 +184,22 @@ class Teleport(Solver):
 
     @property
     def claimed_order(self) -> int:
-        """Of the wrapped solver, on what is left of the path. The jump is as exact as the data are Gaussian, whatever the calls."""
+        """That of the wrapped solver, on what is left of the path. The jump is as exact as the data are Gaussian, whatever the calls."""
         return self.solver.claimed_order
 
-    @property
-    def stages(self) -> int:
-        return self.solver.stages
-
-    def split(self, budget: int) -> list[int]:
-        return self.solver.split(budget)
-
-    def rows(self, schedule: NoiseSchedule, times: Floats, calls: Any) -> Any:
-        return self.solver.rows(schedule, times, calls)
-
-    def plan(
-        self,
-        schedule: NoiseSchedule,
-        nfe: int | None = None,
-        grid: str | GridRule | ArrayLike = "auto",
-        *,
-        start: float | None = None,
-        final: str = "t_end",
-    ) -> Plan:
-        """Plan a run; see `Solver.plan`. `start` is the time at whose noise level x_T is drawn."""
+    def start_transform(self, schedule: NoiseSchedule, times: Floats, start: float | None) -> StartTransform | None:
+        """The jump; `start` is the time at whose noise level x_T is drawn."""
         begin = float(schedule.t_start if start is None else start)
         if not schedule.lam(begin) < schedule.lam(self.to):
             raise GridError(f"teleportation leads from noise towards data, not from t={begin:g} to t={self.to:g}.")
-        plan = self.solver.plan(schedule, nfe, grid, start=self.to, final=final)
-        if plan.start is not None:
+        if self.solver.start_transform(schedule, times, self.to) is not None:
             raise GridError("the solver that teleportation was given has a start of its own.")
-        made_with = {**plan.provenance, "start": start, "teleport": {"to": self.to, "rank": len(self.prior.variances)}}
-        return replace(plan, start=self.prior.transform(schedule, begin, self.to), provenance=made_with)
+        return self.prior.transform(schedule, begin, self.to)
+
+    def _steps(
+        self, schedule: NoiseSchedule, nfe: int | None, grid: str | GridRule | ArrayLike, start: float | None, final: str
+    ) -> tuple[Floats, list[int]]:
+        return super()._steps(schedule, nfe, grid, self.to, final)
 
 
 def _components(centred: Floats, kept: int, seed: int) -> tuple[Floats, Floats]:
