@@ -14,6 +14,7 @@ from test_solvers import mixture, noise, same, without_noise
 
 import fewstep as fs
 from fewstep.errors import UnknownNameError
+from fewstep.evaluate.distances import SlicedWasserstein
 from fewstep.noise import BrownianPath
 from fewstep.solvers import DPMSolverPP, SASolver
 
@@ -79,6 +80,19 @@ def test_steps_follow_one_brownian_path(interval):
     far, near = (float((run - runs[2]).square().mean().sqrt()) for run in runs[:2])
     assert near < 0.5 * far
     assert near < 0.2 * float((other - runs[2]).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("schedule", [fs.schedules.VPLinear(), fs.schedules.Flow(), fs.schedules.EDM()], ids=["vp", "flow", "edm"])
+def test_the_default_orders_are_the_better_ones_at_few_calls(schedule):
+    """Than the authors' 3 and 4, by sliced Wasserstein distance to the data; 2 to 6 times as large was measured."""
+    means, weights = [[1.0, 0.5], [-1.0, -0.3], [0.2, -1.2]], [0.3, 0.5, 0.2]
+    denoiser = fs.exact.GaussianMixture(schedule, means, [0.1, 0.02, 0.05], weights)
+    wanted, distances = denoiser.draw(2000, seed=5).numpy(), []
+    for solver in (SASolver(), SASolver(3, 4)):
+        plan = solver.plan(schedule, 12)
+        x = fs.draw_noise((2,), range(2000), plan, dtype=torch.float64)
+        distances.append(SlicedWasserstein(64)(fs.sample(denoiser, x, plan, seeds=range(2000)).numpy(), wanted))
+    assert distances[1] > 1.5 * distances[0]
 
 
 def test_corrector_gains_accuracy_and_order_of_the_drift():

@@ -13,7 +13,7 @@ from test_solvers import MEANS, WEIGHTS, exact_solution, mixture, noise, same
 import fewstep as fs
 from fewstep.errors import UnknownNameError
 from fewstep.numerics import exponential_weights
-from fewstep.solvers import UniPC
+from fewstep.solvers import DPMSolverPP, UniPC
 
 
 def test_predictors_are_solvers_that_are_known():
@@ -32,12 +32,29 @@ def test_predictors_are_solvers_that_are_known():
             same(two, plan(fs.solvers.DPMSolverPP(order=2, variant="taylor")), schedule)
 
 
-def test_third_order_predictor_is_the_corrected_third_order_step():
-    """Beyond the start, where DPM-Solver++ is corrected and UniP-3 is not."""
-    schedule = fs.schedules.VPLinear()
-    ours, theirs = (s.plan(schedule, 8, grid="time") for s in (UniPC(corrector=False), fs.solvers.DPMSolverPP(order=3)))
-    for i in range(2, 8):
-        np.testing.assert_allclose(ours.rows[i].weights, theirs.rows[i].weights, rtol=1e-12)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_third_order_dpm_solver_is_unip_corrected_in_its_first_step(name):
+    """Every row. The midpoint variant differs in its one step of order 2, UniP-3 alone in the row after the first step as well."""
+    schedule = SCHEDULES[name]
+    first = int(np.isinf(schedule.lam(schedule.t_start)))  # the first step between finite lambdas
+    for nfe in range(1, 31):
+        others = tuple(step for step in range(nfe) if step != first)
+        corrected = UniPC(order=3, shortcut="none", corrector_skip=others)
+        taylor, midpoint, ours, predictor = (
+            solver.plan(schedule, nfe, "time").rows
+            for solver in (DPMSolverPP(order=3, variant="taylor"), DPMSolverPP(order=3), corrected, UniPC(corrector=False))
+        )
+        for i in range(nfe):
+            assert_same_row(ours[i], taylor[i])
+            if i != first + 1:
+                assert_same_row(ours[i], midpoint[i])
+                assert_same_row(ours[i], predictor[i])
+
+
+def assert_same_row(one, two):
+    scale = max(1.0, *np.abs(two.weights))
+    np.testing.assert_allclose(one.carry, two.carry, rtol=1e-12)
+    np.testing.assert_allclose(one.weights, two.weights, rtol=1e-12, atol=1e-12 * scale)
 
 
 def test_the_free_function_cancels_without_shortcuts():

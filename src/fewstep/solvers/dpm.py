@@ -70,7 +70,8 @@ class DPMSolverPP(Solver):
         The first step of a multistep method has one stored value and is of order 1, which would cap the third order at 2 wherever the
         data prediction already changes at the start. At order 3 that step is therefore corrected when the second prediction is known
         (by the interpolant through both, as UniC does, arXiv 2302.04867; on the way back, where that overshoots, by the trapezoidal rule
-        in the velocity eps - x_0), at no call.
+        in the velocity eps - x_0), at no call. So order 3 with ``variant="taylor"`` is UniP-3 with its first step, and no other, corrected;
+        ``"midpoint"`` differs from that in the second step alone, which is of order 2.
 
         The authors' code, and the libraries that follow it, leave out a factor 2 in the second difference of the third-order step,
         which then converges at order 2. The default is the step that converges at order 3; ``compat="official"`` reproduces the

@@ -59,7 +59,13 @@ class UniPC(Multistep):
         evaluated there, and that value is never replaced. So order 3 is the most that holds wherever the prediction already changes at
         the start. Where it hardly does, as at the noisy end of a long interval, UniPC-p is seen to converge at order p + 1.
 
-        With ``lower_order_final`` the last step is of order 1 and the whole of order 2, which at few calls may still be the smaller error.
+        With ``lower_order_final``, the default of the authors' code, the last step is of order 1 and the whole of order 2. The default here
+        keeps the order that the paper claims. At 5 to 20 calls the lowered order is often the smaller error all the same: on a mixture of
+        Gaussians 0.09 to 0.64 times that of the default on the grid ``"auto"``, 0.6 to 5 times on ``"lambda"``.
+
+        The correction of the first step overshoots where predictions weigh the more the nearer they are to its end, so with
+        ``prediction="noise"`` from near alpha = 0, and on the way back from near sigma = 0 with ``"data"``. ``"bh1"`` damps that,
+        ``"bh2"`` and ``"none"`` do not. ``corrector_skip=(0,)`` avoids it.
 
     Example:
         >>> from fewstep.schedules import VPLinear
