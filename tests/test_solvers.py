@@ -259,6 +259,23 @@ def test_refused(make, message):
         make()
 
 
+@pytest.mark.parametrize("wrong", [True, 2.0, "2", 0, 7, None])
+def test_orders_are_ints_that_exist(wrong):
+    s = fs.solvers
+    makes = [
+        *(lambda order, kind=kind: kind(order=order) for kind in (s.Adams, s.DEIS, s.IPNDM, s.UniPC, s.DPMSolver, s.DPMSolverPP)),
+        *(lambda order, kind=kind: kind(order=order) for kind in (s.DPMSolverSinglestep, s.DPMSolverPPSinglestep)),
+        lambda order: s.DPMSolverV3(fs.statistics.ModelStatistics.degenerate(fs.schedules.EDM()), order=order),
+        lambda order: s.SASolver(predictor=order),
+        lambda order: s.SASolver(corrector=7 if order == 0 else order),  # 0 leaves the corrector out
+        lambda order: s.Compensated(s.UniPC(), (1.0,), degree=order),
+    ]
+    assert len(makes) == 12
+    for make in makes:
+        with pytest.raises(ValueError, match="got "):
+            make(wrong)
+
+
 def test_a_little_noise_is_possible():
     for eta in (1e-9, 1e-3):
         assert fs.solvers.DDIM(eta=eta).plan(fs.schedules.EDM(), 20).stochastic

@@ -21,7 +21,7 @@ from fewstep.plan import Plan, Row, StartTransform
 from fewstep.schedules import NoiseSchedule
 from fewstep.version import __version__
 
-__all__ = ["Solver", "Wrapper", "per_call"]
+__all__ = ["Solver", "Wrapper", "check_order", "per_call"]
 
 Floats = NDArray[np.float64]
 
@@ -224,6 +224,19 @@ class Wrapper(Solver):
         self, schedule: NoiseSchedule, nfe: int | None, grid: str | GridRule | ArrayLike, start: float | None, final: str
     ) -> tuple[Floats, list[int]]:
         return self.solver._steps(schedule, nfe, grid, start, final)
+
+
+def check_order(order: Any, orders: Sequence[int], message: str) -> None:
+    """Refuse an order that is not one of `orders`, or no int: 2.0 and True are none.
+
+    Raises:
+        ValueError: `message`, and what was given.
+
+    Example:
+        >>> check_order(2, (1, 2), "Heun has orders 1 and 2")
+    """
+    if type(order) is not int or order not in orders:
+        raise ValueError(f"{message}, got {order!r}.")
 
 
 def per_call(value: Any, what: str) -> float | tuple[float, ...]:

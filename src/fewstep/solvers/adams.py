@@ -31,7 +31,7 @@ from fewstep.numerics import lagrange_polynomials, padded_sum
 from fewstep.plan import Row
 from fewstep.predictions import data_coefficients
 from fewstep.schedules import NoiseSchedule
-from fewstep.solver import Solver
+from fewstep.solver import Solver, check_order
 
 __all__ = ["Adams"]
 
@@ -76,8 +76,7 @@ class Adams(Solver):
     data_std: float = 1.0
 
     def __post_init__(self) -> None:
-        if type(self.order) is not int or self.order not in (1, 2, 3, 4):
-            raise ValueError(f"Adams has orders 1 to 4, got {self.order!r}.")
+        check_order(self.order, (1, 2, 3, 4), "Adams has orders 1 to 4")
         if self.prediction not in ("noise", "flow"):
             raise UnknownNameError("prediction", self.prediction, ("noise", "flow"))
         if self.corrector not in ("none", "start", "every"):

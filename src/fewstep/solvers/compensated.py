@@ -33,7 +33,7 @@ from fewstep.multistep import Multistep, Step, added
 from fewstep.numerics import lagrange_polynomials
 from fewstep.plan import Row
 from fewstep.schedules import NoiseSchedule
-from fewstep.solver import Solver, Wrapper
+from fewstep.solver import Solver, Wrapper, check_order
 
 __all__ = ["CascadePolynomial", "Compensated"]
 
@@ -83,8 +83,7 @@ class Compensated(Wrapper):
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver) or self.solver.stages != 1:
             raise TypeError(f"compensation needs a solver of one call a step, got {self.solver!r:.80}.")
-        if self.degree not in (1, 2, 3):
-            raise ValueError(f"the polynomial of the compensation has degree 1, 2 or 3, got {self.degree!r}.")
+        check_order(self.degree, (1, 2, 3), "the polynomial of the compensation has degree 1, 2 or 3")
         if self.variable not in ("time", "lambda"):
             raise UnknownNameError("variable", self.variable, ("time", "lambda"))
         object.__setattr__(self, "ratios", tuple(float(ratio) for ratio in self.ratios))

@@ -32,7 +32,7 @@ from fewstep.multistep import trapezoidal_end
 from fewstep.numerics import exponential_weights, lagrange_polynomials
 from fewstep.plan import Row
 from fewstep.schedules import FromAlphasCumprod, FromBetas, NoiseSchedule
-from fewstep.solver import Solver
+from fewstep.solver import Solver, check_order
 
 __all__ = ["DEIS", "IPNDM"]
 
@@ -82,8 +82,7 @@ class DEIS(Solver):
     compat: str = "exact"
 
     def __post_init__(self) -> None:
-        if self.order not in (1, 2, 3, 4):
-            raise ValueError(f"DEIS has orders 1 to 4, got {self.order!r}.")
+        check_order(self.order, (1, 2, 3, 4), "DEIS has orders 1 to 4")
         if self.variable not in VARIABLES:
             raise UnknownNameError("variable", self.variable, VARIABLES)
         if self.compat not in ("exact", "official"):
@@ -148,8 +147,7 @@ class IPNDM(Solver):
     order: int = 4
 
     def __post_init__(self) -> None:
-        if self.order not in EQUAL_STEPS:
-            raise ValueError(f"iPNDM has orders 1 to 4, got {self.order!r}.")
+        check_order(self.order, tuple(EQUAL_STEPS), "iPNDM has orders 1 to 4")
 
     @property
     def claimed_order(self) -> int:

@@ -39,7 +39,7 @@ from fewstep.multistep import trapezoidal_end
 from fewstep.numerics import decaying_moments, exponential_weights, lagrange_polynomials, noise_clock
 from fewstep.plan import Interval, Row
 from fewstep.schedules import NoiseSchedule
-from fewstep.solver import Solver
+from fewstep.solver import Solver, check_order
 
 __all__ = ["DPMSolver", "DPMSolverPP", "DPMSolverPPSinglestep", "DPMSolverSinglestep"]
 
@@ -411,8 +411,7 @@ def _split(order: int, rule: str, budget: int) -> list[int]:
 
 
 def _check(name: str, order: int, variant: str, eta: float = 0.0) -> None:
-    if type(order) is not int or order not in (1, 2, 3):
-        raise ValueError(f"{name} has orders 1, 2 and 3, got {order!r}.")
+    check_order(order, (1, 2, 3), f"{name} has orders 1, 2 and 3")
     if not 0.0 <= eta <= 10.0:
         raise ValueError(f"eta must lie in [0, 10], got {eta:g}.")
     _check_name("variant", variant, VARIANTS)

@@ -28,6 +28,7 @@ from fewstep.grids import GridRule, check_grid
 from fewstep.multistep import Multistep, Step, added, taylor_weights
 from fewstep.plan import Entry
 from fewstep.schedules import NoiseSchedule
+from fewstep.solver import check_order
 from fewstep.statistics import Integrals, ModelStatistics
 
 __all__ = ["DPMSolverV3"]
@@ -81,8 +82,7 @@ class DPMSolverV3(Multistep):
     def __post_init__(self) -> None:
         if not isinstance(self.statistics, ModelStatistics):
             raise TypeError(f"statistics must be a fewstep.statistics.ModelStatistics, got {type(self.statistics).__name__}.")
-        if self.order not in (1, 2, 3):
-            raise ValueError(f"DPM-Solver-v3 has orders 1, 2 and 3, got {self.order!r}.")
+        check_order(self.order, (1, 2, 3), "DPM-Solver-v3 has orders 1, 2 and 3")
         if self.corrector not in CORRECTORS:
             raise UnknownNameError("corrector", self.corrector, CORRECTORS)
         if self.compat not in ("exact", "official"):

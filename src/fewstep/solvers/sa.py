@@ -31,7 +31,7 @@ from fewstep.errors import UnknownNameError
 from fewstep.numerics import exponential_weights, noise_clock, padded_sum
 from fewstep.plan import Interval, Row
 from fewstep.schedules import NoiseSchedule
-from fewstep.solver import Solver
+from fewstep.solver import Solver, check_order
 
 __all__ = ["SASolver"]
 
@@ -83,10 +83,8 @@ class SASolver(Solver):
     compat: str = "exact"
 
     def __post_init__(self) -> None:
-        if self.predictor not in (1, 2, 3, 4):
-            raise ValueError(f"SA-Solver's predictor has orders 1 to 4, got {self.predictor!r}.")
-        if self.corrector not in (0, 2, 3, 4):
-            raise ValueError(f"SA-Solver's corrector uses 2 to 4 predictions, or is left out with 0; got {self.corrector!r}.")
+        check_order(self.predictor, (1, 2, 3, 4), "SA-Solver's predictor has orders 1 to 4")
+        check_order(self.corrector, (0, 2, 3, 4), "SA-Solver's corrector uses 2 to 4 predictions, or is left out with 0")
         if not (math.isfinite(self.tau) and self.tau >= 0.0):
             raise ValueError(f"tau must be finite and at least 0, got {self.tau:g}.")
         if self.interval is not None:

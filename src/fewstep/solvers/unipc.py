@@ -32,6 +32,7 @@ from fewstep.errors import UnknownNameError
 from fewstep.multistep import Multistep, Step
 from fewstep.numerics import exponential_weights
 from fewstep.schedules import NoiseSchedule
+from fewstep.solver import check_order
 
 __all__ = ["UniPC"]
 
@@ -83,8 +84,7 @@ class UniPC(Multistep):
     lower_order_final: bool = False
 
     def __post_init__(self) -> None:
-        if self.order not in range(1, HIGHEST_ORDER + 1):
-            raise ValueError(f"UniPC has orders 1 to {HIGHEST_ORDER}, got {self.order!r}.")
+        check_order(self.order, range(1, HIGHEST_ORDER + 1), f"UniPC has orders 1 to {HIGHEST_ORDER}")
         if self.shortcut not in ("bh1", "bh2", "none"):
             raise UnknownNameError("shortcut", self.shortcut, ("bh1", "bh2", "none"))
         if self.prediction not in ("data", "noise"):
