@@ -136,9 +136,11 @@ class ModelStatistics:
         nodes: int = 240,
         ends: tuple[float, float] | None = None,
     ) -> ModelStatistics:
-        r"""Of data that are Gaussian with a diagonal covariance, in closed form; the solver is then exact in one step.
+        r"""Of data that are Gaussian with a diagonal covariance, in closed form; the solver is then exact in one step between finite
+        lambdas, up to the interpolation between the nodes.
 
         $l = 1/(1 + V e^{2\lambda})$ and $f = -l m$ whatever the state, so s = 0 and $b = df/d\lambda = 2 l (1 - l) m$.
+        Where alpha is 0, as at the start of the default `Flow`, lambda is infinite and the first step is DDIM's.
 
         Args:
             schedule: noise schedule.

@@ -1,7 +1,7 @@
 r"""DEIS: exponential Adams-Bashforth multistep in a chosen time variable, and iPNDM.
 
-Source: "Fast Sampling of Diffusion Models with Exponential Integrator" (arXiv 2204.13902, eq. 14-15 for the t-AB coefficients, section 3.3
-and proposition 3 for the variable $\rho$, eq. 40-42 for iPNDM). With $\rho = \sigma/\alpha$ the probability-flow ODE reads
+Source: "Fast Sampling of Diffusion Models with Exponential Integrator" (arXiv 2204.13902: tAB-DEIS, rhoAB-DEIS
+and iPNDM). With $\rho = \sigma/\alpha$ the probability-flow ODE reads
 
 $$ \frac{x_t}{\alpha_t} = \frac{x_s}{\alpha_s} + \int_{\rho_s}^{\rho_t} \varepsilon\,d\rho
    \;\approx\; \frac{x_s}{\alpha_s} + \sum_j C_j\,\varepsilon_j, \qquad

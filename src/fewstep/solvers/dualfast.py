@@ -2,7 +2,7 @@ r"""DualFast: a noise prediction that is pushed away from an earlier one, around
 
 It lowers the error of DDIM, and takes its order from a solver of order 2 or more; see the page of the method for what was measured.
 
-Source: "DualFast: Dual-Speedup Framework for Fast Sampling of Diffusion Models" (arXiv 2506.13058, eq. 12). The authors' code is not
+Source: "DualFast: Dual-Speedup Framework for Fast Sampling of Diffusion Models" (arXiv 2506.13058). The authors' code is not
 public. With $h = \lambda_t - \lambda_s$, the noise prediction $\epsilon_s = (x_s - \alpha_s D_s)/\sigma_s$ in the first-order term of a
 step is replaced by
 
@@ -55,7 +55,8 @@ class DualFast(Wrapper):
         TypeError: for a weight that is neither a number nor a sequence of them.
 
     Note:
-        The decay from 0.5 to 0 is what the paper describes; without code or a table of the settings it could not be compared with theirs.
+        The paper's weights could not be compared: there is no public code or table of them. The fall from 0.5 to 0 is ours; a sequence
+        takes any other, also one that grows.
 
     Example:
         >>> from fewstep.schedules import VPLinear

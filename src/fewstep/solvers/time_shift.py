@@ -1,6 +1,6 @@
 r"""Time shift: every sample's network call at the time whose noise level its state really has, as a hook of the loop.
 
-Source: "Alleviating Exposure Bias in Diffusion Models through Sampling with Shifted Time Steps" (arXiv 2305.15583, algorithm 2 and eq. 9).
+Source: "Alleviating Exposure Bias in Diffusion Models through Sampling with Shifted Time Steps" (arXiv 2305.15583, the Time-Shift Sampler).
 After a step to time t, the variance v over the elements of a sample is compared with that of the marginals in a window around t,
 
 $$ t_s = \operatorname*{argmin}_{|\tau - t| \le w/2} \left| v - m(\tau) \right|, \qquad
