@@ -1,8 +1,9 @@
 r"""DPM-Solver and DPM-Solver++: multistep and single-step, of order 1, 2 and 3, for the ODE and, from data predictions, the SDE.
 
 Sources: "DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling in Around 10 Steps" (arXiv 2206.00927; proposition 3.1,
-algorithms 1 and 2; how calls are split is that of DPM-Solver-fast in the authors' code) for noise predictions; "DPM-Solver++: Fast Solver for Guided Sampling of
-Diffusion Probabilistic Models" (arXiv 2211.01095; eq. 8 and algorithms 1 and 2 for the ODE, SDE-DPM-Solver++ for the SDE) for data predictions.
+algorithms 1 and 2; how calls are split is that of DPM-Solver-fast in the authors' code) for noise predictions; "DPM-Solver++: Fast
+Solver for Guided Sampling of Diffusion Probabilistic Models" (arXiv 2211.01095; eq. 8 and algorithms 1 and 2 for the ODE,
+SDE-DPM-Solver++ for the SDE) for data predictions.
 
 The prediction is interpolated in lambda by a polynomial m, and the rest is integrated exactly. With $h = \lambda_t - \lambda_s$,
 $\eta \ge 0$ (0: probability-flow ODE, 1: reverse SDE) and $z = (1 + \eta) h$, from data predictions

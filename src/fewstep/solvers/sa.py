@@ -1,7 +1,8 @@
 r"""SA-Solver: stochastic Adams predictor-corrector for diffusion SDEs, data prediction.
 
 Source: "SA-Solver: Stochastic Adams Solver for Fast Sampling of Diffusion Models" (arXiv 2309.05019, eq. 15 for the
-coefficients of the predictor, eq. 18 for those of the corrector, appendix D for the second-order shortcut of the authors' code). For every $\tau(\lambda) \ge 0$
+coefficients of the predictor, eq. 18 for those of the corrector, appendix D for the second-order shortcut of the authors' code). For
+every $\tau(\lambda) \ge 0$
 the reverse SDE has the same marginals; $\tau = 0$ is the probability-flow ODE, $\tau = 1$ the usual reverse SDE. With
 $E(a, b) = \int_a^b \tau^2 d\lambda$ its solution is
 

@@ -1,7 +1,8 @@
 r"""Gaussian teleportation: the noisy part of the path in closed form, as a plan's start transform; then any solver.
 
 Source: "The Unreasonable Effectiveness of Gaussian Score Approximation for Diffusion Models and its Applications" (arXiv 2412.09726,
-"analytical teleportation", with the closed-form solution of the Gaussian model). Far from the data a model's score is nearly that of a Gaussian with the data's mean $\mu$ and
+"analytical teleportation", with the closed-form solution of the Gaussian model). Far
+from the data a model's score is nearly that of a Gaussian with the data's mean $\mu$ and
 covariance $U \Lambda U^T$, for which the probability-flow ODE has the solution
 
 $$ x_t = \alpha_t \mu + U \sqrt{\frac{\alpha_t^2 \Lambda + \sigma_t^2}{\alpha_s^2 \Lambda + \sigma_s^2}}\; U^T (x_s - \alpha_s \mu), $$
