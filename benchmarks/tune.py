@@ -122,7 +122,7 @@ def make_problem(told: str, name: str, scale: float, seed: int) -> Problem:
     if name.startswith("mixture"):
         size, kind = name.removeprefix("mixture ").split(", ")
         denoiser: Any = mixture(int(size), SCHEDULES[kind], seed)
-        schedule, shape, count, few, dtype = SCHEDULES[kind], (int(size),), 2048, 2048, torch.float64
+        schedule, shape, count, few, dtype = SCHEDULES[kind], (int(size),), 2048, 128, torch.float64
         cond, null = {"label": torch.arange(2 * count) % COMPONENTS}, -1
         if scale == 1.0:
             cond = {}

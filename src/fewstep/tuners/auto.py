@@ -6,10 +6,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.artefacts import json_value
@@ -26,7 +27,7 @@ from fewstep.version import __version__
 
 __all__ = ["Effort", "Tuned", "tune"]
 
-FEWEST_HELD_OUT = 32
+Floats = NDArray[np.float64]
 SLOW = 1e-4
 """Seconds of an evaluation (one sample, one call) from which a network counts as slow, and less is spent on it by default."""
 SENSITIVITY_CALLS = 6
@@ -43,16 +44,17 @@ class Effort:
         held_out: exact paths that they are validated on.
         pool: noises among which the paths to fit to are chosen, as a multiple of `trajectories`.
         reference_calls: network calls of an exact path.
-        trials: of times, see `Learned`.
-        polish: Jacobians, see `Learned`.
+        trials, trial_paths, polish, robust: see `Learned`.
     """
 
-    trajectories: int = 128
-    held_out: int = 64
-    pool: int = 3
+    trajectories: int = 96
+    held_out: int = 128
+    pool: int = 4
     reference_calls: int = 64
-    trials: int = 40
-    polish: int = 3
+    trials: int = 20
+    trial_paths: int = 48
+    polish: int = 2
+    robust: tuple[float, ...] = (10.0,)
 
     def __post_init__(self) -> None:
         if self.trajectories < 1 or self.held_out < 2 or self.pool < 1 or self.reference_calls < 8:
@@ -63,7 +65,9 @@ class Effort:
 
 
 SLOW_EFFORT = Effort()
-FAST_EFFORT = Effort(trajectories=1024, held_out=512, pool=8, reference_calls=128, trials=100, polish=15)
+FAST_EFFORT = Effort(
+    trajectories=1024, held_out=512, pool=8, reference_calls=128, trials=100, trial_paths=512, polish=15, robust=(3.0, 30.0, 100.0)
+)
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ def tune(
 
 def learned(task: Task, nfe: int, effort: Effort) -> Iterator[Candidate]:
     """The three stages of `Learned`."""
-    options = Learned(trials=effort.trials, polish=effort.polish)
+    options = Learned(trials=effort.trials, trial_paths=effort.trial_paths, polish=effort.polish, robust=effort.robust)
     for stage, numbers in options.stages(task, nfe):
         made_by = {"solver": {"name": "learned", "options": {**asdict(options), "stage": stage}}, "grid": "learned"}
         yield task.judge(f"learned: {stage}", numbers.plan(task.schedule, made_by))
@@ -239,15 +243,14 @@ def prepare(
     draw = _Draws(counted, noise, dict(cond or {}), seed)
     effort = effort or (FAST_EFFORT if _seconds(counted, draw) < SLOW else SLOW_EFFORT)
     say = report or (lambda line: None)
-    chosen = _sensitive(counted, draw, effort)
+    fit = _sensitive(counted, draw, draw.pool(effort.pool * effort.trajectories), effort.trajectories)
+    held_out = _sensitive(counted, draw, draw(effort.pool * effort.held_out), effort.held_out, uniform=0.5)
     say(
-        f"exact paths of {len(chosen[0])} noises to fit to and {effort.held_out} to validate on, {effort.reference_calls} calls each"
+        f"exact paths of {len(fit.noise)} noises to fit to and {len(held_out.noise)} to validate on, {effort.reference_calls} calls each"
     )
-    paths = [
-        trace_paths(counted, x, schedule, calls=effort.reference_calls, cond=conditions, final=final)
-        for x, conditions in (chosen, draw(effort.held_out))
-    ]
-    return Task(counted, schedule, paths[0], paths[1], final, seed, say, began), effort
+    options = {"calls": effort.reference_calls, "final": final}
+    paths = [trace_paths(counted, chosen.noise, schedule, cond=chosen.cond, **options) for chosen in (fit, held_out)]
+    return Task(counted, schedule, paths[0], replace(paths[1], weights=held_out.weights), final, seed, say, began), effort
 
 
 class _Draws:
@@ -308,18 +311,37 @@ def _seconds(denoiser: Counted, draw: _Draws) -> float:
     return min(times)
 
 
-def _sensitive(denoiser: Counted, draw: _Draws, effort: Effort) -> tuple[Tensor, dict[str, Any]]:
-    """Noises whose samples depend on them most: drawn from a pool with a probability in proportion to how far a sample moves when its noise
-    moves a little, in a random direction, under a plan of few calls.
+class _Chosen(NamedTuple):
+    """Noises, their conditions, and how many noises of the pool each stands for."""
+
+    noise: Tensor
+    cond: dict[str, Any]
+    weights: Floats
+
+
+def _sensitive(
+    denoiser: Counted, draw: _Draws, pool: tuple[Tensor, dict[str, Any]], count: int, *, uniform: float = 0.0
+) -> _Chosen:
+    """About `count` noises of a pool, with a probability in proportion to how far a sample moves when its noise moves a little, in a random
+    direction, under a plan of few calls; mixed with equal probabilities by the share `uniform`.
     """
-    noise, cond = draw.pool(effort.pool * effort.trajectories)
-    if len(noise) <= effort.trajectories:
-        return noise, cond
+    noise, cond = pool
+    if len(noise) <= count:
+        return _Chosen(noise, cond, np.ones(len(noise)))
     plan = make_plan("auto", denoiser.schedule, SENSITIVITY_CALLS)
     direction = torch.from_numpy(draw.random.standard_normal(tuple(noise.shape))).to(noise) * draw.scale
     size = PERTURBATION.get(noise.dtype, PERTURBATION[torch.float32])
     moved = sample(denoiser, noise + size * direction, plan, cond=cond) - sample(denoiser, noise, plan, cond=cond)
     moves = moved.double().reshape(len(noise), -1).square().mean(1).sqrt().cpu().numpy()
-    keys = draw.random.exponential(size=len(noise)) / np.maximum(moves, 1e-300)  # a weighted draw without replacement
-    rows = torch.from_numpy(np.sort(np.argsort(keys)[: effort.trajectories])).to(noise.device)
-    return noise[rows], take_rows(cond, rows)
+    chances = uniform / len(noise) + (1.0 - uniform) * moves / moves.sum()
+    for _ in range(len(noise)):  # those above 1 are certain, and the others share what is left
+        certain = count * chances >= 1.0
+        scaled = np.where(certain, 1.0 / count, chances * (1.0 - certain.sum() / count) / chances[~certain].sum())
+        if np.allclose(scaled, chances):
+            break
+        chances = scaled
+    chances = np.minimum(count * chances, 1.0)
+    places = np.cumsum(chances) + draw.random.uniform()  # systematic: one at every whole number that is passed
+    rows = np.flatnonzero(np.floor(places) > np.floor(places - chances))
+    picked = torch.from_numpy(rows).to(noise.device)
+    return _Chosen(noise[picked], take_rows(cond, picked), 1.0 / chances[rows])

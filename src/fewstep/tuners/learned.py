@@ -50,7 +50,7 @@ LONGEST_MOVE = 0.5
 """The most a time moves in lambda in one Gauss-Newton step."""
 SHORTEST = 1e-4
 """The shortest step the search begins with, as a fraction of the interval in lambda."""
-LEAST_GAIN = 0.01
+LEAST_GAIN = 0.003
 """Steps of the polish that lower the loss by less than this fraction are the last."""
 MOST_STEPS, TRIES = 12, 4
 """Steps from one Jacobian, and how often each may be damped more."""
@@ -70,10 +70,15 @@ class Numbers:
     end: float
     rows: tuple[Floats, ...]
 
+    @property
+    def times(self) -> Floats:
+        """``"N+1"``, the end included."""
+        return np.append(self.tau, self.end)
+
     def plan(self, schedule: NoiseSchedule, provenance: dict[str, Any]) -> Plan:
         """The plan that runs these numbers."""
         rows = tuple(Row(float(t), (float(row[0]),), tuple(row[1:].tolist())) for t, row in zip(self.tau, self.rows, strict=True))
-        return Plan(schedule, np.append(self.tau, self.end), rows, provenance=provenance)
+        return Plan(schedule, self.times, rows, provenance=provenance)
 
 
 class _Polished(NamedTuple):
@@ -96,32 +101,36 @@ class Learned:
 
     Args:
         trials: of times in stage 2; 0 leaves it out.
+        trial_paths: the paths that a trial is made on; the rows on the best times are fitted to all.
         polish: the most Jacobians; 0 leaves stage 3 out.
         ridge: how strongly rows are drawn to the solver's, relative to the mean square of every term.
-        robust: the scale s of Cauchy's loss in medians of the samples' errors.
+        robust: scales s of Cauchy's loss, in medians of the samples' errors: the polish is made with each, always from the searched times.
     """
 
     trials: int = 100
+    trial_paths: int = 256
     polish: int = 4
     ridge: float = 1e-8
-    robust: float = 3.0
+    robust: tuple[float, ...] = (10.0,)
 
     def __post_init__(self) -> None:
         if self.trials < 0 or self.polish < 0:
             raise ValueError(f"trials and polish are counts, got {self.trials} and {self.polish}.")
-        if not (self.ridge > 0.0 and self.robust > 0.0):
-            raise ValueError(f"ridge and robust must be positive, got {self.ridge:g} and {self.robust:g}.")
+        if not (self.ridge > 0.0 and self.robust and min(self.robust) > 0.0):
+            raise ValueError(f"ridge and robust must be positive, got {self.ridge:g} and {self.robust}.")
 
     def stages(self, task: Task, nfe: int) -> Iterator[tuple[str, Numbers]]:
         """The numbers after every stage."""
-        fitter = _Fitter(task, self)
-        numbers, loss = min((fitter.closed_form(times) for times in _grids(task, nfe)), key=lambda found: found[1])
+        fitter, some = _Fitter(task, task.fit, self), _Fitter(task, task.fit.take(slice(self.trial_paths)), self)
+        begun, loss = min((some.closed_form(times) for times in _grids(task, nfe)), key=lambda found: found[1])
+        numbers, _ = fitter.closed_form(begun.times)
         yield "closed form", numbers
         if self.trials and nfe > 1:
-            numbers, loss = fitter.search(numbers, loss)
+            numbers, _ = fitter.closed_form(some.search(begun, loss).times)
             yield "times", numbers
         if self.polish:
-            yield "polish", fitter.polish(numbers)
+            for robust in self.robust:
+                yield f"polish, s = {robust:g} medians", fitter.polish(numbers, robust)
 
 
 def _grids(task: Task, nfe: int) -> list[Floats]:
@@ -130,11 +139,11 @@ def _grids(task: Task, nfe: int) -> list[Floats]:
 
 
 class _Fitter:
-    """The stages on one task."""
+    """The stages on some paths of a task."""
 
-    def __init__(self, task: Task, options: Learned):
-        self.task, self.options = task, options
-        self.denoiser, self.schedule, self.paths = task.denoiser, task.schedule, task.fit
+    def __init__(self, task: Task, paths: Paths, options: Learned):
+        self.task, self.paths, self.options = task, paths, options
+        self.denoiser, self.schedule = task.denoiser, task.schedule
 
     # ---- closed form ---------------------------------------------------------------------------------------------------------------
 
@@ -162,13 +171,13 @@ class _Fitter:
 
     # ---- times ---------------------------------------------------------------------------------------------------------------------
 
-    def search(self, numbers: Numbers, loss: float) -> tuple[Numbers, float]:
+    def search(self, numbers: Numbers, loss: float) -> Numbers:
         """Better times than those, by CMA-ES over the logarithms of the steps in lambda."""
         try:
             from cmaes import CMA
         except ImportError as error:
             raise MissingExtraError("cmaes", "tune", "Searching times") from error
-        steps = _Steps(self.schedule, np.append(numbers.tau, numbers.end), _finite_ends(self.schedule, self.paths.times))
+        steps = _Steps(self.schedule, numbers.times, _finite_ends(self.schedule, self.paths.times))
         search = CMA(mean=steps.logs, sigma=0.3, seed=self.task.seed)
         best, tried = (numbers, loss), 0
         while tried < self.options.trials and not search.should_stop():
@@ -181,17 +190,17 @@ class _Fitter:
             search.tell(found)
             tried += len(found)
             self.task.report(f"times: {tried} of {self.options.trials} trials, loss {best[1]:.4g}")
-        return best
+        return best[0]
 
     # ---- polish --------------------------------------------------------------------------------------------------------------------
 
-    def polish(self, numbers: Numbers) -> Numbers:
+    def polish(self, numbers: Numbers, robust: float) -> Numbers:
         """All numbers together, by damped Gauss-Newton steps on the samples' errors.
 
         A Jacobian serves as many steps as lower the loss, brought up to date after each by Broyden's formula, which costs no calls.
         """
         samples = self._run(numbers, self.paths)[0][-1]
-        scale = (self.options.robust * float(np.median(distances(samples, self.paths.target)))) ** 2
+        scale = (robust * float(np.median(distances(samples, self.paths.target)))) ** 2
         best = _Polished(numbers, samples, distances(samples, self.paths.target), scale)
         for turn in range(self.options.polish):
             before = best.loss

@@ -44,6 +44,7 @@ class Paths:
         predictions: ``"K+1 batch *shape"``, the data predictions there.
         target: ``"batch *shape"``, the exact samples: the states at the end, or the prediction of the clean data made there.
         cond: conditions, tensors with one entry a sample.
+        weights: ``"batch"``: how many samples each path stands for, where they are no fair sample of the noise.
         error: how far the ends are from those of half as many calls, root mean square over all elements: an upper estimate.
     """
 
@@ -54,6 +55,7 @@ class Paths:
     target: Tensor
     cond: dict[str, Any]
     error: float
+    weights: Floats | None = None
 
     @property
     def noise(self) -> Tensor:
@@ -94,6 +96,7 @@ class Paths:
             predictions=self.predictions[:, picked],
             target=self.target[picked],
             cond=take_rows(self.cond, picked),
+            weights=None if self.weights is None else self.weights[rows],
         )
 
 

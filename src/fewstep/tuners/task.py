@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.plan import Plan
@@ -33,6 +35,8 @@ UNTUNED: dict[str, Solver] = {
     "adams_flow_3": Adams(order=3, prediction="flow"),
 }
 """The untuned solvers that a tuned plan has to beat: those that are best in some cell of ``benchmarks/solvers.py`` or ``auto.py``."""
+SCREENED, FINALISTS = 24, 4
+"""Untuned settings are tried on so many noises, and so many of them on all."""
 GRIDS = ("auto", "time", "quadratic", "lambda", "karras")
 
 
@@ -86,15 +90,26 @@ class Errors:
     median: float
 
 
-def errors_of(samples: Tensor, exact: Tensor) -> Errors:
+def errors_of(samples: Tensor, exact: Tensor, weights: NDArray[np.float64] | None = None) -> Errors:
     """Compare samples ``"batch *shape"`` with the exact ones.
+
+    Args:
+        samples: of a plan.
+        exact: from the same noise.
+        weights: ``"batch"``: how many samples each one stands for; 1 when left out.
 
     Example:
         >>> errors_of(torch.tensor([[3.0], [1.0], [1.0]]), torch.zeros(3, 1)).median
         1.0
     """
     each = distances(samples, exact)
-    return Errors(float(np.sqrt((each**2).mean())), float(np.median(each)))
+    if not np.isfinite(each).all():
+        return Errors(math.inf, math.inf)
+    shares = np.ones(len(each)) if weights is None else weights
+    shares = shares / shares.sum()
+    order = np.argsort(each)
+    middle = order[np.searchsorted(np.cumsum(shares[order]), 0.5)]
+    return Errors(float(np.sqrt(shares @ each**2)), float(each[middle]))
 
 
 def distances(samples: Tensor, exact: Tensor) -> np.ndarray:
@@ -126,7 +141,7 @@ class Task:
     Attributes:
         denoiser: counts.
         fit: paths to fit to; not a fair sample of the noise, see `fewstep.tuners.draw_paths`.
-        held_out: paths of noise that nothing is fitted to, a fair sample.
+        held_out: paths of noise that nothing is fitted to, with weights that make them a fair sample.
         final: where plans end, ``"t_end"`` or ``"zero"``.
         seed: of whatever is drawn at random.
         report: called with a line about what goes on.
@@ -143,23 +158,25 @@ class Task:
 
     def judge(self, name: str, plan: Plan, *, tuned: bool = True) -> Candidate:
         """Run a plan on the validation noise."""
-        return Candidate(name, plan, errors_of(self.run(plan, self.held_out), self.held_out.target), tuned)
+        return Candidate(name, plan, errors_of(self.run(plan, self.held_out), self.held_out.target, self.held_out.weights), tuned)
 
     def run(self, plan: Plan, paths: Paths) -> Tensor:
         """The samples that a plan makes of the paths' noise; NaN where the network fails."""
         return sample(self.denoiser, paths.noise, plan, cond=paths.cond, check=False)
 
     def untuned(self, nfe: int) -> Candidate:
-        """The best of the untuned solvers and grids at this number of calls, on the validation noise."""
-        return min(self._untuned(nfe), key=lambda candidate: candidate.errors.rms)
+        """The best of the untuned solvers and grids at this number of calls, on the validation noise.
 
-    def _untuned(self, nfe: int) -> Iterator[Candidate]:
-        for name, solver in UNTUNED.items():
-            for grid in GRIDS:
-                plan = solver.plan(self.schedule, nfe, grid, final=self.final)
-                candidate = self.judge(f"{name}, {grid}", plan, tuned=False)
-                if np.isfinite(candidate.errors.rms):
-                    yield candidate
+        All are tried on some of it, and the best few on the whole.
+        """
+        plans = {
+            f"{name}, {grid}": solver.plan(self.schedule, nfe, grid, final=self.final)
+            for name, solver in UNTUNED.items()
+            for grid in GRIDS
+        }
+        some = self.held_out.take(slice(SCREENED))
+        order = sorted(plans, key=lambda name: errors_of(self.run(plans[name], some), some.target, some.weights).rms)
+        return min((self.judge(name, plans[name], tuned=False) for name in order[:FINALISTS]), key=lambda found: found.errors.rms)
 
 
 def _innermost(denoiser: Any, name: str) -> Any:

@@ -1,0 +1,159 @@
+"""`fs.tune`: plans that beat every untuned one on noise they never saw, and are refused where they do not belong."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import fewstep as fs
+from fewstep.errors import PlanError
+from fewstep.tuners import Effort
+from fewstep.tuners.task import errors_of
+
+SMALL = Effort(trajectories=128, held_out=128, pool=3, reference_calls=64, trials=30, polish=4)
+
+
+def mixture(schedule=None, size=4, shift=0.0):
+    generator = torch.Generator().manual_seed(1)
+    means = torch.randn(5, size, generator=generator, dtype=torch.float64) + shift
+    variances = 0.02 + 0.1 * torch.rand(5, size, generator=generator, dtype=torch.float64)
+    return fs.exact.GaussianMixture(schedule or fs.schedules.VPLinear(), means, variances)
+
+
+def start(denoiser, count=64, first=0, size=4):
+    schedule = denoiser.schedule
+    return fs.draw_noise((size,), range(first, first + count), dtype=torch.float64) * float(schedule.sigma(schedule.t_start))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [fs.schedules.VPLinear(), fs.schedules.VPCosine(), fs.schedules.EDM(), fs.schedules.Flow(), fs.schedules.Flow(t_end=0.0)],
+    ids=["VPLinear", "VPCosine", "EDM", "Flow", "Flow to 0"],
+)
+def test_a_tuned_plan_beats_every_untuned_one_on_other_noise(schedule):
+    denoiser = mixture(schedule)
+    tuned = fs.tune(denoiser, nfe=5, noise=start(denoiser), effort=SMALL)
+    noise = start(denoiser, 512, first=9000)
+    exact = fs.reference(denoiser, noise, schedule, tol=1e-5).plain()
+    mine = errors_of(fs.sample(denoiser, noise, tuned.plan), exact)
+    base = errors_of(fs.sample(denoiser, noise, tuned.candidates[5][0].plan), exact)
+    assert tuned.plan.nfe == 5
+    assert mine.rms < 0.6 * base.rms
+    assert mine.median < 0.6 * base.median
+
+
+def test_a_family_shares_its_paths():
+    denoiser = mixture()
+    tuned = fs.tune(denoiser, nfe=[3, 6], noise=start(denoiser), effort=SMALL)
+    assert sorted(tuned.plans) == [3, 6]
+    assert [plan.nfe for plan in tuned.plans.values()] == [3, 6]
+    assert tuned.report["plans"]["6"]["rms"] < tuned.report["plans"]["3"]["rms"]
+    with pytest.raises(ValueError, match=r"\[3, 6\]"):
+        _ = tuned.plan
+
+
+def test_final_zero_ends_in_clean_data():
+    denoiser = mixture()
+    tuned = fs.tune(denoiser, nfe=4, noise=start(denoiser), effort=SMALL, final="zero")
+    noise = start(denoiser, 256, first=9000)
+    exact = denoiser(fs.reference(denoiser, noise, denoiser.schedule, tol=1e-6).plain(), denoiser.schedule.t_end)
+    assert float(denoiser.schedule.sigma(tuned.plan.grid[-1])) == 0.0
+    assert errors_of(fs.sample(denoiser, noise, tuned.plan), exact).rms < 0.7 * tuned.report["plans"]["4"]["untuned_rms"]
+
+
+def test_one_call_is_exact_for_a_round_gaussian():
+    denoiser = fs.exact.Gaussian(fs.schedules.EDM(), [0.5, -1.0, 2.0], 0.3)
+    tuned = fs.tune(denoiser, nfe=1, noise=start(denoiser, size=3), effort=dataclasses.replace(SMALL, reference_calls=256))
+    noise = start(denoiser, 64, first=9000, size=3)
+    assert errors_of(fs.sample(denoiser, noise, tuned.plan), denoiser.solution(noise, 80.0, 0.002)).rms < 1e-4
+
+
+def test_too_few_paths_never_make_it_worse():
+    denoiser = mixture(size=16)
+    effort = Effort(trajectories=2, held_out=64, pool=1, reference_calls=32, trials=12, polish=8)
+    tuned = fs.tune(denoiser, nfe=8, noise=start(denoiser, size=16), effort=effort)
+    told = tuned.report["plans"]["8"]
+    assert told["rms"] <= told["untuned_rms"]
+    assert any(candidate["rms"] > told["untuned_rms"] for candidate in told["candidates"])  # it was over-fitted
+
+
+def test_same_seed_same_plan_whatever_the_blocks():
+    denoiser = mixture()
+    plans = [fs.tune(denoiser, nfe=3, noise=start(denoiser), effort=SMALL, block=block).plan for block in (256, 256, 50)]
+    for other, tolerance in ((plans[1], 0.0), (plans[2], 1e-6)):
+        np.testing.assert_allclose(plans[0].tau, other.tau, rtol=tolerance)
+        for row, same in zip(plans[0].rows, other.rows, strict=True):
+            np.testing.assert_allclose(row.weights, same.weights, rtol=0, atol=tolerance)
+
+
+def test_the_plan_says_what_it_was_made_for_and_refuses_the_rest(tmp_path):
+    denoiser = mixture()
+    guided = fs.guidance.ClassifierFree(denoiser, 3.0, {"label": -1})
+    cond = {"label": torch.arange(64) % 5}
+    tuned = fs.tune(guided, nfe=3, noise=start(denoiser), cond=cond, effort=SMALL)
+    assert tuned.candidates[3][0].errors.rms > tuned.report["plans"]["3"]["rms"]
+    tuned.plan.save(tmp_path / "plan.safetensors")
+    plan, noise = fs.Plan.load(tmp_path / "plan.safetensors"), start(denoiser)
+    fs.sample(guided, noise, plan, cond=cond)
+    with pytest.raises(PlanError, match="guidance of scale 3, but the denoiser has no guidance"):
+        fs.sample(denoiser, noise, plan)
+    with pytest.raises(PlanError, match=r"scale 3, .* of scale 7\.5"):
+        fs.sample(fs.guidance.ClassifierFree(denoiser, 7.5, {"label": -1}), noise, plan, cond=cond)
+    other = fs.guidance.ClassifierFree(mixture(shift=0.1), 3.0, {"label": -1})
+    with pytest.raises(PlanError, match="GaussianMixture"):
+        fs.sample(other, noise, plan, cond=cond)
+    made_for = plan.provenance["tuned"]
+    assert made_for["model"]["guidance"]["guidance_scale"] == 3.0
+    assert made_for["evaluations"] > 0
+    assert made_for["validation"]["rms"] < made_for["validation"]["untuned_rms"]
+
+
+def test_a_network_is_told_from_another_by_its_weights():
+    networks = [torch.nn.Linear(4, 4).double() for _ in range(2)]
+    schedule = fs.schedules.VPLinear()
+    denoisers = [fs.Denoiser(lambda x, t, net=net: net(x), schedule, predicts="data") for net in networks]
+    assert fs.identity.identity(denoisers[0])["fingerprint"] is None  # a function has no weights to look at
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, t):
+            return self.net(x)
+
+    first, second = (fs.Denoiser(Wrapped(net), schedule, predicts="data") for net in networks)
+    before = fs.identity.identity(first)["fingerprint"]
+    assert before == fs.identity.identity(first)["fingerprint"] != fs.identity.identity(second)["fingerprint"]
+    with torch.no_grad():
+        networks[0].weight.add_(1.0)
+    assert fs.identity.identity(first)["fingerprint"] != before
+
+
+def test_a_discrete_model_with_integer_times():
+    schedule = fs.schedules.FromBetas(np.linspace(1e-4, 0.02, 1000).tolist())
+    exact = mixture(schedule)
+
+    denoiser = fs.Denoiser(lambda x, i: exact(x, float(i[0] + 1) / 1000), schedule, predicts="data", integer_time=True)
+    tuned = fs.tune(denoiser, nfe=5, noise=start(denoiser), effort=SMALL)
+    assert tuned.report["plans"]["5"]["ratio"] < 0.7
+
+
+def test_what_is_wrong_is_said():
+    denoiser = mixture()
+    noise = start(denoiser)
+    with pytest.raises(ValueError, match="nfe"):
+        fs.tune(denoiser, nfe=0, noise=noise)
+    with pytest.raises(ValueError, match="learned"):
+        fs.tune(denoiser, nfe=3, noise=noise, method="lerned")
+    with pytest.raises(ValueError, match="the scale"):
+        fs.tune(denoiser, nfe=3, noise=100 * noise)
+    with pytest.raises(ValueError, match="noise="):
+        fs.tune(denoiser, nfe=3)
+    with pytest.raises(ValueError, match="entries for"):
+        fs.tune(denoiser, nfe=3, noise=noise, cond={"label": torch.zeros(3, dtype=torch.int64)})
+    with pytest.raises(fs.FewstepError, match="noise schedule"):
+        fs.tune(lambda x, t: x, nfe=3, noise=noise)
