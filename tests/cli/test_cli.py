@@ -115,9 +115,16 @@ def test_compare_ranks_all_solvers_in_one_page(tiny, tmp_path, capsys):
     assert status == 0
     assert "12 against 24 samples, seed 3" in text
     again = json.loads((tmp_path / "b" / "results.json").read_text())["rows"]
+    assert "all runs and the exact solution end at noise level 0" in text
     before = {(row["solver"], row["nfe"]): row["error"] for row in results["rows"]}
     for row in again:
         assert row["error"] == pytest.approx(before.get((row["solver"], row["nfe"]), row["error"]), rel=1e-4)
+    # and to the last time of the schedule
+    options += ["--solvers", "ddim", "--out", tmp_path / "c", "--final", "t_end", "--json", "--quiet"]
+    ended = json.loads(run(capsys, "compare", tiny, *options)[1])
+    assert ended["models"]["tiny"]["end"].startswith("t = 0.001")
+    assert f"end at {ended['models']['tiny']['end']}" in (tmp_path / "c" / "index.html").read_text()
+    assert all(row["error"] != before["ddim", row["nfe"]] for row in ended["rows"])
 
 
 def test_evaluate_reads_what_sample_writes_and_pictures(tiny, tmp_path, capsys):

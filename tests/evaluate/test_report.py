@@ -100,6 +100,16 @@ def test_settled_solution_is_within_its_own_error():
         settled_solution(denoiser, x, denoiser.schedule, tol=1e-14, most=80)
 
 
+def test_a_settled_solution_that_ends_at_zero_takes_one_more_prediction():
+    denoiser, x = mixture(), fs.draw_noise((2,), range(8), dtype=torch.float64)
+    at_end = settled_solution(denoiser, x, denoiser.schedule, tol=1e-4)
+    zero = settled_solution(denoiser, x, denoiser.schedule, tol=1e-4, final="zero")
+    torch.testing.assert_close(zero.samples, denoiser(at_end.samples, denoiser.schedule.t_end), rtol=0, atol=1e-4)
+    assert zero.nfe % 10 == 1
+    with pytest.raises(fs.FewstepError, match="unknown final"):
+        settled_solution(denoiser, x, denoiser.schedule, final="end")
+
+
 def test_candidates_run_equal_plans_once_and_say_what_is_left_out(monkeypatch):
     schedule = fs.schedules.VPLinear()
     found = candidates(schedule, [2, 5])
@@ -118,6 +128,8 @@ def test_candidates_run_equal_plans_once_and_say_what_is_left_out(monkeypatch):
     found = candidates(schedule, [5])
     assert "computed for the model" in found.skipped["NeedsStatistics"]
     assert "17" in found.skipped["broken"]
+    ends = [{plan.grid[-1] for *_, plan in candidates(schedule, [5], final=final).plans} for final in ("t_end", "zero")]
+    assert ends == [{schedule.t_end}, {0.0}]
     with pytest.raises(ValueError, match="17"):
         candidates(schedule, [5], names=["broken"])
 

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from fewstep.cli.options import Common, option
+from fewstep.cli.options import Common, final_option, option
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class CompareOptions(Common):
     nfe: str = option("4,5,6,8,10", "numbers of network calls")
     solvers: str = option("all", "names of solvers, separated by commas, or all; see `fewstep solvers`")
     grids: str = option("auto", "names of time grids, separated by commas")
+    final: str = final_option()
     count: int = option(200, "samples of every solver")
     others: int = option(0, "exact solutions of other noise that the samples are compared with; 0: twice --count")
     distance: str = option("sliced_wasserstein", "distance of distributions: sliced_wasserstein, frechet or wasserstein")
@@ -78,7 +79,7 @@ def _prepare(model: Any, nfes: list[int], options: CompareOptions) -> tuple[Any,
     from fewstep.evaluate.features import make_features
 
     names = None if options.solvers == "all" else options.solvers.split(",")
-    found = candidates(model.schedule, nfes, names=names, grids=options.grids.split(","))
+    found = candidates(model.schedule, nfes, names=names, grids=options.grids.split(","), final=options.final)
     if not found.plans:
         raise ValueError(f"no solver can be run on {model.info.name}: {_reasons(found.skipped)}.")
     shape = ask_for(model.info.shape, model.info.name)
@@ -110,7 +111,8 @@ def _model(report: Any, model: Any, found: Any, judged: Any, options: CompareOpt
         seeds = range(first, first + count)
         noise = draw_noise(model.info.shape, seeds, plan, dtype=state_dtype(options), device=options.device)
         bar.set_description(f"{model.info.name}: exact solutions of {count} samples")
-        return noise, cond, settled_solution(model, noise, model.schedule, tol=options.tol, cond=cond, block=options.batch)
+        solving = {"tol": options.tol, "final": options.final, "cond": cond, "block": options.batch}
+        return noise, cond, settled_solution(model, noise, model.schedule, **solving)
 
     noise, cond, exact = solve(options.seed, options.count)
     _, other_cond, others = solve(options.seed + FAR, options.others or 2 * options.count)
@@ -168,6 +170,7 @@ def _print(results: dict[str, Any], options: CompareOptions) -> None:
         about = found["distance"]
         sizes = f"{about['sizes'][0]} against {about['sizes'][1]} samples"
         print(f"{name}: {about['name']} of {about['features']}, {sizes}, seed {about['seed']}, floor {about['floor']:.3g}")
+        print(f"all runs and the exact solution end at {found['end']}")
         print("  by error  by distance  solver, grid")
         for key in sorted(first.keys() | second.keys(), key=lambda k: (first.get(k, 10**6), second.get(k, 10**6))):
             print(f"  {first.get(key, '-')!s:>8}  {second.get(key, '-')!s:>11}  {', '.join(key)}")

@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Common", "add_options", "option", "read_options"]
+__all__ = ["Common", "add_options", "final_option", "option", "read_options"]
 
 
 def option(default: Any, text: str, *, positional: bool = False, choices: tuple[str, ...] | None = None) -> Any:
@@ -15,7 +15,9 @@ def option(default: Any, text: str, *, positional: bool = False, choices: tuple[
     return dataclasses.field(default=default, metadata={"help": text, "positional": positional, "choices": choices})
 
 
-PRECISIONS = ("float32", "float64", "bfloat16")
+def final_option() -> Any:
+    """Where a run ends, for every command that plans one."""
+    return option("zero", "where to end: zero (sigma = 0) or t_end (where the schedule ends)", choices=("zero", "t_end"))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from fewstep.cli.options import option
+from fewstep.cli.options import final_option, option
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class MakeOptions:
     nfe: int = option(10, "network calls per sample")
     grid: str = option("auto", "time grid: a name, or times separated by commas, noisiest first")
     start: float = option(-1.0, "time to start from; -1: where the schedule starts")
-    final: str = option("zero", "where to end: zero (sigma = 0) or t_end (where the schedule ends)")
+    final: str = final_option()
     out: str = option("plan.safetensors", "the file to write")
 
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fewstep.cli.options import Common, option
+from fewstep.cli.options import Common, final_option, option
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class SampleOptions(Common):
     nfe: int = option(10, "network calls per sample")
     solver: str = option("auto", "name of the solver; see `fewstep solvers`")
     grid: str = option("auto", "name of the time grid")
-    final: str = option("zero", "where to end: zero (sigma = 0) or t_end (where the schedule ends)")
+    final: str = final_option()
     plan: str = option("", "a plan file, instead of nfe, solver, grid and final")
     count: int = option(16, "how many samples")
     seed: str = option("0", "seed of the first sample, or a range like 0-63, or a list like 3,5,8")

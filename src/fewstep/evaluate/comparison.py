@@ -60,15 +60,22 @@ class Candidates:
         plans: (solver, grid, plan), as `compare_plans` takes them.
         same: name -> the name before it that makes the same plans and stands for it.
         skipped: name -> why it is left out, or what of it.
+        final: where the plans end, as of `Solver.plan`.
     """
 
     plans: list[tuple[str, str, Plan]]
     same: dict[str, str]
     skipped: dict[str, str]
+    final: str = "t_end"
 
 
 def candidates(
-    schedule: NoiseSchedule, nfes: Sequence[int], *, names: Sequence[str] | None = None, grids: Sequence[str] = ("auto",)
+    schedule: NoiseSchedule,
+    nfes: Sequence[int],
+    *,
+    names: Sequence[str] | None = None,
+    grids: Sequence[str] = ("auto",),
+    final: str = "t_end",
 ) -> Candidates:
     """The plans of named solvers.
 
@@ -78,6 +85,7 @@ def candidates(
         names: of solvers; all of `fewstep.solver_names`, and "epsilon_scale", when left out. Then, of names that make the same plans one
             is run; what cannot be planned is left out and told, and so are solvers that need something of the model first.
         grids: names of time grids.
+        final: where all end, as of `Solver.plan`.
 
     Raises:
         UnknownNameError: for the name of a grid that does not exist.
@@ -92,12 +100,12 @@ def candidates(
     for grid in grids:
         if grid not in grid_names():
             raise UnknownNameError("grid", grid, grid_names())
-    found = Candidates([], {}, {} if names is not None else _left_out())
+    found = Candidates([], {}, {} if names is not None else _left_out(), final)
     seen: dict[Any, str] = {}
     for name in sorted([*solvers.solver_names(), *UNNAMED]) if names is None else names:
         mine: list[tuple[str, str, Plan]] = []
         for grid, nfe in itertools.product(grids, nfes):
-            plan = _plan(name, schedule, nfe, grid, None if names is not None else found.skipped)
+            plan = _plan(name, schedule, nfe, grid, final, None if names is not None else found.skipped)
             mine += [] if plan is None else [(name, grid, plan)]
         twin = name if names is not None else seen.setdefault(tuple((grid, _numbers(plan)) for _, grid, plan in mine), name)
         if twin == name:
@@ -107,11 +115,11 @@ def candidates(
     return found
 
 
-def _plan(name: str, schedule: NoiseSchedule, nfe: int, grid: str, skipped: dict[str, str] | None) -> Plan | None:
+def _plan(name: str, schedule: NoiseSchedule, nfe: int, grid: str, final: str, skipped: dict[str, str] | None) -> Plan | None:
     """The plan; or None, and the reason in `skipped` if that is given."""
     try:
         solver = UNNAMED[name] if name in UNNAMED else solvers.make_solver(name)
-        return solver.plan(schedule, nfe, grid)
+        return solver.plan(schedule, nfe, grid, final=final)
     except (TypeError, ValueError) as error:
         if skipped is None:
             raise
@@ -203,6 +211,7 @@ class Comparison:
         exact_error: estimated error of the exact solution.
         exact_nfe: calls that it took.
         count: how many samples every run has.
+        end: where the runs and the exact solution end, in words.
         distances: of the runs, by `ErrorRow.key`; empty if none was asked for.
         judge: which distance that is.
         floor: distance of the exact solutions of the same noise.
@@ -218,6 +227,7 @@ class Comparison:
     exact_error: float
     exact_nfe: int
     count: int
+    end: str
     distances: dict[tuple[str, str, int], Excess] = field(default_factory=dict)
     judge: Judge | None = None
     floor: float | None = None
@@ -250,6 +260,7 @@ class Comparison:
     def results(self) -> dict[str, Any]:
         """Everything but the pictures, as JSON values."""
         document: dict[str, Any] = {"exact_calls": self.exact_nfe, "exact_error": self.exact_error, "count": self.count}
+        document["end"] = self.end
         document["same"], document["skipped"] = self.same, self.skipped
         for by in ("error", "distance") if self.distances else ("error",):
             document[f"ranking_by_{by}"] = [
@@ -281,6 +292,10 @@ class Comparison:
         return records
 
 
+def _told_end(schedule: NoiseSchedule, final: str) -> str:
+    return "noise level 0" if final == "zero" else f"t = {schedule.t_end:g}, the last time of the noise schedule (t_end)"
+
+
 def _ratio(value: float, best: float) -> float:
     return 1.0 if value == best else value / best if best > 0.0 else math.inf
 
@@ -308,7 +323,7 @@ def compare_solvers(
     Args:
         denoiser: a `fewstep.Denoiser`, with the shape and range of its data.
         noise: ``"batch *shape"``.
-        exact: ``"batch *shape"``, the exact solution from this noise.
+        exact: ``"batch *shape"``, the exact solution from this noise, to where the plans end.
         found: what to run.
         exact_error, exact_nfe: estimated error of `exact`, and the calls it took.
         cond, seeds, block: as of `compare_plans`.
@@ -338,6 +353,7 @@ def compare_solvers(
         exact_error=exact_error,
         exact_nfe=exact_nfe,
         count=len(noise),
+        end=_told_end(denoiser.schedule, found.final),
         distances=distances,
         judge=judge,
         floor=None if judge is None or features is None else judge.distance(*features),
@@ -375,7 +391,7 @@ def add_comparison(
     report.results.setdefault("rows", []).extend(found.records())
     report.results.setdefault("models", {})[found.model] = {**found.results(), "summary": summary}
     report.heading(f"{found.model} ({'x'.join(map(str, found.info.shape or ()))}, {found.schedule} schedule)")
-    report.text(summary)
+    report.text(f"All runs and the exact solution end at {found.end}. {summary}")
     _pictures(report, found, shown, calls, titles or {})
     low, high = found.info.data_range or (-1.0, 1.0)
     report.heading("Error against calls", 3)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.errors import UnknownNameError
+from fewstep.grids import FINALS
 from fewstep.integrate import ToleranceError
 from fewstep.plan import Plan
 from fewstep.sampler import sample
@@ -132,6 +134,7 @@ def settled_solution(
     schedule: NoiseSchedule,
     *,
     tol: float = 2e-3,
+    final: str = "t_end",
     cond: Mapping[str, Any] | None = None,
     block: int | None = None,
     most: int = 1280,
@@ -144,14 +147,16 @@ def settled_solution(
 
     Args:
         denoiser, noise, cond: as of `fewstep.sample`.
-        schedule: the denoiser's noise schedule; the solution ends at its ``t_end``.
+        schedule: the denoiser's noise schedule.
         tol: largest root mean square difference of the last two solutions, in the units of the data.
+        final: ``"t_end"``: the solution ends at ``schedule.t_end``; ``"zero"``: one prediction of the data follows, to sigma = 0.
         block: samples that run at a time.
         most: calls at which it gives up.
         after: called with the number of calls of every solution that is done.
 
     Raises:
         ToleranceError: if the solutions do not agree.
+        UnknownNameError: for an unknown final.
 
     Example:
         >>> from fewstep.exact import Gaussian
@@ -163,22 +168,33 @@ def settled_solution(
         True
     """
     nfe, calls, last, error = FIRST_CALLS, 0, None, math.inf
+    final_step = _final_step(schedule, final)
     while nfe <= most:
-        plan = make_plan("dpmpp_3m", schedule, nfe, grid="lambda")
-        samples = _in_blocks(denoiser, noise, plan, cond, None, block or len(noise))
-        calls += nfe
+        samples = noise
+        for plan in (make_plan("dpmpp_3m", schedule, nfe, grid="lambda"), *final_step):
+            samples = _in_blocks(denoiser, samples, plan, cond, None, block or len(noise))
+        spent = nfe + len(final_step)
+        calls += spent
         if after is not None:
-            after(nfe)
+            after(spent)
         if last is not None:
             error = rms_error(samples, last)
             if error <= tol:
-                return Settled(samples, error, nfe, calls)
+                return Settled(samples, error, spent, calls)
         nfe, last = 2 * nfe, samples
     raise ToleranceError(
         f"solutions with {nfe // 4} and {nfe // 2} calls differ by {error:.2g}, more than {tol:.2g}. Ask for less (tol=).",
         error,
         calls,
     )
+
+
+def _final_step(schedule: NoiseSchedule, final: str) -> list[Plan]:
+    """One prediction of the data at ``t_end``, if the solution is to end at sigma = 0 and does not yet."""
+    if final not in FINALS:
+        raise UnknownNameError("final", final, FINALS)
+    end, zero = schedule.t_end, schedule.t_zero
+    return [] if final == "t_end" or end == zero else [make_plan("ddim", schedule, grid=[end, zero], start=end, final=final)]
 
 
 # ---- order -------------------------------------------------------------------------------------------------------------------------
