@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import fewstep as fs
-from fewstep.cli import COMMANDS, main
+from fewstep.cli import COMMANDS, compare, main, setup
+from fewstep.evaluate import comparison
 from fewstep.models import SmallUNet, SmallUNetConfig, save_model
 
 
@@ -125,6 +126,42 @@ def test_compare_ranks_all_solvers_in_one_page(tiny, tmp_path, capsys):
     assert ended["models"]["tiny"]["end"].startswith("t = 0.001")
     assert f"end at {ended['models']['tiny']['end']}" in (tmp_path / "c" / "index.html").read_text()
     assert all(row["error"] != before["ddim", row["nfe"]] for row in ended["rows"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_comparison_keeps_the_solvers_that_are_finished(number, tiny, tmp_path, capsys, monkeypatch):
+    runs = []
+
+    def interrupted(*arguments, **options):
+        runs.append(1)
+        if len(runs) == 4:  # the second run of the second solver
+            signal.raise_signal(number)
+        return excess(*arguments, **options)
+
+    excess = comparison.excess
+    monkeypatch.setattr(comparison, "excess", interrupted)
+    options = ["--nfe", "2,4", "--count", 4, "--tol", 0.1, "--resamples", 20, "--solvers", "ddim,dpmpp_2m,unipc"]
+    status, _, err = run(capsys, "compare", tiny, *options, "--out", tmp_path / "out", "--quiet")
+    assert status == 130
+    assert err.strip() == f"fewstep: interrupted; what was finished is in {tmp_path / 'out'}."
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert not results["finished"]
+    assert results["models"]["tiny"]["unfinished"] == ["dpmpp_2m, auto", "unipc, auto"]
+    assert [(row["solver"], row["nfe"]) for row in results["rows"]] == [("ddim", 2), ("ddim", 4)]
+    assert "Interrupted before" in (tmp_path / "out" / "index.html").read_text()
+    runs[:] = [1, 1, 1]  # at the first run: nothing is finished
+    assert run(capsys, "compare", tiny, *options, "--out", tmp_path / "none", "--quiet")[::2] == (130, "fewstep: interrupted.\n")
+    assert not (tmp_path / "none").exists()
+
+
+def test_compare_takes_as_many_samples_as_fit_a_few_minutes(tiny, tmp_path, capsys, monkeypatch):
+    options = ["--nfe", "2", "--tol", 0.1, "--resamples", 20, "--solvers", "ddim"]
+    calls = 2 + 3 * compare.EXACT_CALLS
+    for seconds, count in ((compare.GOAL / calls / 45, 40), (1.0, compare.FEWEST), (1e-9, compare.MOST)):
+        monkeypatch.setattr(setup, "seconds_a_call", lambda *_, value=seconds: value)
+        _, text, err = run(capsys, "compare", tiny, *options, "--out", tmp_path / "out", "--json")
+        assert f"tiny: {count} samples of every solver" in err
+        assert json.loads(text)["models"]["tiny"]["count"] == count
 
 
 def test_evaluate_reads_what_sample_writes_and_pictures(tiny, tmp_path, capsys):

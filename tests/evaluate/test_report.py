@@ -64,6 +64,12 @@ def test_errors_are_against_the_exact_solution():
     assert rows[0].error == pytest.approx(rms_error(rows[0].samples, exact))
 
 
+def test_a_solver_that_overflows_has_an_infinite_error_and_the_others_go_on():
+    broken = fs.Denoiser(lambda x, t: x * torch.inf, fs.schedules.VPLinear(), "data")
+    rows = compare_plans(broken, torch.ones(2, 3), torch.ones(2, 3), plans=[("a", "", fs.make_plan("ddim", broken.schedule, 2))])
+    assert not math.isfinite(rows[0].error)
+
+
 def mixture():
     schedule = fs.schedules.VPLinear(t_start=0.95, t_end=0.05)
     means = torch.tensor([[1.0, 0.5], [-1.0, -0.3]], dtype=torch.float64)
@@ -89,11 +95,12 @@ def test_observed_order_is_the_claimed_one_and_stops_above_the_floor():
 def test_settled_solution_is_within_its_own_error():
     denoiser, x = mixture(), fs.draw_noise((2,), range(40), dtype=torch.float64)
     exact = fs.reference(denoiser, x, denoiser.schedule, tol=1e-9)
-    done = []
-    found = settled_solution(denoiser, x, denoiser.schedule, tol=1e-4, block=16, after=done.append)
+    done, counts = [], []
+    found = settled_solution(denoiser, x, denoiser.schedule, tol=1e-4, block=16, after=done.append, advance=counts.append)
     assert rms_error(found.samples, exact) < found.error <= 1e-4
     assert sum(done) == found.calls
     assert done[-1] == found.nfe
+    assert sum(counts) == 40 * found.calls  # every call of every sample
     alone = settled_solution(denoiser, x[:3], denoiser.schedule, tol=found.error).samples
     torch.testing.assert_close(alone, found.samples[:3], rtol=0, atol=2e-4)
     with pytest.raises(fs.FewstepError, match="Ask for less"):

@@ -1,7 +1,8 @@
 """The command line: ``fewstep demo | sample | compare | evaluate | train | plan | solvers | check``.
 
 Every command is one file with a dataclass of its options and ``run(options) -> exit status``, which calls the public functions.
-Nothing heavy is imported before a command runs. Bad input ends in one line on standard error and status 2, an interrupt in status 130.
+Nothing heavy is imported before a command runs. Bad input ends in one line on standard error and status 2, an interrupt (Ctrl-C or
+SIGTERM) in status 130.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from fewstep.cli.options import add_options, read_options
 from fewstep.version import __version__
@@ -40,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return REFUSED
     module = _module(namespace.command)
     try:
-        return module.run(read_options(module.OPTIONS[namespace.command], namespace))
+        with _ended_like_interrupted():
+            return module.run(read_options(module.OPTIONS[namespace.command], namespace))
     except KeyboardInterrupt:
         return _fail("interrupted.", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
@@ -52,6 +57,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         expected = isinstance(error, (ImportError, OSError, RuntimeError, TypeError, ValueError))
         hint = "" if expected else " (this should not happen: FEWSTEP_TRACEBACK=1 shows where)"
         return _fail(f"{type(error).__name__}: {' '.join(str(error).split())}{hint}", REFUSED)
+
+
+@contextmanager
+def _ended_like_interrupted() -> Iterator[None]:
+    """Within it SIGTERM is a KeyboardInterrupt: what is half-written goes, what is finished is kept."""
+    if threading.current_thread() is not threading.main_thread():  # only the main one gets signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _parser() -> argparse.ArgumentParser:

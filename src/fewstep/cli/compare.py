@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ class CompareOptions(Common):
     solvers: str = option("all", "names of solvers, separated by commas, or all; see `fewstep solvers`")
     grids: str = option("auto", "names of time grids, separated by commas")
     final: str = final_option()
-    count: int = option(200, "samples of every solver")
+    count: int = option(0, "samples of every solver; 0: as many, from 20 to 200, as take a few minutes")
     others: int = option(0, "exact solutions of other noise that the samples are compared with; 0: twice --count")
     distance: str = option("sliced_wasserstein", "distance of distributions: sliced_wasserstein, frechet or wasserstein")
     features: str = option("pixels", "what the distance looks at: pixels, digits (a small classifier), inception, auto")
@@ -38,40 +39,62 @@ INTRO = (
     "model's differential equation, its distance that of the distribution of its samples from exact solutions of other noise. Both judge "
     "the solver, not the model."
 )
+GOAL, FEWEST, MOST = 240.0, 20, 200
+"""Seconds that the network calls may take unless --count says how many samples there are, and the bounds of that number."""
+EXACT_CALLS = 600
+"""About what an exact solution takes."""
 FAR = 1_000_000
 """The other noise has seeds this far from those of the samples."""
 
 
 def run(options: CompareOptions) -> int:
-    """Run all solvers, rank them, write the page."""
-    from fewstep.cli.setup import machine, new_folder, open_model, parse_numbers, progress
+    """Run all solvers, rank them, write the page. After an interrupt, the page has what was finished."""
+    from fewstep.cli import INTERRUPTED
+    from fewstep.cli.setup import machine, new_folder, open_model, parse_numbers
     from fewstep.evaluate.report import Report
 
     nfes = parse_numbers("--nfe", options.nfe)
-    if options.count < 2 or options.others < 0 or options.others == 1 or options.batch < 1 or options.resamples < 20:
+    if (
+        1 in (options.count, options.others)
+        or min(options.count, options.others) < 0
+        or options.batch < 1
+        or options.resamples < 20
+    ):
         raise ValueError("--count and --others must be at least 2, --batch at least 1 and --resamples at least 20.")
     models = [open_model(name, options) for name in options.models.split(",")]
     if len({model.info.name for model in models}) < len(models):
         raise ValueError(f"the models need different names, got {', '.join(model.info.name for model in models)}.")
-    prepared = [_prepare(model, nfes, options) for model in models]
+    tasks = [_prepare(model, nfes, options) for model in models]
     began = time.perf_counter()
     report = Report("fewstep: solvers compared", INTRO)
-    report.results = {"command": "fewstep compare", "machine": machine(), "seed": options.seed, "count": options.count}
+    report.results = {"command": "fewstep compare", "machine": machine(), "seed": options.seed}
     with new_folder(options.out) as folder:
-        for model, (found, judged) in zip(models, prepared, strict=True):
-            with progress(options, total=len(found.plans), desc=model.info.name, unit="run") as bar:
-                _model(report, model, found, judged, options, bar)
-        report.results["seconds"] = round(time.perf_counter() - began, 1)
+        finished = _run_all(report, tasks, options)
+        report.results |= {"seconds": round(time.perf_counter() - began, 1), "finished": finished}
         report.text(f"Made in {report.results['seconds']:.0f} seconds on {machine()['processor']}, seed {options.seed}.", note=True)
         report.write(folder)
     if options.json:
         print(json.dumps(report.results))
     elif not options.quiet:
         _print(report.results, options)
-    return 0
+    if not finished:
+        print(f"fewstep: interrupted; what was finished is in {options.out}.", file=sys.stderr)
+    return 0 if finished else INTERRUPTED
 
 
-def _prepare(model: Any, nfes: list[int], options: CompareOptions) -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class _Task:
+    """What is to be done with one model."""
+
+    model: Any
+    found: Any
+    distance: Any
+    features: Any
+    count: int
+    others: int
+
+
+def _prepare(model: Any, nfes: list[int], options: CompareOptions) -> _Task:
     """The plans, and the distance with its features, so that wrong names are refused before any work."""
     from fewstep.cli.setup import ask_for
     from fewstep.evaluate.comparison import candidates, check_distance
@@ -86,7 +109,9 @@ def _prepare(model: Any, nfes: list[int], options: CompareOptions) -> tuple[Any,
     features = make_features(options.features, shape, weights=options.weights or None, device=options.device)
     (distance,) = make_distances([options.distance])
     check_distance(distance)
-    return found, (distance, features)
+    count = options.count or _affordable(model, found, options)
+    others = options.others or 2 * count
+    return _Task(model, found, distance, features, count, others)
 
 
 def _reasons(skipped: dict[str, str]) -> str:
@@ -97,46 +122,84 @@ def _reasons(skipped: dict[str, str]) -> str:
     return "; ".join(f"{reason} ({count} solver{'s' * (count > 1)})" for reason, count in counts.items())
 
 
-def _model(report: Any, model: Any, found: Any, judged: Any, options: CompareOptions, bar: Any) -> None:
-    from fewstep.cli.setup import parse_labels, state_dtype
+def _affordable(model: Any, found: Any, options: CompareOptions) -> int:
+    """How many samples take a few minutes, in tens, by the time that a call of the network takes."""
+    from fewstep.cli.setup import seconds_a_call
+
+    calls = sum(plan.nfe for *_, plan in found.plans) + (1 if options.others else 3) * EXACT_CALLS
+    seconds = calls * seconds_a_call(model, options, FEWEST)
+    count = min(max(10 * int(GOAL / seconds / 10), FEWEST), MOST)
+    if not options.quiet:
+        minutes = max(1, round(count * seconds / 60))
+        told = f"{model.info.name}: {count} samples of every solver, about {minutes} min of network calls here; --count sets it."
+        print(told, file=sys.stderr)
+    return count
+
+
+def _run_all(report: Any, tasks: list[_Task], options: CompareOptions) -> bool:
+    """Fill the report. False if an interrupt came first, but left something to show."""
+    try:
+        for task in tasks:
+            _run(report, task, options)
+    except KeyboardInterrupt:
+        if not report.results.get("models"):
+            raise
+        return False
+    return not any("unfinished" in found for found in report.results["models"].values())
+
+
+def _run(report: Any, task: _Task, options: CompareOptions) -> None:
+    from fewstep.cli.setup import progress
     from fewstep.evaluate.comparison import Judge, add_comparison, compare_solvers
-    from fewstep.evaluate.trajectories import settled_solution
-    from fewstep.noise import draw_noise
 
-    plan = found.plans[0][2]
-
-    def solve(first: int, count: int) -> tuple[Any, Any, Any]:
-        labels = parse_labels("each" if model.info.conditions else None, model, count)
-        cond = {} if labels is None else {"label": labels.to(options.device)}
-        seeds = range(first, first + count)
-        noise = draw_noise(model.info.shape, seeds, plan, dtype=state_dtype(options), device=options.device)
-        bar.set_description(f"{model.info.name}: exact solutions of {count} samples")
-        solving = {"tol": options.tol, "final": options.final, "cond": cond, "block": options.batch}
-        return noise, cond, settled_solution(model, noise, model.schedule, **solving)
-
-    noise, cond, exact = solve(options.seed, options.count)
-    _, other_cond, others = solve(options.seed + FAR, options.others or 2 * options.count)
-    bar.set_description(model.info.name)
-    distance, features = judged
+    noise, cond, exact = _exact(task, options.seed, task.count, options)
+    _, other_cond, others = _exact(task, options.seed + FAR, task.others, options)
     groups = (cond["label"], other_cond["label"]) if "label" in cond else None
-    judge = Judge(distance, features, exact.samples, others.samples, _told(options, model), options.resamples, options.seed, groups)
-    comparison = compare_solvers(
-        model,
-        noise,
-        exact.samples,
-        found,
-        exact_error=max(exact.error, others.error),
-        exact_nfe=exact.nfe,
-        cond=cond,
-        seeds=range(options.seed, options.seed + options.count),
-        judge=judge,
-        block=options.batch,
-        after=lambda _: bar.update(),
-    )
+    told = _told(options, task.model)
+    judge = Judge(task.distance, task.features, exact.samples, others.samples, told, options.resamples, options.seed, groups)
+    with progress(options, total=len(task.found.plans), desc=task.model.info.name, unit="run") as bar:
+        comparison = compare_solvers(
+            task.model,
+            noise,
+            exact.samples,
+            task.found,
+            exact_error=max(exact.error, others.error),
+            exact_nfe=exact.nfe,
+            cond=cond,
+            seeds=range(options.seed, options.seed + task.count),
+            judge=judge,
+            block=options.batch,
+            after=lambda _: bar.update(),
+            interruptible=True,
+        )
     ranking = [place.key for place in comparison.ranking("error")]
     by_distance = [place.key for place in comparison.ranking("distance")]
     shown = list(dict.fromkeys([*ranking[:2], *by_distance[:1], *(k for k in ranking if k[0] == "ddim"), *ranking[-1:]]))
     add_comparison(report, comparison, summary=_summary(comparison), shown=shown, calls=_some(comparison.nfes), order=ranking)
+
+
+def _exact(task: _Task, first: int, count: int, options: CompareOptions) -> tuple[Any, Any, Any]:
+    """Noise, conditions and exact solutions of samples, under a bar of their own."""
+    from fewstep.cli.setup import parse_labels, progress, state_dtype
+    from fewstep.evaluate.trajectories import FIRST_CALLS, settled_solution
+    from fewstep.noise import draw_noise
+
+    model, plan = task.model, task.found.plans[0][2]
+    labels = parse_labels("each" if model.info.conditions else None, model, count)
+    cond = {} if labels is None else {"label": labels.to(options.device)}
+    noise = draw_noise(model.info.shape, range(first, first + count), plan, dtype=state_dtype(options), device=options.device)
+    solving = {"tol": options.tol, "final": options.final, "cond": cond, "block": options.batch}
+    # at least two solutions; how many more it takes shows on the way
+    with progress(options, total=(3 * FIRST_CALLS + 2) * count, desc=f"{model.info.name}: exact solutions", unit="call") as bar:
+
+        def lengthen(calls: int) -> None:
+            if calls >= 2 * FIRST_CALLS:
+                bar.total += 2 * calls * count
+                bar.refresh()
+
+        found = settled_solution(model, noise, model.schedule, **solving, after=lengthen, advance=bar.update)
+        bar.total = bar.n
+    return noise, cond, found
 
 
 def _some(nfes: list[int]) -> list[int]:

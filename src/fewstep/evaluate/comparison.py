@@ -27,7 +27,7 @@ from fewstep.denoisers import ModelInfo
 from fewstep.errors import UnknownNameError
 from fewstep.evaluate.distances import KID, MMD, Distance, Excess, Groups, excess
 from fewstep.evaluate.report import Report, image_grid, line_plot
-from fewstep.evaluate.trajectories import ErrorRow, compare_plans
+from fewstep.evaluate.trajectories import ErrorRow, run_plans
 from fewstep.grids import grid_names
 from fewstep.plan import Plan
 from fewstep.schedules import NoiseSchedule
@@ -216,6 +216,7 @@ class Comparison:
         judge: which distance that is.
         floor: distance of the exact solutions of the same noise.
         same, skipped: of `Candidates`.
+        unfinished: solvers and grids that an interrupt kept from running, or from finishing.
     """
 
     model: str
@@ -233,6 +234,7 @@ class Comparison:
     floor: float | None = None
     same: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    unfinished: list[Key] = field(default_factory=list)
 
     def contestants(self) -> list[Key]:
         """Solvers and grids, in the order in which they ran."""
@@ -261,6 +263,8 @@ class Comparison:
         """Everything but the pictures, as JSON values."""
         document: dict[str, Any] = {"exact_calls": self.exact_nfe, "exact_error": self.exact_error, "count": self.count}
         document["end"] = self.end
+        if self.unfinished:
+            document["unfinished"] = [", ".join(key) for key in self.unfinished]
         document["same"], document["skipped"] = self.same, self.skipped
         for by in ("error", "distance") if self.distances else ("error",):
             document[f"ranking_by_{by}"] = [
@@ -317,6 +321,7 @@ def compare_solvers(
     judge: Judge | None = None,
     block: int | None = None,
     after: Callable[[ErrorRow], None] | None = None,
+    interruptible: bool = False,
 ) -> Comparison:
     """Run all candidates from the same noise.
 
@@ -329,20 +334,29 @@ def compare_solvers(
         cond, seeds, block: as of `compare_plans`.
         judge: for a distance of distributions; without one there is none.
         after: called with every run and all its samples.
+        interruptible: on KeyboardInterrupt return what the solvers with all their runs gave, if there are any.
     """
     distances: dict[tuple[str, str, int], Excess] = {}
     features = None if judge is None else (judge.features(judge.twin), judge.features(judge.others))
 
-    def measure_row(row: ErrorRow) -> None:
+    def measure_row(row: ErrorRow) -> ErrorRow:
         if judge is not None and features is not None and bool(row.samples.isfinite().all()):
             options = {"resamples": judge.resamples, "seed": judge.seed, "groups": judge.groups}
             distances[row.key] = excess(judge.features(row.samples), *features, judge.distance, **options)
         if after is not None:
             after(row)
+        return dataclasses.replace(row, samples=row.samples[:SHOWN_SAMPLES].clone())
 
-    rows = compare_plans(
-        denoiser, noise, exact, plans=found.plans, cond=cond, seeds=seeds, after=measure_row, block=block, keep=SHOWN_SAMPLES
-    )
+    rows: list[ErrorRow] = []
+    try:
+        for row in run_plans(denoiser, noise, exact, plans=found.plans, cond=cond, seeds=seeds, block=block):
+            rows.append(measure_row(row))  # noqa: PERF401  what is finished outlives an interrupt
+    except KeyboardInterrupt:
+        unfinished = {plan[:2] for plan in found.plans[len(rows) :]}
+        rows = [row for row in rows if row.key[:2] not in unfinished]
+        if not interruptible or not rows:
+            raise
+    ran = {row.key for row in rows}
     return Comparison(
         model=denoiser.info.name,
         info=denoiser.info,
@@ -354,11 +368,12 @@ def compare_solvers(
         exact_nfe=exact_nfe,
         count=len(noise),
         end=_told_end(denoiser.schedule, found.final),
-        distances=distances,
+        distances={key: distance for key, distance in distances.items() if key in ran},
         judge=judge,
         floor=None if judge is None or features is None else judge.distance(*features),
         same=found.same,
         skipped=found.skipped,
+        unfinished=list(dict.fromkeys((solver, grid) for solver, grid, plan in found.plans if (solver, grid, plan.nfe) not in ran)),
     )
 
 
@@ -527,6 +542,9 @@ def _distances(report: Report, found: Comparison, titles: Mapping[str, str]) -> 
 
 
 def _remarks(report: Report, found: Comparison) -> None:
+    if found.unfinished:
+        names = "; ".join(", ".join(key) for key in found.unfinished)
+        report.text(f"Interrupted before all runs of these were done, so they are left out: {names}.")
     if found.same:
         told = ", ".join(f"{name} = {twin}" for name, twin in found.same.items())
         report.text(f"Names that make the same plans, run once: {told}.", note=True)

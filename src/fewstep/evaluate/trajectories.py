@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,6 @@ def rms_error(samples: Tensor, exact: Tensor) -> float:
     return float((samples - exact).double().square().mean().sqrt())
 
 
-@torch.no_grad()
 def compare_plans(
     denoiser: Callable[..., Tensor],
     noise: Tensor,
@@ -75,7 +74,6 @@ def compare_plans(
     seeds: Iterable[int] | None = None,
     after: Callable[[ErrorRow], None] | None = None,
     block: int | None = None,
-    keep: int | None = None,
 ) -> list[ErrorRow]:
     """Run plans from the same noise and measure each against the exact solution.
 
@@ -85,28 +83,57 @@ def compare_plans(
         plans: (name of the solver, name of the grid, plan).
         after: called with every row and all its samples, for progress, or to measure more of them.
         block: samples that run at a time; all when left out.
-        keep: how many samples stay in the rows that are returned; all when left out.
     """
-    chosen = None if seeds is None else list(seeds)
     rows = []
-    for solver, grid, plan in plans:
-        samples = _in_blocks(denoiser, noise, plan, cond, chosen if plan.stochastic else None, block or len(noise))
-        row = ErrorRow(solver, grid, plan.nfe, rms_error(samples, exact), samples, plan.stochastic)
+    for row in run_plans(denoiser, noise, exact, plans=plans, cond=cond, seeds=seeds, block=block):
         if after is not None:
             after(row)
-        kept = samples if keep is None else samples[:keep].clone()
-        rows.append(row if keep is None else ErrorRow(solver, grid, plan.nfe, row.error, kept, plan.stochastic))
+        rows.append(row)
     return rows
 
 
+@torch.no_grad()
+def run_plans(
+    denoiser: Callable[..., Tensor],
+    noise: Tensor,
+    exact: Tensor,
+    *,
+    plans: Iterable[tuple[str, str, Plan]],
+    cond: Mapping[str, Any] | None = None,
+    seeds: Iterable[int] | None = None,
+    block: int | None = None,
+) -> Iterator[ErrorRow]:
+    """The rows of `compare_plans` one by one, so that a caller need not keep all samples."""
+    chosen = None if seeds is None else list(seeds)
+    for solver, grid, plan in plans:
+        # unchecked: a solver that diverges has an error that is not finite, and the others go on
+        samples = _in_blocks(denoiser, noise, plan, cond, chosen if plan.stochastic else None, block or len(noise), check=False)
+        yield ErrorRow(solver, grid, plan.nfe, rms_error(samples, exact), samples, plan.stochastic)
+
+
 def _in_blocks(
-    denoiser: Callable[..., Tensor], noise: Tensor, plan: Plan, cond: Mapping[str, Any] | None, seeds: list[int] | None, block: int
+    denoiser: Callable[..., Tensor],
+    noise: Tensor,
+    plan: Plan,
+    cond: Mapping[str, Any] | None,
+    seeds: list[int] | None,
+    block: int,
+    *,
+    advance: Callable[[int], None] | None = None,
+    check: bool = True,
 ) -> Tensor:
+    """The samples; `advance` is told after every call how many samples it was for."""
     parts = []
     for i in range(0, len(noise), block):
         rows = slice(i, i + block)
         own = {k: v[rows] if isinstance(v, Tensor) and v.ndim and len(v) == len(noise) else v for k, v in (cond or {}).items()}
-        parts.append(sample(denoiser, noise[rows], plan, cond=own, seeds=None if seeds is None else seeds[rows]))
+        some, drawn = noise[rows], None if seeds is None else seeds[rows]
+
+        def tell(*_: Any, count: int = len(some)) -> None:
+            if advance is not None:
+                advance(count)
+
+        parts.append(sample(denoiser, some, plan, cond=own, seeds=drawn, callback=tell, check=check))
     return torch.cat(parts)
 
 
@@ -139,6 +166,7 @@ def settled_solution(
     block: int | None = None,
     most: int = 1280,
     after: Callable[[int], None] | None = None,
+    advance: Callable[[int], None] | None = None,
 ) -> Settled:
     """The probability-flow solution of many samples, by a third-order solver whose calls are doubled until two solutions agree.
 
@@ -153,6 +181,7 @@ def settled_solution(
         block: samples that run at a time.
         most: calls at which it gives up.
         after: called with the number of calls of every solution that is done.
+        advance: called after every call of the network with the number of samples it was for, for progress.
 
     Raises:
         ToleranceError: if the solutions do not agree.
@@ -172,7 +201,7 @@ def settled_solution(
     while nfe <= most:
         samples = noise
         for plan in (make_plan("dpmpp_3m", schedule, nfe, grid="lambda"), *final_step):
-            samples = _in_blocks(denoiser, samples, plan, cond, None, block or len(noise))
+            samples = _in_blocks(denoiser, samples, plan, cond, None, block or len(noise), advance=advance)
         spent = nfe + len(final_step)
         calls += spent
         if after is not None:
