@@ -198,6 +198,12 @@ def test_evaluate_reads_pictures_and_bytes(tmp_path, capsys):
         (found,) = json.loads(text)["distances"]
         assert found["sizes"] == [6, 50]
         assert found["p"] == 1 / 21 or found["value"] > 4.0
+    status, text, _ = run(capsys, "evaluate", folder, "--resamples", 20)
+    assert "features: digits (auto)" in text
+    assert "The samples have no labels, so the classes are not held fixed and the test has less power." in text
+    run(capsys, "sample", tiny, "--nfe", 1, "--count", 10, "--label", "each", "--out", tmp_path / "c", "--quiet")
+    text = run(capsys, "evaluate", tmp_path / "a", tmp_path / "c", "--resamples", 20)[1]
+    assert "The samples have no labels" in text  # they were made without condition
     status, text, _ = run(capsys, "evaluate", folder, "--resamples", 20, "--quiet")
     assert (status, text) == (0, "")
     Image.fromarray(pixels[0, :4]).save(folder / "x.png")
@@ -272,6 +278,7 @@ def test_check(tiny, tmp_path, capsys):
         (["compare", "TINY", "--grids", "linspace"], "no solver can be run on tiny: with 10 calls and grid linspace"),
         (["compare", "photos", "--features", "digits"], "sees samples of shape"),
         (["evaluate", "DIR/bad"], "no .npy or .npz"),
+        (["evaluate", "DIR/one.png"], "Put the pictures in a folder"),
         (["evaluate", "DIR"], "neither samples.npz nor at least 2 pictures"),
         (["evaluate", "DIR/none"], "there are no samples"),
         (["evaluate", "digits", "photos"], "have shape (1, 8, 8)"),
@@ -282,6 +289,7 @@ def test_check(tiny, tmp_path, capsys):
 )
 def test_bad_input_is_one_line_and_a_status(arguments, message, tiny, tmp_path, capsys):
     (tmp_path / "bad").write_bytes(b"not a plan")
+    (tmp_path / "one.png").write_bytes(b"a picture")
     fs.make_plan("ddim", fs.schedules.EDM(), 3).save(tmp_path / "edm")
     given = [a.replace("TINY", tiny).replace("DIR", str(tmp_path)) for a in arguments]
     if "--out" not in given and given[0] in ("sample", "demo", "compare"):

@@ -289,3 +289,12 @@ def test_inception_distance_is_that_of_torchmetrics(tmp_path, monkeypatch):
     torch.testing.assert_close(gray, inception(torch.zeros(2, 3, 8, 8)))
     with pytest.raises(ValueError, match="1 or 3"):
         inception(torch.zeros(2, 8, 8))
+
+
+def test_small_sets_that_are_not_told_apart_are_called_few():
+    (few,) = measure(draw(30, 2), draw(40, 2, seed=1), "mmd", resamples=20)
+    (many,) = measure(draw(150, 2), draw(150, 2, seed=1), "mmd", resamples=20)
+    (apart,) = measure(draw(30, 2), draw(40, 2, seed=1) + 5.0, "mmd", resamples=20)
+    assert str(few).endswith("not told apart with 30 and 40 samples, which are few")
+    assert str(many).endswith("not told apart with 150 and 150 samples")
+    assert "few" not in str(apart)

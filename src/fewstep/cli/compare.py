@@ -151,11 +151,12 @@ def _run_all(report: Any, tasks: list[_Task], options: CompareOptions) -> bool:
 def _run(report: Any, task: _Task, options: CompareOptions) -> None:
     from fewstep.cli.setup import progress
     from fewstep.evaluate.comparison import Judge, add_comparison, compare_solvers
+    from fewstep.evaluate.features import TITLES, resolved_features
 
     noise, cond, exact = _exact(task, options.seed, task.count, options)
     _, other_cond, others = _exact(task, options.seed + FAR, task.others, options)
     groups = (cond["label"], other_cond["label"]) if "label" in cond else None
-    told = _told(options, task.model)
+    told = TITLES[resolved_features(options.features, task.model.info.shape)]
     judge = Judge(task.distance, task.features, exact.samples, others.samples, told, options.resamples, options.seed, groups)
     with progress(options, total=len(task.found.plans), desc=task.model.info.name, unit="run") as bar:
         comparison = compare_solvers(
@@ -206,15 +207,6 @@ def _some(nfes: list[int]) -> list[int]:
     """At most four of them, the first and the last included."""
     places = {round(i * (len(nfes) - 1) / 3) for i in range(4)}
     return [nfes[i] for i in sorted(places)]
-
-
-def _told(options: CompareOptions, model: Any) -> str:
-    from fewstep.evaluate.features import make_features, pixels
-
-    if options.features == "inception":
-        return "features of Inception"
-    is_pixels = make_features(options.features, model.info.shape) is pixels
-    return "pixels" if is_pixels else "features of the classifier of digits"
 
 
 def _summary(comparison: Any) -> str:

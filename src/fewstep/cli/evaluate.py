@@ -46,7 +46,7 @@ def run(options: EvaluateOptions) -> int:
 
     from fewstep.cli.setup import new_folder, progress
     from fewstep.evaluate.distances import make_distances, measure
-    from fewstep.evaluate.features import make_features
+    from fewstep.evaluate.features import make_features, resolved_features
 
     chosen = make_distances(options.distances)
     if options.count < 2:
@@ -57,20 +57,25 @@ def run(options: EvaluateOptions) -> int:
         raise ValueError(
             f"the samples have shape {tuple(sets[0].shape[1:])}, what they are compared with {tuple(sets[1].shape[1:])}."
         )
-    features = make_features(options.features, tuple(sets[0].shape[1:]), weights=options.weights or None, device=options.device)
+    shape = tuple(sets[0].shape[1:])
+    looked_at = resolved_features(options.features, shape)
+    features = make_features(looked_at, shape, weights=options.weights or None, device=options.device)
+    told = [f"{_told(options)}, features: {_features(options, looked_at)}", *_warnings(labels, classes, groups)]
     first, second = (features(samples) for samples in sets)
     with new_folder(options.out) if options.out else nullcontext() as folder:
         total = 2 * options.resamples * len(chosen)
         with progress(options, total=total, desc="resampling") as bar:
             drawn = {"resamples": options.resamples, "seed": options.seed, "after": bar.update}
             measured = measure(first, second, chosen, groups=groups, **drawn)
-        results = _results(measured, options)
+        results = _results(measured, looked_at, options)
         if folder is not None:
-            _write(folder, sets, measured, results, options)
+            _write(folder, sets, measured, results, told, options)
     if options.json:
         print(json.dumps(results))
     elif not options.quiet:
-        print(f"{_told(options)}, {options.resamples} resamples{_within(measured)}, seed {options.seed}")
+        print(f"{told[0]}, {options.resamples} resamples{_within(measured)}, seed {options.seed}")
+        for line in told[1:]:
+            print(line)
         for figure in measured:
             print(figure)
     return 0
@@ -80,6 +85,21 @@ def _groups(labels: Any, classes: Any) -> tuple[Any, Any] | None:
     """The classes of both, if both have the same ones."""
     known = labels is not None and classes is not None and set(labels.tolist()) == set(classes.tolist())
     return (labels, classes) if known else None
+
+
+def _warnings(labels: Any, classes: Any, groups: Any) -> list[str]:
+    """What a reader should know when only one side brings classes, or both bring other ones."""
+    if groups is not None or (labels is None and classes is None):
+        return []
+    if labels is not None and classes is not None:
+        why = "The samples have other classes than what they are compared with"
+    else:
+        why = f"{'The samples' if labels is None else 'What the samples are compared with'} have no labels"
+    return [f"{why}, so the classes are not held fixed and the test has less power."]
+
+
+def _features(options: EvaluateOptions, looked_at: str) -> str:
+    return f"{looked_at} (auto)" if options.features == "auto" else looked_at
 
 
 def _within(measured: list[Any]) -> str:
@@ -104,6 +124,8 @@ def read_samples(source: str, options: EvaluateOptions) -> tuple[Any, Any]:
         raise FileNotFoundError(
             f"there are no samples at {source}: wanted a folder, an .npz or .npy file, or {' or '.join(SHIPPED)}."
         )
+    if path.suffix.lower() in PICTURES:
+        raise ValueError(f"{path} is one picture. Put the pictures in a folder, one a sample, and name the folder.")
     arrays = read_arrays(path, "samples")
     name = next((name for name in ("samples", "x", "arr_0") if name in arrays), None)
     if name is None:
@@ -160,22 +182,24 @@ def _pictures(folder: Path, count: int) -> Any:
 
 def _told(options: EvaluateOptions) -> str:
     part = f" ({options.part})" if options.data in SHIPPED and not Path(options.data).exists() else ""
-    return f"{options.samples} against {options.data}{part}, features: {options.features}"
+    return f"{options.samples} against {options.data}{part}"
 
 
-def _results(measured: list[Any], options: EvaluateOptions) -> dict[str, Any]:
+def _results(measured: list[Any], looked_at: str, options: EvaluateOptions) -> dict[str, Any]:
     from fewstep.cli.setup import machine
 
-    given = {"samples": options.samples, "data": options.data, "part": options.part, "features": options.features}
+    given = {"samples": options.samples, "data": options.data, "part": options.part, "features": looked_at}
     figures = [dataclasses.asdict(figure) for figure in measured]
     return {"command": "fewstep evaluate", **given, "seed": options.seed, "distances": figures, "machine": machine()}
 
 
-def _write(folder: Path, sets: list[Any], measured: list[Any], results: dict[str, Any], options: EvaluateOptions) -> None:
+def _write(
+    folder: Path, sets: list[Any], measured: list[Any], results: dict[str, Any], told: list[str], options: EvaluateOptions
+) -> None:
     from fewstep.evaluate.distances import DISTANCES
     from fewstep.evaluate.report import Report, image_grid
 
-    report = Report("fewstep: samples against data", f"{_told(options)}.", results)
+    report = Report("fewstep: samples against data", f"{told[0]}. {' '.join(told[1:])}".strip(), results)
     if sets[0].ndim == 4 and sets[0].shape[1] in (1, 3):
         scale = max(1, 40 // sets[0].shape[-1])
         columns = min(10, max(2, 400 // (scale * sets[0].shape[-1])))
@@ -190,8 +214,9 @@ def _write(folder: Path, sets: list[Any], measured: list[Any], results: dict[str
         sizes = f"{m.sizes[0]}, {m.sizes[1]}"
         rows.append([DISTANCES[m.distance].title, *_numbers(m), f"{m.p:.3g}", sizes])
     report.table(head, rows)
-    told = [DISTANCES[m.distance].title for m in measured if m.p <= 0.05]
-    report.text(f"Told apart at the 5 % level: {', '.join(told) if told else 'by none of them'}.")
+    apart = [DISTANCES[m.distance].title for m in measured if m.p <= 0.05]
+    few = " The sets are small: only large differences would show." if any(m.weak for m in measured) else ""
+    report.text(f"Told apart at the 5 % level: {', '.join(apart) if apart else 'by none of them'}.{few}")
     report.text(
         f"Interval: of the expected figure at these sizes. Floor: what sets of these sizes show if nothing distinguishes them, from random "
         f"partitions of both together. p: share of these partitions that show at least the value. {options.resamples} resamples "

@@ -88,7 +88,7 @@ def _write(folder: Any, samples: Any, seeds: list[int], labels: Any, plan: Any, 
     from fewstep.evaluate.report import image_grid
 
     info, arrays = denoiser.info, {"samples": samples.numpy(), "seeds": np.array(seeds)}
-    if labels is not None:
+    if options.label is not None:  # that of "no condition" is no class
         arrays["labels"] = labels.numpy()
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)

@@ -63,6 +63,8 @@ __all__ = [
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
+FEW = 100
+"""Sets of fewer samples than this are told apart only if they differ much."""
 Statistic = Callable[[Counts, Counts], float]
 """The distance of two sets that are given as how often each member of a pool is in them."""
 Vectors = Tensor | Floats
@@ -354,11 +356,17 @@ class Measured:
     seed: int
     groups: int = 1
 
+    @property
+    def weak(self) -> bool:
+        """Whether the sets are not told apart but so small that this says little."""
+        return self.p > 0.05 and min(self.sizes) < FEW
+
     def __str__(self) -> str:
-        told = "not told apart" if self.p > 0.05 else "told apart"
+        told = "told apart" if self.p <= 0.05 else "not told apart"
+        sizes = f"{self.sizes[0]} and {self.sizes[1]} samples{', which are few' if self.weak else ''}"
         return (
             f"{DISTANCES[self.distance].title} {self.value:.4g} [{self.low:.4g}, {self.high:.4g}], floor {self.floor:.4g} "
-            f"(95 % below {self.floor_high:.4g}), p = {self.p:.3g}: {told} with {self.sizes[0]} and {self.sizes[1]} samples"
+            f"(95 % below {self.floor_high:.4g}), p = {self.p:.3g}: {told} with {sizes}"
         )
 
 

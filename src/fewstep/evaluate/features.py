@@ -22,7 +22,7 @@ from torch import Tensor
 from fewstep.errors import ArtefactError, MissingExtraError, UnknownNameError
 from fewstep.models import SmallClassifier, read_classifier
 
-__all__ = ["FEATURES", "Inception", "digit_features", "make_features", "pixels"]
+__all__ = ["FEATURES", "TITLES", "Inception", "digit_features", "make_features", "pixels", "resolved_features"]
 
 CLASSIFIER = Path(__file__).parents[1] / "shipped" / "digits_classifier.safetensors"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -110,6 +110,8 @@ class Inception:
 
 FEATURES: dict[str, Features] = {"pixels": pixels, "digits": digit_features}
 """Name -> features that need nothing else; the command line adds ``inception`` and ``auto``."""
+TITLES = {"pixels": "pixels", "digits": "features of the classifier of digits", "inception": "features of Inception"}
+"""Name -> what reports call them."""
 
 
 def make_features(name: str, shape: tuple[int, ...], *, weights: str | None = None, device: torch.device | str = "cpu") -> Features:
@@ -129,8 +131,7 @@ def make_features(name: str, shape: tuple[int, ...], *, weights: str | None = No
         >>> make_features("auto", (1, 8, 8)) is digit_features, make_features("auto", (2,)) is pixels
         (True, True)
     """
-    if name == "auto":
-        return digit_features if tuple(shape) == SmallClassifier.shape else pixels
+    name = resolved_features(name, shape)
     if name == "inception":
         return Inception(weights, device=device)
     if name not in FEATURES:
@@ -138,6 +139,18 @@ def make_features(name: str, shape: tuple[int, ...], *, weights: str | None = No
     if name == "digits":
         _check_shape(tuple(shape))
     return FEATURES[name]
+
+
+def resolved_features(name: str, shape: tuple[int, ...]) -> str:
+    """The name that ``"auto"`` stands for with samples of this shape; any other name as it is.
+
+    Example:
+        >>> resolved_features("auto", (1, 8, 8)), resolved_features("auto", (2,))
+        ('digits', 'pixels')
+    """
+    if name != "auto":
+        return name
+    return "digits" if tuple(shape) == SmallClassifier.shape else "pixels"
 
 
 @functools.cache
