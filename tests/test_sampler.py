@@ -231,8 +231,10 @@ def test_conditions_are_those_the_model_takes():
     for cond, message in [
         ({"labels": torch.zeros(3, dtype=torch.long)}, "no condition 'labels'"),
         ({"label": torch.zeros(4, dtype=torch.long)}, "3 whole numbers"),
-        ({"label": [0, 1, 2]}, "got list"),
-        ({"label": torch.tensor([0, 1, 33])}, "10 classes"),
+        ({"label": [0, 1, 2]}, r"torch.tensor\(\[...\]\); got list"),
+        ({"label": 7}, r"torch.full\(\(3,\), 7\); got int 7"),
+        ({"label": 12}, "cannot be 12"),
+        ({"label": torch.tensor([0, 1, 33])}, "cannot be 33: it has 10 classes"),
     ]:
         with pytest.raises(PlanError, match=message):
             fs.sample(den, noise, plan, cond=cond)

@@ -315,10 +315,33 @@ def check_conditions(denoiser: object, cond: Mapping[str, Any], count: int) -> N
     for name, value in cond.items():
         if name not in known:
             raise PlanError(f"this model has no condition {name!r}; it takes {', '.join(map(repr, known))}.")
+        if isinstance(value, int):
+            _check_range(name, torch.tensor(value), known[name])
         if not isinstance(value, Tensor) or value.is_floating_point() or value.shape not in ((), (count,)):
-            found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise PlanError(f"the condition {name!r} must be a tensor of {count} whole numbers, one a sample, got {found}.")
-        if value.device.type == "cpu" and not bool(((value >= 0) & (value <= max(known[name].values()))).all()):
             raise PlanError(
-                f"the condition {name!r} has {known[name]['classes']} classes, from 0; {known[name]['null']} stands for none."
+                f"the condition {name!r} must be a tensor of {count} whole numbers, one a sample, for example "
+                f"{_tensor_like(value, count)}; got {_told_condition(value)}."
             )
+        if value.device.type == "cpu":
+            _check_range(name, value, known[name])
+
+
+def _check_range(name: str, value: Tensor, known: Mapping[str, int]) -> None:
+    wrong = value[(value < 0) | (value > max(known.values()))]
+    if len(wrong):
+        raise PlanError(
+            f"the condition {name!r} cannot be {int(wrong[0])}: it has {known['classes']} classes, from 0; {known['null']} stands for none."
+        )
+
+
+def _told_condition(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r}" if isinstance(value, int) else type(value).__name__
+
+
+def _tensor_like(value: object, count: int) -> str:
+    """How to write what was probably meant."""
+    if isinstance(value, (list, tuple)) and len(value) == count:
+        return "torch.tensor([...])"
+    return f"torch.full(({count},), {value if isinstance(value, int) else 0})"
