@@ -193,6 +193,35 @@ def test_a_solver_that_diverges_is_last_and_legal_json():
     json.dumps([found.results(), found.records()], allow_nan=False)
     report = Report("t", "i")
     keys = [place.key for place in found.ranking()]
-    add_comparison(report, found, summary="s", shown=keys, calls=[3], order=keys)
-    assert "diverged" in report.page()
+    add_comparison(report, found, summary="s", shown=keys, calls=[3])
+    assert "<td>diverges</td>" in report.page()
     assert "ranked by distance only: ddpm" in report.page()
+
+
+def test_errors_below_that_of_the_exact_solution_are_not_told_apart():
+    found, *_ = run_comparison(nfes=(3, 6), judge=False)
+    found.exact_error = 1.01 * found.errors()["ddim", "auto", 6]  # both are nearer than that at 6 calls
+    assert [(place.key[0], place.rank) for place in found.ranking()] == [("dpmpp_2m", 1), ("ddim", 2)]
+    assert found.figures("error")["dpmpp_2m", "auto", 6] == found.figures("error")["ddim", "auto", 6] == found.exact_error
+    report = Report("t", "i")
+    add_comparison(report, found, summary="s", shown=[], calls=[3])
+    assert report.page().count(f"<td>&lt; {found.exact_error:#.3g}</td>") == 2
+    assert "class=best>&lt;" not in report.page()
+    found.exact_error = 10.0
+    assert [place.rank for place in found.ranking()] == [1, 1]
+
+
+def test_distances_that_are_not_told_from_the_floor_share_a_rank():
+    found, *_ = run_comparison()
+    near = {"excess_low": -0.1, "excess_high": 0.1}
+    for key, distance in found.distances.items():
+        found.distances[key] = dataclasses.replace(distance, excess=0.05, **near)
+    assert [place.rank for place in found.ranking("distance")] == [1, 1, 1]
+    for n, name in ((3, "ddim"), (3, "ddpm"), (6, "ddpm")):  # a set that varies too little is nearer than the floor, and no better
+        key = (name, "auto", n)
+        found.distances[key] = dataclasses.replace(found.distances[key], excess=-0.05, excess_low=-0.06, excess_high=-0.04)
+    assert [(place.key[0], place.rank) for place in found.ranking("distance")] == [("dpmpp_2m", 1), ("ddim", 2), ("ddpm", 3)]
+    report = Report("t", "i")
+    add_comparison(report, found, summary="s", shown=[], calls=[3])
+    assert report.page().count("<td>≠ ") == 3
+    assert [place["rank"] for place in found.results()["ranking_by_distance"]] == [1, 2, 3]

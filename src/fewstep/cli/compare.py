@@ -41,6 +41,7 @@ INTRO = (
 )
 GOAL, FEWEST, MOST = 240.0, 20, 200
 """Seconds that the network calls may take unless --count says how many samples there are, and the bounds of that number."""
+PICTURES = 5
 EXACT_CALLS = 600
 """About what an exact solution takes."""
 FAR = 1_000_000
@@ -176,7 +177,7 @@ def _run(report: Any, task: _Task, options: CompareOptions) -> None:
     ranking = [place.key for place in comparison.ranking("error")]
     by_distance = [place.key for place in comparison.ranking("distance")]
     shown = list(dict.fromkeys([*ranking[:2], *by_distance[:1], *(k for k in ranking if k[0] == "ddim"), *ranking[-1:]]))
-    add_comparison(report, comparison, summary=_summary(comparison), shown=shown, calls=_some(comparison.nfes), order=ranking)
+    add_comparison(report, comparison, summary=_summary(comparison), shown=shown, calls=_some(comparison.nfes))
 
 
 def _exact(task: _Task, first: int, count: int, options: CompareOptions) -> tuple[Any, Any, Any]:
@@ -204,31 +205,42 @@ def _exact(task: _Task, first: int, count: int, options: CompareOptions) -> tupl
 
 
 def _some(nfes: list[int]) -> list[int]:
-    """At most four of them, the first and the last included."""
-    places = {round(i * (len(nfes) - 1) / 3) for i in range(4)}
+    """All of them if a row of pictures has the room, else that many, the first and the last included."""
+    places = {round(i * (len(nfes) - 1) / (PICTURES - 1)) for i in range(PICTURES)}
     return [nfes[i] for i in sorted(places)]
 
 
 def _summary(comparison: Any) -> str:
-    def named(by: str) -> str:
-        best = comparison.ranking(by)[:3]
-        return ", ".join(f"{place.key[0]} ({place.score:.2f})" for place in best) or "none"
+    several = len({grid for _, grid in comparison.contestants()}) > 1
 
-    told = f"Best by error, with the geometric mean of the ratio to the best at each number of calls: {named('error')}."
-    return f"{told} By distance: {named('distance')}."
+    def named(by: str) -> str:
+        places = comparison.ranking(by)
+        first = [", ".join(place.key[: 1 + several]) for place in places if place.rank == 1]
+        if len(first) > 3:
+            return f"{len(first)} of {len(places)} share the first place, {first[0]} among them"
+        best = [", ".join(place.key[: 1 + several]) for place in places[:3]]
+        return "; ".join(best) if several else ", ".join(best) or "none"
+
+    told = f"{comparison.count} samples of every solver. Best by error: {named('error')}."
+    return f"{told} Best by distance: {named('distance')}." if comparison.distances else told
 
 
 def _print(results: dict[str, Any], options: CompareOptions) -> None:
+    from fewstep.evaluate.comparison import told_skipped
+
     for name, found in results["models"].items():
-        second = {(place["solver"], place["grid"]): i + 1 for i, place in enumerate(found["ranking_by_distance"])}
-        first = {(place["solver"], place["grid"]): i + 1 for i, place in enumerate(found["ranking_by_error"])}
+        first, second = (
+            {(place["solver"], place["grid"]): place["rank"] for place in found.get(f"ranking_by_{by}", [])}
+            for by in ("error", "distance")
+        )
+        several = len({grid for _, grid in first.keys() | second.keys()}) > 1
         about = found["distance"]
         sizes = f"{about['sizes'][0]} against {about['sizes'][1]} samples"
         print(f"{name}: {about['name']} of {about['features']}, {sizes}, seed {about['seed']}, floor {about['floor']:.3g}")
         print(f"all runs and the exact solution end at {found['end']}")
-        print("  by error  by distance  solver, grid")
+        print(f"  by error  by distance  solver{', grid' if several else ''}")
         for key in sorted(first.keys() | second.keys(), key=lambda k: (first.get(k, 10**6), second.get(k, 10**6))):
-            print(f"  {first.get(key, '-')!s:>8}  {second.get(key, '-')!s:>11}  {', '.join(key)}")
-        for solver, reason in found["skipped"].items():
-            print(f"  skipped {solver}: {reason}")
+            print(f"  {first.get(key, '-')!s:>8}  {second.get(key, '-')!s:>11}  {', '.join(key[: 1 + several])}")
+        if found["skipped"]:
+            print(f"  skipped: {told_skipped(found['skipped'])}")
     print(f"written to {options.out}/index.html")

@@ -97,26 +97,26 @@ def _model(report: Any, name: str, denoiser: Any, options: DemoOptions, nfes: li
         after=lambda _: bar.update(),
     )
     calls = [nfe for nfe in SHOWN_CALLS if nfe in nfes] or nfes[:4]
-    shown, order = _best_grids(comparison.rows), [(solver, grid) for solver in SOLVERS for grid in GRIDS]
-    summary = _summary(name, comparison.rows, nfes)
-    add_comparison(report, comparison, summary=summary, shown=shown, calls=calls, order=order, curves=shown, titles=SOLVERS)
+    errors = comparison.figures("error")
+    shown, summary = _best_grids(errors), _summary(name, errors, nfes)
+    add_comparison(report, comparison, summary=summary, shown=shown, calls=calls, curves=shown, titles=SOLVERS)
 
 
-def _best_grids(rows: list[Any]) -> list[tuple[str, str]]:
+def _best_grids(errors: dict[tuple[str, str, int], float]) -> list[tuple[str, str]]:
     """Every solver with its best time grid here, by the geometric mean of the errors; "auto" is a solver and its grid."""
     chosen = []
     for solver in SHOWN:
         grids = ("auto",) if solver == "auto" else GRIDS
-        errors = {g: [row.error for row in rows if (row.solver, row.grid) == (solver, g)] for g in grids}
-        chosen.append((solver, min(grids, key=lambda grid: math.prod(errors[grid]))))
+        product = {grid: math.prod(error for key, error in errors.items() if key[:2] == (solver, grid)) for grid in grids}
+        chosen.append((solver, min(product, key=product.__getitem__)))
     return chosen
 
 
-def _summary(name: str, rows: list[Any], nfes: list[int]) -> str:
+def _summary(name: str, errors: dict[tuple[str, str, int], float], nfes: list[int]) -> str:
     """How many calls it takes to match DDIM at its most calls, each at the best of its time grids."""
 
     def best(solver: str, nfe: int) -> float:
-        return min(row.error for row in rows if (row.solver, row.nfe) == (solver, nfe))
+        return min(errors[solver, grid, nfe] for grid in GRIDS)
 
     goal = best("ddim", nfes[-1])
     told = f"{name}: DDIM with {nfes[-1]} calls has an error of {goal:.3g} at the best of these time grids"

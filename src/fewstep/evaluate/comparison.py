@@ -7,6 +7,8 @@ solver, not the model: even a poor model has an exact solution. The samples that
 all are some distance away as well, because the sets are finite: that is the floor.
 
 At every number of calls the figure is divided by the smallest there; the geometric mean of these ratios over the numbers of calls ranks.
+What cannot be told apart shares a rank: an error below that of the exact solution counts as that, and a distance counts as the floor plus
+its difference from it, whichever way, if the interval of that excludes 0, and else as the floor.
 """
 
 from __future__ import annotations
@@ -191,10 +193,12 @@ class Ranked:
     Attributes:
         key: solver and grid.
         score: geometric mean over the numbers of calls of its figure divided by the smallest one there.
+        rank: its place, from 1; equal scores share it.
     """
 
     key: Key
     score: float
+    rank: int
 
 
 @dataclass
@@ -245,8 +249,20 @@ class Comparison:
         return {r.key: r.error if math.isfinite(r.error) else math.inf for r in self.rows if not r.stochastic}
 
     def figures(self, by: str) -> dict[tuple[str, str, int], float]:
-        """The figures that rank by ``"error"`` or ``"distance"``."""
-        return self.errors() if by == "error" else {key: found.value for key, found in self.distances.items()}
+        """The figures that rank by ``"error"`` or ``"distance"``: at least the error of the exact solution, or the floor.
+
+        Samples that vary too little are nearer than the floor; that is as much a difference as to be as much farther.
+        """
+        if by == "error":
+            return {key: max(error, self.exact_error) for key, error in self.errors().items()}
+        floor = self.floor or 0.0
+        return {key: floor + abs(found.excess) * _differs(found) for key, found in self.distances.items()}
+
+    def diverging(self) -> set[tuple[str, str, int]]:
+        """The runs whose samples are farther from the exact solution than data are from each other, or not finite."""
+        low, high = self.info.data_range or (-1.0, 1.0)
+        far = max(high - low, 2.0 * float(self.exact.double().square().mean().sqrt()))
+        return {row.key for row in self.rows if not row.error <= far}
 
     def ranking(self, by: str = "error") -> list[Ranked]:
         """Best first. A solver counts at the numbers of calls that it ran with."""
@@ -256,8 +272,9 @@ class Comparison:
         for solver, grid in self.contestants():
             ratios = [_ratio(figures[solver, grid, n], best[n]) for n in self.nfes if (solver, grid, n) in figures]
             if ratios:
-                ranked.append(Ranked((solver, grid), math.exp(sum(map(math.log, ratios)) / len(ratios))))
-        return sorted(ranked, key=lambda place: place.score)
+                ranked.append(((solver, grid), math.exp(sum(map(math.log, ratios)) / len(ratios))))
+        scores = sorted(score for _, score in ranked)
+        return [Ranked(key, score, 1 + scores.index(score)) for key, score in sorted(ranked, key=lambda place: place[1])]
 
     def results(self) -> dict[str, Any]:
         """Everything but the pictures, as JSON values."""
@@ -268,7 +285,8 @@ class Comparison:
         document["same"], document["skipped"] = self.same, self.skipped
         for by in ("error", "distance") if self.distances else ("error",):
             document[f"ranking_by_{by}"] = [
-                {"solver": place.key[0], "grid": place.key[1], "score": _finite(place.score)} for place in self.ranking(by)
+                {"rank": place.rank, "solver": place.key[0], "grid": place.key[1], "score": _finite(place.score)}
+                for place in self.ranking(by)
             ]
         if self.judge is not None:
             document["distance"] = {
@@ -298,6 +316,11 @@ class Comparison:
 
 def _told_end(schedule: NoiseSchedule, final: str) -> str:
     return "noise level 0" if final == "zero" else f"t = {schedule.t_end:g}, the last time of the noise schedule (t_end)"
+
+
+def _differs(found: Excess) -> bool:
+    """Whether the interval tells a run from the exact solution."""
+    return not found.excess_low <= 0.0 <= found.excess_high
 
 
 def _ratio(value: float, best: float) -> float:
@@ -387,11 +410,10 @@ def add_comparison(
     summary: str,
     shown: Sequence[Key],
     calls: Sequence[int],
-    order: Sequence[Key],
     curves: Sequence[Key] | None = None,
     titles: Mapping[str, str] | None = None,
 ) -> None:
-    """Add a section: sample grids, curves and tables.
+    """Add a section: sample grids, curves and tables, the best first.
 
     Args:
         report: where it goes; its results are filled as well.
@@ -399,146 +421,189 @@ def add_comparison(
         summary: first paragraph.
         shown: whose samples are shown.
         calls: at which numbers of calls.
-        order: of the table's rows.
-        curves: in the plot; as `order` when left out. The first few of these are coloured and named.
+        curves: in the plot of errors; all when left out. The first few of these are coloured and named.
         titles: names of solvers for people.
     """
     report.results.setdefault("rows", []).extend(found.records())
     report.results.setdefault("models", {})[found.model] = {**found.results(), "summary": summary}
     report.heading(f"{found.model} ({'x'.join(map(str, found.info.shape or ()))}, {found.schedule} schedule)")
-    report.text(f"All runs and the exact solution end at {found.end}. {summary}")
-    _pictures(report, found, shown, calls, titles or {})
-    low, high = found.info.data_range or (-1.0, 1.0)
-    report.heading("Error against calls", 3)
-    caption = f"{found.model}: RMS error against the exact solution, {found.count} samples; values span {low:g} to {high:g}"
-    _curves(report, found, curves or order, found.errors(), titles or {}, f"{found.model}-error.png", "RMS error", caption, {})
-    _table(report, found, order, "error", titles or {})
-    report.text(
-        f"The best at each number of calls is set off. The exact solution is known to within {found.exact_error:.1e}.", note=True
-    )
-    if found.judge is not None:
-        _distances(report, found, titles or {})
+    report.text(f"{summary} All runs and the exact solution end at {found.end}.")
+    section = _Section(report, found, titles or {})
+    section.pictures(shown, calls)
+    if found.errors():
+        section.errors(curves)
+    if found.judge is not None and found.distances:
+        section.distances(found.judge)
     _remarks(report, found)
 
 
-def _title(key: Key, titles: Mapping[str, str], grids: bool) -> str:
-    return f"{titles.get(key[0], key[0])}, {key[1]}" if grids else titles.get(key[0], key[0])
+@dataclass(frozen=True)
+class _Section:
+    """The part of a page that is about one model."""
+
+    report: Report
+    found: Comparison
+    titles: Mapping[str, str]
+
+    def pictures(self, shown: Sequence[Key], calls: Sequence[int]) -> None:
+        found = self.found
+        if found.exact.ndim != 4 or found.exact.shape[1] not in (1, 3):
+            return
+        columns, scale = (5, 4) if found.exact.shape[-1] <= 8 else (3, 2)
+        limits = found.info.data_range or (-1.0, 1.0)
+        rows = {row.key: row for row in found.rows}
+
+        def picture(samples: Tensor) -> bytes:
+            return image_grid(samples[: 2 * columns], limits, columns=columns, scale=scale)
+
+        if set(found.nfes) - set(calls):
+            self.report.text(f"Pictures are shown at {_listed(calls)} calls; the tables have all.", note=True)
+        exact = (f"{found.model}-exact.png", f"exact ({found.exact_nfe} calls)", picture(found.exact))
+        for solver, grid in shown:
+            self.report.heading(self.title((solver, grid)), 3)
+            strip = []
+            for row in (rows[solver, grid, n] for n in calls if (solver, grid, n) in rows):
+                name = f"{found.model}-{solver}-{grid}-{row.nfe}.png"
+                strip.append((name, f"{row.nfe} calls, {self.told(row)}", picture(row.samples)))
+            self.report.pictures([*strip, exact])
+
+    def told(self, row: ErrorRow) -> str:
+        """What stands below a picture."""
+        if row.key in self.found.diverging():
+            return "diverges"
+        if not row.stochastic:
+            return f"error {self.error_cell(row.key)}"
+        return f"distance {_figure(self.found.distances[row.key].value)}" if row.key in self.found.distances else "stochastic"
+
+    def title(self, key: Key) -> str:
+        """Solver and grid in words."""
+        name = self.titles.get(key[0], key[0])
+        return name if not self.several_grids or key == ("auto", "auto") else f"{name}, {key[1]} grid"
+
+    @property
+    def several_grids(self) -> bool:
+        return len({grid for _, grid in self.found.contestants()}) > 1
+
+    def errors(self, curves: Sequence[Key] | None) -> None:
+        found, figures = self.found, self.found.figures("error")
+        low, high = found.info.data_range or (-1.0, 1.0)
+        self.report.heading("Error against calls", 3)
+        caption = f"{found.model}: RMS error against the exact solution, {found.count} samples; values span {low:g} to {high:g}"
+        unknown = any(error < found.exact_error for error in found.errors().values())
+        levels = {"exact solution known to": found.exact_error} if unknown else {}
+        ranked = [place.key for place in found.ranking("error")]
+        self.curves(curves or ranked, figures, f"{found.model}-error.png", "RMS error", caption, levels)
+        legend = "Score: the geometric mean, over the numbers of calls, of the error divided by the smallest there. "
+        legend += "Set off: the best at each number of calls."
+        if unknown:
+            legend += (
+                f" The exact solution is known to within {_figure(found.exact_error)}, so smaller errors are not told apart: they are "
+                f"marked <, and count as that."
+            )
+        else:
+            legend += f" The exact solution is known to within {_figure(found.exact_error)}."
+        self.table("error", legend, self.error_cell, best=True)
+
+    def error_cell(self, key: tuple[str, str, int]) -> str:
+        error, limit = self.found.errors()[key], self.found.exact_error
+        return f"< {_figure(limit)}" if error < limit else _figure(error)
+
+    def distances(self, judge: Judge) -> None:
+        found, floor = self.found, self.found.floor or 0.0
+        title = f"{judge.distance.title} of {judge.told}"
+        self.report.heading("Distance of the distributions", 3)
+        self.report.text(
+            f"{title[0].upper()}{title[1:]}: {found.count} samples of every solver against {len(judge.others)} exact solutions of other "
+            f"noise. The exact solutions of the same noise are {_figure(floor)} away. That is the floor: a solver without any error shows "
+            f"as much, because the sets are finite."
+        )
+        caption = f"{found.model}: {title}, {found.count} against {len(judge.others)} samples"
+        figures = {key: distance.value for key, distance in found.distances.items()}
+        levels = {"exact, same noise": floor} if floor > 0.0 else {}
+        order = [place.key for place in found.ranking("distance")]
+        self.curves(order, figures, f"{found.model}-{judge.distance.name}.png", judge.distance.title, caption, levels)
+        legend = (
+            f"Marked ≠: the distance differs from the floor, by the 95 % interval at these sizes ({judge.resamples} resamples, seed "
+            f"{judge.seed}; the intervals are in results.json). One below the floor is no better: such samples vary too little. Score: "
+            f"the geometric mean, over the numbers of calls, of the floor plus this difference, whichever way, divided by the smallest "
+            f"there. Without the mark the difference counts as 0. Equal scores share a rank."
+        )
+        self.table("distance", legend, self.distance_cell, best=False)
+
+    def distance_cell(self, key: tuple[str, str, int]) -> str:
+        distance = self.found.distances[key]
+        return f"{'≠ ' if _differs(distance) else ''}{_figure(distance.value)}"
+
+    def curves(
+        self,
+        order: Sequence[Key],
+        figures: Mapping[tuple[str, str, int], float],
+        file: str,
+        ylabel: str,
+        caption: str,
+        levels: Mapping[str, float],
+    ) -> None:
+        found = self.found
+        drawn = {key: value for key, value in figures.items() if key not in found.diverging() and value > 0.0}
+        lines = {key: [(float(n), drawn[(*key, n)]) for n in found.nfes if (*key, n) in drawn] for key in order}
+        lines = {key: points for key, points in lines.items() if points}
+        if not lines:
+            return
+        named = list(lines)[:SHOWN_LINES]
+        named += [key for key in lines if key[0] == "ddim" and key not in named][:1]
+        faint = [points for key, points in lines.items() if key not in named]
+        plot = line_plot(
+            {self.title(key): lines[key] for key in named},
+            xlabel="network calls a sample",
+            ylabel=ylabel,
+            faint=faint,
+            levels=levels,
+        )
+        rest = f"; in grey the other {len(faint)}, as far as they are within the frame" if faint else ""
+        self.report.pictures([(file, caption + rest, plot)], plot=True)
+
+    def table(self, by: str, legend: str, cell: Callable[[tuple[str, str, int]], str], *, best: bool) -> None:
+        """Ranks and figures, one row a solver, below what the figures mean."""
+        found, figures, diverging = self.found, self.found.figures(by), self.found.diverging()
+        if any(key in diverging for key in figures):
+            legend += " Diverges: the samples are farther from the exact solution than data are from each other."
+        self.report.text(legend, note=True)
+        body, places = [], found.ranking(by)
+        for place in places:
+            keys = [(*place.key, n) for n in found.nfes]
+            cells = ["–" if key not in figures else "diverges" if key in diverging else cell(key) for key in keys]
+            names = self.names(place.key)
+            body.append([str(place.rank), *names, *cells, _score(place.score)])
+        head = ["rank", "solver", *(["time grid"] if self.several_grids else []), *(f"{n} calls" for n in found.nfes), "score"]
+        marked = self.least(places, figures, len(head) - 1 - len(found.nfes)) if best else set()
+        self.report.table(head, body, best=marked, text={1, 2} if self.several_grids else {1})
+
+    def names(self, key: Key) -> list[str]:
+        """The cells that say what was run."""
+        return [self.titles.get(key[0], key[0]), *([key[1]] if self.several_grids else [])]
+
+    def least(self, places: Sequence[Ranked], figures: Mapping[tuple[str, str, int], float], first: int) -> set[tuple[int, int]]:
+        """The cells with the smallest figure of their column, unless that is as small as can be told."""
+        marked = set()
+        for j, n in enumerate(self.found.nfes):
+            column = {i: figures[(*place.key, n)] for i, place in enumerate(places) if (*place.key, n) in figures}
+            if column and min(column.values()) > self.found.exact_error:
+                marked.add((min(column, key=lambda i, c=column: c[i]), first + j))
+        return marked
 
 
-def _pictures(report: Report, found: Comparison, shown: Sequence[Key], calls: Sequence[int], titles: Mapping[str, str]) -> None:
-    if found.exact.ndim != 4 or found.exact.shape[1] not in (1, 3):
-        return
-    columns, scale = (5, 4) if found.exact.shape[-1] <= 8 else (3, 2)
-    limits = found.info.data_range or (-1.0, 1.0)
-    rows = {row.key: row for row in found.rows}
-    grids = len({grid for _, grid in shown}) > 1
-
-    def picture(samples: Tensor) -> bytes:
-        return image_grid(samples[: 2 * columns], limits, columns=columns, scale=scale)
-
-    exact = (f"{found.model}-exact.png", f"exact ({found.exact_nfe} calls)", picture(found.exact))
-    for solver, grid in shown:
-        report.heading(_title((solver, grid), titles, grids), 3)
-        strip = []
-        for row in (rows[solver, grid, n] for n in calls if (solver, grid, n) in rows):
-            judged = f"distance {found.distances[row.key].value:.3g}" if row.key in found.distances else "stochastic"
-            told = judged if row.stochastic else f"error {row.error:.3g}"
-            strip.append((f"{found.model}-{solver}-{grid}-{row.nfe}.png", f"{row.nfe} calls, {told}", picture(row.samples)))
-        report.pictures([*strip, exact])
+def _figure(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.0f}" if value >= 100.0 else f"{value:#.3g}"
 
 
-def _curves(
-    report: Report,
-    found: Comparison,
-    order: Sequence[Key],
-    figures: Mapping[tuple[str, str, int], float],
-    titles: Mapping[str, str],
-    file: str,
-    ylabel: str,
-    caption: str,
-    levels: Mapping[str, float],
-) -> None:
-    lines: dict[Key, list[tuple[float, float]]] = {}
-    for solver, grid in order:
-        points = [
-            (float(n), figures[solver, grid, n]) for n in found.nfes if math.isfinite(figures.get((solver, grid, n), math.inf))
-        ]
-        if points and all(value > 0.0 for _, value in points):
-            lines[solver, grid] = points
-    named = list(lines)[:SHOWN_LINES]
-    named += [key for key in lines if key[0] == "ddim" and key not in named][:1]
-    grids = len({grid for _, grid in named}) > 1
-    plot = line_plot(
-        {_title(key, titles, grids): lines[key] for key in named},
-        xlabel="network calls a sample",
-        ylabel=ylabel,
-        faint=[points for key, points in lines.items() if key not in named],
-        levels=levels,
-    )
-    rest = f"; in grey the other {len(lines) - len(named)}, as far as they are within the frame" if len(lines) > len(named) else ""
-    report.pictures([(file, caption + rest, plot)], plot=True)
+def _score(value: float) -> str:
+    return f"{value:#.4g}" if value < 100.0 else "> 100"
 
 
-def _table(report: Report, found: Comparison, order: Sequence[Key], by: str, titles: Mapping[str, str]) -> None:
-    """Ranks and figures, one row a solver."""
-    figures = found.figures(by)
-    scores = {place.key: (i + 1, place.score) for i, place in enumerate(found.ranking(by))}
-    grids = len({grid for _, grid in found.contestants()}) > 1
-    keys = [key for key in order if key in scores]
-    body, best = [], set()
-    for key in keys:
-        rank, score = scores[key]
-        cells = [_cell(found, (*key, n), figures.get((*key, n)), by) for n in found.nfes]
-        body.append([_title(key, titles, grids), str(rank), f"{score:.2f}", *cells])
-    for j, n in enumerate(found.nfes):
-        column = {i: figures[(*key, n)] for i, key in enumerate(keys) if (*key, n) in figures}
-        if column:
-            best.add((min(column, key=lambda i, c=column: c[i]), j + 3))
-    head = ["solver, time grid" if grids else "solver", "rank", "times the best", *(f"{n} calls" for n in found.nfes)]
-    report.table(head, body, best=best)
-
-
-def _cell(found: Comparison, key: tuple[str, str, int], value: float | None, by: str) -> str:
-    if value is None or by == "error":
-        return "–" if value is None else "diverged" if math.isinf(value) else f"{value:.3g}"
-    judged = found.distances[key]
-    mark = " ≈" if judged.excess_low <= 0.0 <= judged.excess_high else ""
-    return f"{value:.3g}{mark}\n{judged.excess:+.2g} [{judged.excess_low:.2g}, {judged.excess_high:.2g}]"
-
-
-def _distances(report: Report, found: Comparison, titles: Mapping[str, str]) -> None:
-    judge, floor = found.judge, found.floor
-    if judge is None or floor is None:
-        return
-    title = f"{judge.distance.title} of {judge.told}"
-    order = [place.key for place in found.ranking("distance")]
-    report.heading("Distance of the distributions", 3)
-    report.text(
-        f"{title[0].upper()}{title[1:]}: {found.count} samples of every solver against {len(judge.others)} exact solutions of other noise. "
-        f"The exact solutions of the same noise are {floor:.3g} away. That is the floor: a solver without any error shows as much, because "
-        f"the sets are finite."
-    )
-    figures = found.figures("distance")
-    caption = f"{found.model}: {title}, {found.count} against {len(judge.others)} samples"
-    name = f"{found.model}-{judge.distance.name}.png"
-    _curves(
-        report,
-        found,
-        order,
-        figures,
-        titles,
-        name,
-        judge.distance.title,
-        caption,
-        {"exact, same noise": floor} if floor > 0.0 else {},
-    )
-    _table(report, found, order, "distance", titles)
-    report.text(
-        f"Below each figure, how much it is above the floor, and the 95 % interval of that at these sizes, from {judge.resamples} "
-        f"resamples, seed {judge.seed}. With ≈ the interval holds 0: by this distance, these samples do not tell the solver from the "
-        f"exact solution.",
-        note=True,
-    )
+def _listed(numbers: Sequence[int]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _remarks(report: Report, found: Comparison) -> None:
@@ -552,5 +617,18 @@ def _remarks(report: Report, found: Comparison) -> None:
     if stochastic:
         names = ", ".join(stochastic)
         report.text(f"Stochastic, so without an error against the ODE's solution, and ranked by distance only: {names}.", note=True)
-    for name, reason in found.skipped.items():
-        report.text(f"Skipped, {name}: {reason}.", note=True)
+    if found.skipped:
+        report.text(f"Skipped: {told_skipped(found.skipped)}.", note=True)
+
+
+def told_skipped(skipped: Mapping[str, str]) -> str:
+    """The names that are left out, those with the same reason together.
+
+    Example:
+        >>> told_skipped({"a": "too few calls", "b": "no name", "c": "too few calls"})
+        'a, c (too few calls); b (no name)'
+    """
+    names: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(same)} ({reason})" for reason, same in names.items())

@@ -9,7 +9,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from fewstep.errors import MissingExtraError
 
 __all__ = ["Report", "image_grid", "line_plot"]
 
+WIDENED = 1.4
+"""How far above the lines with labels a plot shows those without."""
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1.2rem; }
@@ -34,8 +36,7 @@ img.plot { image-rendering: auto; border: 0; background: #fff }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
 .wide { overflow-x: auto }
 th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid var(--line) }
-th:first-child, td:first-child { text-align: left }
-td small { font-weight: 400; font-size: .8em; opacity: .8; white-space: nowrap }
+th.text, td.text { text-align: left } td { white-space: nowrap } th { vertical-align: bottom }
 td.best { font-weight: 700; background: var(--soft) } p.note, footer { font-size: .85rem; opacity: .8 } code { font-size: .9em }
 """
 
@@ -86,7 +87,7 @@ def line_plot(
     Args:
         lines: label -> points.
         xlabel, ylabel: of the axes.
-        faint: lines in grey, without labels; they do not widen the frame upwards beyond twice the highest of the others.
+        faint: lines in grey, without labels; they do not widen the frame upwards much beyond the highest of the others.
         levels: label -> height of a dashed horizontal line.
     """
     try:
@@ -111,7 +112,7 @@ def line_plot(
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     coloured = [y for points in lines.values() for _, y in points] + list((levels or {}).values())
-    heights = [*coloured, *(y for points in background for _, y in points if y <= 2.0 * max(coloured))]
+    heights = [*coloured, *(y for points in background for _, y in points if y <= WIDENED * max(coloured))]
     if background:
         axes.set_ylim(0.9 * min(heights), 1.1 * max(heights))
     narrow = max(heights) < 20.0 * min(heights)
@@ -126,11 +127,6 @@ def line_plot(
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=144, metadata={"Software": None})
     return file.getvalue()
-
-
-def _cell(text: str) -> str:
-    first, *rest = (html.escape(line) for line in text.split("\n"))
-    return "".join([first, *(f"<br><small>{line}</small>" for line in rest)])
 
 
 @dataclass
@@ -168,13 +164,22 @@ class Report:
             figures.append(f'<figure><img{kind} src="{source}" alt="{alt}"><figcaption>{alt}</figcaption></figure>')
         self.pieces.append(f'<div class="strip">{"".join(figures)}</div>')
 
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], *, best: set[tuple[int, int]] | None = None) -> None:
-        """Add a table; cells in `best` (row, column) are set off, and what follows the first line of a cell is small."""
-        marked = best or set()
-        lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
-        for i, row in enumerate(rows):
-            cells = (f"<td{' class=best' if (i, j) in marked else ''}>{_cell(cell)}</td>" for j, cell in enumerate(row))
-            lines.append("".join(cells))
+    def table(
+        self,
+        head: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        *,
+        best: Collection[tuple[int, int]] = (),
+        text: Collection[int] = (0,),
+    ) -> None:
+        """Add a table; cells in `best` (row, column) are set off, and the columns in `text` begin at the left."""
+
+        def cell(tag: str, i: int, j: int, content: str) -> str:
+            kind = " class=best" if (i, j) in best else " class=text" if j in text else ""
+            return f"<{tag}{kind}>{html.escape(content)}</{tag}>"
+
+        lines = ["".join(cell("th", -1, j, content) for j, content in enumerate(head))]
+        lines += ["".join(cell("td", i, j, content) for j, content in enumerate(row)) for i, row in enumerate(rows)]
         self.pieces.append(f'<div class="wide"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>')
 
     def page(self) -> str:
