@@ -172,3 +172,9 @@ def test_broken_networks():
         adaptive(lambda x, t: x[:, :1], noise(VP, 2), VP)
     with pytest.raises(ValueError, match="noise schedule"):
         adaptive(mixture(VP), noise(VP, 2), fs.schedules.EDM())
+
+
+def test_the_result_prints_in_one_line():
+    run = adaptive(mixture(VP), noise(VP, 3), VP)
+    assert repr(run).startswith(f"Adaptive(3 samples, nfe={run.nfe}, {run.calls.min()} to {run.calls.max()} calls a sample, ")
+    assert len(repr(run)) < 100

@@ -224,6 +224,13 @@ def test_a_denoiser_that_returns_no_tensor_is_named():
         fs.sample(lambda x, t: None, torch.ones(2, 3), fs.make_plan("ddim", fs.schedules.EDM(), 3))
 
 
+def test_noise_of_another_shape_than_the_model_takes_is_refused():
+    den = fs.load("photos")
+    plan = fs.make_plan("ddim", den.schedule, 2)
+    with pytest.raises(PlanError, match=r"shape \(1, 8, 8\), but the model takes \(3, 32, 32\)"):
+        fs.sample(den, fs.draw_noise((1, 8, 8), range(2), plan), plan)
+
+
 def test_conditions_are_those_the_model_takes():
     den = fs.load("digits")
     plan = fs.make_plan("auto", den.schedule, 2)

@@ -304,3 +304,13 @@ def test_batch_half_precision_and_gradients(name):
     fs.sample(denoiser, start, plan, seeds=range(6)).sum().backward()
     assert bool(torch.isfinite(start.grad).all())
     assert float(start.grad.abs().max()) > 0.0
+
+
+def test_an_unknown_name_shows_the_near_ones_and_where_all_are():
+    with pytest.raises(fs.FewstepError, match="Did you mean 'dpmpp_2m'") as caught:
+        fs.solvers.make_solver("dpmpp2m")
+    assert "`fewstep solvers`" in str(caught.value)
+    assert "teleport" not in str(caught.value)
+    assert len(str(caught.value)) < 250
+    with pytest.raises(fs.FewstepError, match="EDMHeun is a class; solvers of it are edm_heun"):
+        fs.solvers.make_solver("EDMHeun")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.version import __version__
 
 if TYPE_CHECKING:
-    from fewstep import denoisers, evaluate, exact, grids, guidance, schedules, solvers, train, tuners
+    from fewstep import denoisers, evaluate, exact, grids, guidance, recipes, schedules, solvers, statistics, train, tuners
     from fewstep.denoisers import Denoiser, ModelInfo
     from fewstep.errors import FewstepError
     from fewstep.integrate import adaptive, invert, reference
@@ -43,11 +43,13 @@ __all__ = [
     "invert",
     "load",
     "make_plan",
+    "recipes",
     "reference",
     "sample",
     "schedules",
     "solver_names",
     "solvers",
+    "statistics",
     "train",
     "tune",
     "tuners",

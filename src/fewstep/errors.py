@@ -19,6 +19,9 @@ __all__ = [
     "UnknownNameError",
 ]
 
+LONG, NEAR = 15, 5
+"""A table with more names than this is not printed whole if there is a place that lists it; and how many near ones are."""
+
 
 class FewstepError(Exception):
     """Base of every error that fewstep raises on purpose."""
@@ -48,11 +51,15 @@ class MissingExtraError(FewstepError, ImportError):
 
 
 class UnknownNameError(FewstepError, ValueError):
-    """A name that is not in a table; the message gives the nearest match and the whole table."""
+    """A name that is not in a table; the message gives the nearest match, and the table: the near part of it if it is long."""
 
-    def __init__(self, what: str, name: object, known: Iterable[str], hint: str | None = None):
+    def __init__(self, what: str, name: object, known: Iterable[str], hint: str | None = None, *, listed: str | None = None):
         names = sorted(known)
-        near = difflib.get_close_matches(str(name).lower().replace("++", "pp_"), names, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(name).lower().replace("++", "pp_"), names, n=NEAR, cutoff=0.5)
+        table = f"Known: {', '.join(names)}."
+        if listed is not None and len(names) > LONG:
+            others = f"Also near: {', '.join(near[1:])}. " if hint is None and len(near) > 1 else ""
+            table = f"{others}All {len(names)}: {listed}."
         if hint is None:
             hint = f"Did you mean {near[0]!r}?" if near else ""
-        super().__init__(f"unknown {what} {name!r}. {hint}{' ' if hint else ''}Known: {', '.join(names)}.")
+        super().__init__(f"unknown {what} {name!r}. {hint}{' ' if hint else ''}{table}")

@@ -248,6 +248,12 @@ class Adaptive(NamedTuple):
     rejected: NDArray[np.int64]
     grids: list[Floats]
 
+    def __repr__(self) -> str:
+        calls = f"{self.calls.min()} to {self.calls.max()}" if len(self.calls) else "no"
+        return (
+            f"Adaptive({len(self.samples)} samples, nfe={self.nfe}, {calls} calls a sample, {self.rejected.sum()} steps rejected)"
+        )
+
 
 @torch.no_grad()
 def adaptive(

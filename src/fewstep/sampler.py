@@ -111,7 +111,8 @@ def sample(
         ``Float[Tensor, "batch *shape"]``, the samples; a `Trajectory` if asked for.
 
     Raises:
-        PlanError: if the plan was made for another schedule, or its arrays for another sample shape, or seeds are missing or wrong.
+        PlanError: if the plan was made for another schedule, its arrays or the model for another sample shape, or seeds are missing or
+            wrong.
         NetworkError: if the network returns another shape or values that are not finite; names the call and its time.
 
     Example:
@@ -200,6 +201,9 @@ def _check_fit(denoiser: DenoiserLike, plan: Plan, x: Tensor, seeds: Iterable[in
         raise PlanError(
             f"the plan was made for {_brief(plan.schedule)}, but the denoiser has {_brief(schedule)}. Plan for its schedule."
         )
+    wanted = getattr(getattr(denoiser, "info", None), "shape", None)
+    if wanted is not None and tuple(x.shape[1:]) != tuple(wanted):
+        raise PlanError(f"the noise has samples of shape {tuple(x.shape[1:])}, but the model takes {tuple(wanted)}.")
     if "tuned" in plan.provenance:
         check_identity(plan.provenance["tuned"]["model"], denoiser)
     if plan.stochastic and seeds is None:

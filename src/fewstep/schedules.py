@@ -69,11 +69,11 @@ class NoiseSchedule(abc.ABC):
         """The time of a given lambda; plus and minus infinity map to the times of sigma = 0 and alpha = 0."""
 
     def alpha(self, t: ArrayLike) -> Floats:
-        """Scale of the data at time t."""
+        """Scale of the data at time t. float64 NumPy, of a tensor too: ``torch.as_tensor(schedule.alpha(t), dtype=x.dtype)`` goes back."""
         return np.exp(self.log_alpha(t))
 
     def sigma(self, t: ArrayLike) -> Floats:
-        """Standard deviation of the noise at time t."""
+        """Standard deviation of the noise at time t, as NumPy; see `alpha`."""
         return np.exp(self.log_sigma(t))
 
     def lam(self, t: ArrayLike) -> Floats:

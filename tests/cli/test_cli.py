@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -180,6 +181,11 @@ def test_evaluate_reads_what_sample_writes_and_pictures(tiny, tmp_path, capsys):
     arrays = [np.load(tmp_path / name / "samples.npz")["samples"] for name in "ab"]
     features = [fs.evaluate.digit_features(torch.from_numpy(array)) for array in arrays]
     assert results["distances"][0]["value"] == pytest.approx(fs.evaluate.Frechet()(*features))
+    # with classes on one side only: a was made without condition
+    run(capsys, "sample", tiny, "--nfe", 1, "--count", 10, "--label", "each", "--out", tmp_path / "c", "--quiet")
+    text = run(capsys, "evaluate", tmp_path / "a", tmp_path / "c", "--resamples", 20)[1]
+    assert "features: digits (auto)" in text
+    assert "The samples have no labels, so the classes are not held fixed and the test has less power." in text
 
 
 def test_evaluate_reads_pictures_and_bytes(tmp_path, capsys):
@@ -198,12 +204,6 @@ def test_evaluate_reads_pictures_and_bytes(tmp_path, capsys):
         (found,) = json.loads(text)["distances"]
         assert found["sizes"] == [6, 50]
         assert found["p"] == 1 / 21 or found["value"] > 4.0
-    status, text, _ = run(capsys, "evaluate", folder, "--resamples", 20)
-    assert "features: digits (auto)" in text
-    assert "The samples have no labels, so the classes are not held fixed and the test has less power." in text
-    run(capsys, "sample", tiny, "--nfe", 1, "--count", 10, "--label", "each", "--out", tmp_path / "c", "--quiet")
-    text = run(capsys, "evaluate", tmp_path / "a", tmp_path / "c", "--resamples", 20)[1]
-    assert "The samples have no labels" in text  # they were made without condition
     status, text, _ = run(capsys, "evaluate", folder, "--resamples", 20, "--quiet")
     assert (status, text) == (0, "")
     Image.fromarray(pixels[0, :4]).save(folder / "x.png")
@@ -228,7 +228,14 @@ def test_plan_make_and_show(tmp_path, capsys):
 def test_solvers(capsys):
     rows = json.loads(run(capsys, "solvers", "--json")[1])
     assert [row["name"] for row in rows] == fs.solver_names()
-    assert "dpmpp_3m_sde" in run(capsys, "solvers")[1]
+    costs = {row["name"]: row["cost"] for row in rows}
+    assert [costs[n] for n in ("dpm_3s", "dpmpp_2s", "flow_euler", "flow_rk4", "edm_heun", "auto")] == [
+        f"{calls} calls a step" if calls > 1 else "1 call a step" for calls in (3, 2, 1, 4, 2, 1)
+    ]
+    text = run(capsys, "solvers")[1]
+    assert "dpmpp_3m_sde" in text
+    assert max(map(len, text.splitlines())) <= 110
+    assert "Elucidating the Design Space ..., arXiv 2206.00364" in text
 
 
 def test_check(tiny, tmp_path, capsys):
@@ -244,6 +251,8 @@ def test_check(tiny, tmp_path, capsys):
     [
         (["sample", "digit"], "Did you mean 'digits'"),
         (["sample", "TINY", "--solver", "dpmpp2m"], "Did you mean 'dpmpp_2m'"),
+        (["sample", "TINY", "--solver", "DPMSolverPP"], "is a class; solvers of it are dpmpp, dpmpp_1"),
+        (["sample", "TINY", "--solver", "dpm"], "`fewstep solvers`"),
         (["sample", "TINY", "--grid", "carras"], "Did you mean 'karras'"),
         (["sample", "TINY", "--nfe", "0"], "at least 1"),
         (["sample", "TINY", "--count", "0"], "at least 1"),
@@ -300,7 +309,20 @@ def test_bad_input_is_one_line_and_a_status(arguments, message, tiny, tmp_path, 
     assert out == ""
     assert len(err.strip().splitlines()) == 1
     assert message in err
+    assert not re.match(r"fewstep: \w+Error", err)
     assert sorted(p.name for p in tmp_path.iterdir()) == before  # nothing half-written
+
+
+def test_what_should_not_happen_is_called_by_its_class(tiny, capsys, monkeypatch):
+    def broken(*arguments):
+        raise KeyError("x")
+
+    monkeypatch.setattr(setup, "open_model", broken)
+    assert run(capsys, "sample", tiny) == (
+        2,
+        "",
+        "fewstep: KeyError: 'x' (this should not happen: FEWSTEP_TRACEBACK=1 shows where)\n",
+    )
 
 
 def test_an_unwritable_folder_is_one_line(tiny, tmp_path):

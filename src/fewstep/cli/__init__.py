@@ -54,9 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("FEWSTEP_TRACEBACK"):
             raise
-        expected = isinstance(error, (ImportError, OSError, RuntimeError, TypeError, ValueError))
-        hint = "" if expected else " (this should not happen: FEWSTEP_TRACEBACK=1 shows where)"
-        return _fail(f"{type(error).__name__}: {' '.join(str(error).split())}{hint}", REFUSED)
+        return _fail(_told(error), REFUSED)
+
+
+def _told(error: Exception) -> str:
+    """One line for people. Only what should not happen is called by the name of its class."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, (ImportError, OSError, RuntimeError, TypeError, ValueError)) and text:
+        return text
+    return f"{type(error).__name__}: {text} (this should not happen: FEWSTEP_TRACEBACK=1 shows where)"
 
 
 @contextmanager

@@ -130,9 +130,15 @@ def make_solver(name: str, **options: Any) -> Solver:
         3
     """
     if name not in SOLVERS:
-        raise UnknownNameError("solver", name, SOLVERS)
+        raise UnknownNameError("solver", name, SOLVERS, _names_of_class(name), listed="`fewstep solvers` or fewstep.solver_names()")
     solver, defaults = SOLVERS[name]
     return solver(**{**defaults, **options})
+
+
+def _names_of_class(name: object) -> str | None:
+    """What to write for a class of this package that was given as a name."""
+    names = [known for known, (solver, _) in SOLVERS.items() if solver.__name__.lower() == str(name).lower()]
+    return f"{name} is a class; solvers of it are {', '.join(names)}." if names else None
 
 
 def make_plan(
