@@ -166,7 +166,7 @@ def tuning_noise(problem: Problem, seed: int) -> tuple[Tensor, dict[str, Tensor]
 def best_untuned(problem: Problem, nfe: int, peers: list[Stepper]) -> dict[str, Any]:
     """The setting of least error. With an expensive model the best few on some samples go on to all of them, which favours peers."""
     part, whole = slice(problem.few), slice(None)
-    tried = {name: error for name, error in settings(problem, nfe, peers, part, set())}
+    tried = dict(settings(problem, nfe, peers, part, set()))
     order = sorted(tried, key=lambda name: tried[name][0])
     if problem.few < len(problem.noise):
         tried = dict(settings(problem, nfe, peers, whole, set(order[:FINALISTS])))
