@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.artefacts import json_value
 from fewstep.errors import PlanError
 
 __all__ = ["check_identity", "digest_of", "identity"]
@@ -48,14 +50,14 @@ def identity(denoiser: object) -> dict[str, Any]:
     return {"name": name, "fingerprint": _fingerprint(inner), "guidance": told}
 
 
-def check_identity(made_for: dict[str, Any], denoiser: object) -> None:
+def check_identity(made_for: Mapping[str, Any], denoiser: object) -> None:
     """Refuse a model or a guidance that something was not made for. What has no fingerprint is not refused.
 
     Raises:
         PlanError: names both.
     """
     found = identity(denoiser)
-    if made_for["guidance"] != found["guidance"]:
+    if json_value(made_for["guidance"]) != json_value(found["guidance"]):
         raise PlanError(
             f"this plan was tuned for {_told(made_for['guidance'])}, but the denoiser has {_told(found['guidance'])}: tune it anew, or use "
             f"an untuned plan."
@@ -71,7 +73,7 @@ def check_identity(made_for: dict[str, Any], denoiser: object) -> None:
 def _told(guidance: Any) -> str:
     if guidance is None:
         return "no guidance"
-    if isinstance(guidance, dict) and "guidance_scale" in guidance:
+    if isinstance(guidance, Mapping) and "guidance_scale" in guidance:
         where = "" if guidance.get("interval") is None else f" within {list(guidance['interval'])}"
         return f"{guidance.get('kind', '')} guidance of scale {guidance['guidance_scale']:g}{where}".strip()
     return f"guidance {guidance}"

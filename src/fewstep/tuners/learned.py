@@ -46,6 +46,8 @@ __all__ = ["Learned", "Numbers"]
 Floats = NDArray[np.float64]
 RELATIVE_STEP = {torch.float64: 1e-5, torch.float32: 3e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """Finite differences, relative to the root mean square of a state, by the precision of the network."""
+ROUNDED_SHIFT = 0.1
+"""Finite differences of a time in lambda, where the network rounds its time to whole numbers."""
 LONGEST_MOVE = 0.5
 """The most a time moves in lambda in one Gauss-Newton step."""
 SHORTEST = 1e-4
@@ -270,16 +272,13 @@ class _Fitter:
                 h = relative * _rms(states[i + 1]) / max(_rms(term), 1e-30)
                 changed = self._run(numbers, part, states=[*states[: i + 1], states[i + 1] + h * term], outputs=outputs[: i + 1])
                 yield (changed[0][-1] - states[-1]) / h
-        for i in self._free_times(numbers):
+        shift = ROUNDED_SHIFT if self.denoiser.rounds_times else relative
+        for i in range(1, last + 1):
             tau = numbers.tau.copy()
-            tau[i] = self._time(float(self.schedule.lam(tau[i])) + relative)
+            tau[i] = self._time(float(self.schedule.lam(tau[i])) + shift)
             h = float(self.schedule.lam(tau[i]) - self.schedule.lam(numbers.tau[i]))
             changed = self._run(replace(numbers, tau=tau), part, states=states[: i + 1], outputs=outputs[:i])
             yield (changed[0][-1] - states[-1]) / h if h else torch.zeros_like(states[-1])
-
-    def _free_times(self, numbers: Numbers) -> range:
-        """Which times may move by small steps: all but the first, and none where the network rounds them."""
-        return range(0) if self.denoiser.rounds_times else range(1, len(numbers.tau))
 
     def _moved(self, numbers: Numbers, step: Floats) -> Numbers:
         """The numbers after a step."""
@@ -287,7 +286,7 @@ class _Fitter:
         for row in numbers.rows:
             rows.append(row + step[k : k + len(row)])
             k += len(row)
-        for i, change in zip(self._free_times(numbers), step[k:], strict=True):
+        for i, change in enumerate(step[k:], start=1):
             tau[i] = self._time(float(self.schedule.lam(tau[i])) + float(np.clip(change, -LONGEST_MOVE, LONGEST_MOVE)))
         return replace(numbers, rows=tuple(rows), tau=tau)
 
