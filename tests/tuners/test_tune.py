@@ -160,3 +160,25 @@ def test_what_is_wrong_is_said():
         fs.tune(denoiser, nfe=3, noise=noise, cond={"label": torch.zeros(3, dtype=torch.int64)})
     with pytest.raises(fs.FewstepError, match="noise schedule"):
         fs.tune(lambda x, t: x, nfe=3, noise=noise)
+
+
+def test_a_stopped_run_goes_on_and_another_run_is_refused(tmp_path):
+    denoiser = mixture()
+    noise, lines = start(denoiser), []
+
+    def stop_at_six(line):
+        lines.append(line)
+        if line.startswith("6 calls: learned: closed"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fs.tune(denoiser, nfe=[3, 6], noise=noise, effort=SMALL, checkpoint=tmp_path / "run", report=stop_at_six)
+    lines.clear()
+    again = fs.tune(denoiser, nfe=[3, 6], noise=noise, effort=SMALL, checkpoint=tmp_path / "run", report=lines.append)
+    assert not any(line.startswith(("3 calls", "exact paths")) for line in lines)
+    straight = fs.tune(denoiser, nfe=[3, 6], noise=noise, effort=SMALL)
+    for nfe in (3, 6):
+        for row, same in zip(again.plans[nfe].rows, straight.plans[nfe].rows, strict=True):
+            assert row.weights == same.weights
+    with pytest.raises(fs.FewstepError, match="of another run"):
+        fs.tune(denoiser, nfe=3, noise=noise + 0.01, effort=SMALL, checkpoint=tmp_path / "run")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,17 +22,19 @@ from fewstep.plan import Plan
 from fewstep.sampler import sample
 from fewstep.schedules import NoiseSchedule
 from fewstep.solvers import make_plan
+from fewstep.tuners.checkpoint import Checkpoint
 from fewstep.tuners.learned import Learned
-from fewstep.tuners.paths import take_rows, trace_paths
-from fewstep.tuners.task import Candidate, Counted, Task
+from fewstep.tuners.paths import Paths, take_rows, trace_paths
+from fewstep.tuners.task import FINALISTS, GRIDS, SCREENED, UNTUNED, Candidate, Counted, Task
 from fewstep.version import __version__
 
-__all__ = ["Effort", "Tuned", "tune"]
+__all__ = ["Effort", "Tuned", "estimate", "tune"]
 
 Floats = NDArray[np.float64]
 SLOW = 1e-4
 """Seconds of an evaluation (one sample, one call) from which a network counts as slow, and less is spent on it by default."""
 SENSITIVITY_CALLS = 6
+PATH_FILES = ("fit", "held-out")
 FIT_UNIFORM, HELD_OUT_UNIFORM = 0.3, 0.5
 """Share of the noises that are chosen with equal probability: the more, the less the weights differ."""
 PERTURBATION = {torch.float64: 1e-4, torch.float32: 1e-2}
@@ -64,7 +69,19 @@ class Effort:
                 f"{self.held_out}, {self.pool} and {self.reference_calls}."
             )
 
+    def scaled(self, factor: float) -> Effort:
+        """As much more or less, in trajectories and trials."""
+        return replace(
+            self,
+            trajectories=max(16, round(factor * self.trajectories)),
+            held_out=max(32, round(factor * self.held_out)),
+            trials=round(min(factor, 4.0) * self.trials),
+            trial_paths=max(16, round(factor * self.trial_paths)),
+            polish=max(1, round(min(factor, 5.0) * self.polish)),
+        )
 
+
+SPENDING = (16.0, 8.0, 4.0, 2.0, 1.5, 1.0, 0.75, 0.5, 0.25)
 SLOW_EFFORT = Effort()
 FAST_EFFORT = Effort(
     trajectories=1024, held_out=512, pool=8, reference_calls=128, trials=100, trial_paths=512, polish=15, robust=(3.0, 30.0)
@@ -109,6 +126,9 @@ def tune(
     final: str = "t_end",
     effort: Effort | None = None,
     block: int = 256,
+    minutes: float | None = None,
+    checkpoint: str | PathLike[str] | None = None,
+    progress: bool = False,
     report: Callable[[str], None] | None = None,
 ) -> Tuned:
     """Make plans for a model that are better than any untuned one.
@@ -129,6 +149,9 @@ def tune(
         final: ``"t_end"``: the plan ends at the schedule's t_end; ``"zero"``: at sigma = 0.
         effort: how much to spend. Left out, it depends on the network: less for one that takes over 0.1 ms a sample and call.
         block: the most samples of a network call.
+        minutes: spend about as long, by the speed of the network as it is measured; instead of `effort`.
+        checkpoint: a folder that keeps what is finished: the exact paths, and every number of calls. The same call goes on from there.
+        progress: show a bar on standard error, with the last validated error.
         report: called with a line about what goes on, e.g. ``print``.
 
     Returns:
@@ -136,7 +159,8 @@ def tune(
 
     Raises:
         UnknownNameError: for a method that does not exist.
-        ValueError: for a number of calls below 1, noise of another scale than the start's, or conditions that do not fit it.
+        ValueError: for minutes that do not suffice for anything, a number of calls below 1, noise of another scale than the start's, or conditions that do not fit it.
+        ArtefactError: if the checkpoint is of another run.
         FewstepError: if the denoiser has no schedule, or the network fails.
 
     Example:
@@ -153,9 +177,36 @@ def tune(
     calls = sorted({nfe} if isinstance(nfe, int) else set(nfe))
     if not calls or calls[0] < 1:
         raise ValueError(f"nfe must be at least 1, got {nfe}.")
-    task, effort = prepare(denoiser, noise, cond, seed=seed, final=final, effort=effort, block=block, report=report)
-    candidates = {n: list(_candidates(task, n, METHODS[method], effort)) for n in calls}
-    return _tuned(task, candidates, denoiser, method, effort)
+    if minutes is not None and effort is not None:
+        raise ValueError("give minutes or effort, not both.")
+    counted = Counted(_checked_denoiser(denoiser, final), block)
+    draw = _Draws(counted, noise, dict(cond or {}), seed)
+    effort = effort or _suitable(_seconds(counted, draw), calls, draw.given.shape[1:], minutes)
+    total, memory = estimate(effort, calls, draw.given.shape[1:])
+    with _Bar(counted, total, progress, report) as bar:
+        bar.say(f"about {total} evaluations and {memory / 1e6:.0f} MB")
+        return _run(counted, draw, calls, method, effort, final, seed, checkpoint, bar.say)
+
+
+def _run(
+    counted: Counted,
+    draw: _Draws,
+    calls: list[int],
+    method: str,
+    effort: Effort,
+    final: str,
+    seed: int,
+    checkpoint: str | PathLike[str] | None,
+    say: Callable[[str], None],
+) -> Tuned:
+    task, kept = prepare(counted, draw, effort, final=final, seed=seed, checkpoint=checkpoint, report=say)
+    candidates = {}
+    for n in calls:
+        finished = kept.candidates(n) if kept else None
+        candidates[n] = finished or list(_candidates(task, n, METHODS[method], effort))
+        if kept and not finished:
+            kept.save_candidates(n, candidates[n])
+    return _tuned(task, candidates, counted.denoiser, method, effort)
 
 
 def learned(task: Task, nfe: int, effort: Effort) -> Iterator[Candidate]:
@@ -185,8 +236,8 @@ def _candidates(task: Task, nfe: int, methods: Sequence[Any], effort: Effort) ->
 
 
 def _best(tried: list[Candidate]) -> Candidate:
-    """Of those whose root mean square error is not above the untuned plan's, the one of least geometric mean with the median error: the former
-    hangs on a few samples that end in another mode.
+    """Of those whose root mean square error is not above the untuned plan's, the one with the least product of it and the median error: the
+    former hangs on a few samples that end in another mode.
     """
     base = tried[0]
     fair = [candidate for candidate in tried if candidate.errors.rms <= base.errors.rms]
@@ -231,35 +282,100 @@ def _tuned(task: Task, candidates: dict[int, list[Candidate]], denoiser: Any, me
 
 
 def prepare(
-    denoiser: Callable[..., Tensor],
-    noise: Tensor | None,
-    cond: Mapping[str, Any] | None,
+    counted: Counted,
+    draw: _Draws,
+    effort: Effort,
     *,
-    seed: int,
     final: str,
-    effort: Effort | None,
-    block: int,
-    report: Callable[[str], None] | None,
-) -> tuple[Task, Effort]:
-    """The task that all methods share: noise drawn and chosen, exact paths computed."""
-    schedule = getattr(denoiser, "schedule", None)
-    if not isinstance(schedule, NoiseSchedule):
+    seed: int,
+    checkpoint: str | PathLike[str] | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> tuple[Task, Checkpoint | None]:
+    """The task that all methods share: noise drawn and chosen, exact paths computed, or taken from a checkpoint."""
+    began, schedule, denoiser = time.perf_counter(), counted.schedule, counted.denoiser
+    kept = None
+    if checkpoint is not None:
+        told = {"model": identity(denoiser), "schedule": schedule.config(), "final": final, "seed": seed, "effort": asdict(effort)}
+        kept = Checkpoint(Path(checkpoint), Checkpoint.key_of(noise=draw.given, **told))
+    fit, held_out = (kept.paths(name, schedule, draw.given) if kept else None for name in PATH_FILES)
+    if fit is None or held_out is None:
+        fit, held_out = _traced(counted, draw, effort, final, report)
+        if kept:
+            kept.save_paths(PATH_FILES[0], fit)
+            kept.save_paths(PATH_FILES[1], held_out)
+    return Task(counted, schedule, fit, held_out, final, seed, report, began), kept
+
+
+def _checked_denoiser(denoiser: Callable[..., Tensor], final: str) -> Callable[..., Tensor]:
+    if not isinstance(getattr(denoiser, "schedule", None), NoiseSchedule):
         raise FewstepError("tune needs a denoiser with a noise schedule: wrap the network in fewstep.Denoiser.")
     if final not in ("t_end", "zero"):
         raise UnknownNameError("final", final, ("t_end", "zero"))
-    began = time.perf_counter()
-    counted = Counted(denoiser, block)
-    draw = _Draws(counted, noise, dict(cond or {}), seed)
-    effort = effort or (FAST_EFFORT if _seconds(counted, draw) < SLOW else SLOW_EFFORT)
-    say = report or (lambda line: None)
+    return denoiser
+
+
+def _suitable(seconds: float, nfe: Sequence[int], shape: Sequence[int], minutes: float | None) -> Effort:
+    """How much to spend on a network of this speed, in this time if one is given."""
+    if minutes is None:
+        return FAST_EFFORT if seconds < SLOW else SLOW_EFFORT
+    for factor in SPENDING:
+        effort = SLOW_EFFORT.scaled(factor)
+        if estimate(effort, nfe, shape)[0] * seconds <= 60.0 * minutes:
+            return effort
+    least = estimate(SLOW_EFFORT.scaled(SPENDING[-1]), nfe, shape)[0] * seconds / 60.0
+    raise ValueError(
+        f"{minutes:g} minutes do not suffice: the least takes about {least:.1f} on this machine. Ask for fewer numbers of calls."
+    )
+
+
+class _Bar:
+    """A progress bar over evaluations, and the lines that a caller wants to hear."""
+
+    def __init__(self, counted: Counted, total: int, shown: bool, report: Callable[[str], None] | None):
+        from tqdm import tqdm
+
+        pause = {} if sys.stderr.isatty() else {"mininterval": 10.0}
+        self.counted, self.report = counted, report
+        self.bar = tqdm(total=total, disable=not shown, desc="tuning", unit="evaluation", unit_scale=True, **pause)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def say(self, line: str) -> None:
+        self.bar.total = max(self.bar.total, self.counted.evaluations)
+        self.bar.set_postfix_str(line, refresh=False)
+        self.bar.update(self.counted.evaluations - self.bar.n)
+        if self.report:
+            self.report(line)
+
+
+def _traced(counted: Counted, draw: _Draws, effort: Effort, final: str, say: Callable[[str], None]) -> tuple[Paths, Paths]:
+    """The exact paths to fit to, and those to validate on."""
     fit = _sensitive(counted, draw, draw.pool(effort.pool * effort.trajectories), effort.trajectories, uniform=FIT_UNIFORM)
     held_out = _sensitive(counted, draw, draw(effort.pool * effort.held_out), effort.held_out, uniform=HELD_OUT_UNIFORM)
     say(
         f"exact paths of {len(fit.noise)} noises to fit to and {len(held_out.noise)} to validate on, {effort.reference_calls} calls each"
     )
     options = {"calls": effort.reference_calls, "final": final}
-    paths = [trace_paths(counted, chosen.noise, schedule, cond=chosen.cond, **options) for chosen in (fit, held_out)]
-    return Task(counted, schedule, paths[0], replace(paths[1], weights=held_out.weights), final, seed, say, began), effort
+    paths = [trace_paths(counted, chosen.noise, counted.schedule, cond=chosen.cond, **options) for chosen in (fit, held_out)]
+    return paths[0], replace(paths[1], weights=held_out.weights)
+
+
+def estimate(effort: Effort, nfe: Sequence[int], shape: Sequence[int]) -> tuple[int, int]:
+    """About how many evaluations (one sample, one call) tuning takes, and how many bytes of memory in single precision."""
+    paths, size = effort.trajectories + effort.held_out, int(np.prod(shape))
+    total = paths * (effort.reference_calls * 9 // 8 + 2 * SENSITIVITY_CALLS * effort.pool)
+    for n in nfe:
+        columns = sum((i + 2) * (n - 1 - i) + (n - i) for i in range(n))
+        screened = len(UNTUNED) * len(GRIDS) * SCREENED + (FINALISTS + 2 + len(effort.robust)) * effort.held_out
+        fitted = (effort.trials + len(GRIDS)) * effort.trial_paths + 2 * effort.trajectories
+        polished = len(effort.robust) * effort.polish * effort.trajectories * (columns + 6 * n)
+        total += n * (screened + fitted) + polished
+    columns = max(n * (n + 3) // 2 + n for n in nfe)
+    return total, paths * size * 8 * effort.reference_calls + effort.trajectories * size * 8 * columns
 
 
 class _Draws:

@@ -220,7 +220,8 @@ class _Fitter:
             weighted = (jacobian * weights[:, None]).flatten(1)
             matrix = (weighted @ jacobian.flatten(1).T).cpu().numpy()
             gradient = (weighted @ _flat(self.paths.target - best.samples).flatten()).cpu().numpy()
-            found = None
+            if not (np.isfinite(matrix).all() and np.isfinite(gradient).all()):
+                return best
             for _ in range(TRIES):
                 step = _damped(matrix, gradient, damping)
                 moved = self._moved(best.numbers, step)
@@ -330,6 +331,8 @@ def _least_squares(terms: list[Tensor], target: Tensor, prior: Floats, ridge: fl
     residual = _flat(target).reshape(-1) - sum(float(weight) * term for weight, term in zip(known, flat, strict=True) if weight)
     columns = torch.stack(basis)
     matrix, gradient = (columns @ columns.T).cpu().numpy(), (columns @ residual).cpu().numpy()
+    if not (np.isfinite(matrix).all() and np.isfinite(gradient).all()):
+        return known  # the trial is lost: its samples are not finite either
     found = _damped(matrix, gradient, ridge)
     weights = found.copy()  # a_1 d_i + a_2 (d_i - d_{i-1}) + a_3 (d_{i-1} - d_{i-2}) + ...
     weights[2:] *= -1.0

@@ -1,0 +1,169 @@
+"""``fewstep tune``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep.cli.options import Common, final_option, option
+
+
+@dataclass(frozen=True)
+class TuneOptions(Common):
+    """Options of the command."""
+
+    model: str = option("digits", "a shipped model (digits, photos) or a model folder", positional=True)
+    nfe: str = option("4,5,6,8,10", "numbers of network calls")
+    method: str = option("auto", "what to try: auto tries everything that needs nothing but the model")
+    guidance: float = option(1.0, "scale of classifier-free guidance; 1 is none. A plan serves the scale it was made for")
+    label: str = option(
+        "each", 'the labels that plans are made for: a class, a list like 0,1,2, or "each"; "" for without condition'
+    )
+    final: str = final_option()
+    minutes: float = option(0.0, "spend about so long; 0: what suits the speed of the network")
+    seed: int = option(0, "of the noise that is drawn")
+    batch: int = option(256, "the most samples of a network call")
+    out: str = option("tuned", "folder for plan-N.safetensors, index.html, results.json and the pictures")
+    fresh: bool = option(False, "begin anew; otherwise a run that was stopped goes on from OUT.unfinished")
+
+
+OPTIONS = {"tune": TuneOptions}
+SHOWN = 10
+OTHER_NOISE = 1_000_000
+"""Seeds of the noise in the pictures begin here."""
+
+
+def run(options: TuneOptions) -> int:
+    """Tune, write the plans and the page."""
+    from fewstep.cli.setup import ask_for, guided, new_folder, open_model, parse_labels, parse_numbers, state_dtype
+    from fewstep.noise import draw_noise
+    from fewstep.tuners import tune
+
+    nfes = parse_numbers("--nfe", options.nfe)
+    if options.minutes < 0 or options.batch < 1 or options.seed < 0:
+        raise ValueError("--minutes and --seed must be at least 0, --batch at least 1.")
+    model = open_model(options.model, options)
+    shape, count = ask_for(model.info.shape, model.info.name), 64
+    known = model.info.conditions.get("label")
+    labels = parse_labels(options.label or None if known else None, model, count)
+    denoiser, cond = guided(model, options.guidance, labels), {} if labels is None else {"label": labels.to(options.device)}
+    schedule = model.schedule
+    noise = draw_noise(shape, range(options.seed, options.seed + count), dtype=state_dtype(options), device=options.device)
+    noise = noise * float(schedule.sigma(schedule.t_start))
+    unfinished = Path(f"{options.out}.unfinished")
+    if options.fresh:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    with new_folder(options.out) as folder:
+        tuned = tune(
+            denoiser,
+            nfe=nfes,
+            noise=noise,
+            method=options.method,
+            cond=cond,
+            seed=options.seed,
+            final=options.final,
+            block=options.batch,
+            minutes=options.minutes or None,
+            checkpoint=unfinished,
+            progress=not options.quiet,
+        )
+        for nfe, plan in tuned.plans.items():
+            plan.save(folder / f"plan-{nfe}.safetensors")
+        _page(tuned, model, denoiser, options).write(folder)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    if options.json:
+        print(json.dumps(tuned.report))
+    elif not options.quiet:
+        _print(tuned, options)
+    return 0
+
+
+def _print(tuned: Any, options: TuneOptions) -> None:
+    print(f"{'calls':>5}  {'untuned':>9}  {'tuned':>9}  {'ratio':>5}  {'median':>6}  best untuned setting; tuned by")
+    for nfe, told in tuned.report["plans"].items():
+        medians = told["median"] / told["candidates"][0]["median"]
+        print(
+            f"{nfe:>5}  {told['untuned_rms']:>9.3g}  {told['rms']:>9.3g}  {told['ratio']:>5.2f}  {medians:>6.2f}  {told['untuned']}; "
+            f"{told['best']}"
+        )
+    print(f"errors to the exact solution on noise that nothing was fitted to; plans and page: {options.out}")
+
+
+def _page(tuned: Any, model: Any, denoiser: Any, options: TuneOptions) -> Any:
+    from fewstep.cli.setup import machine
+    from fewstep.evaluate.report import Report, line_plot
+
+    report = tuned.report
+    guidance = "" if options.guidance == 1.0 else f" under guidance of scale {options.guidance:g}"
+    intro = (
+        f"Plans made for {model.info.name}{guidance}, from exact paths of {report['effort']['trajectories']} noises, and judged on "
+        f"{report['effort']['held_out']} others. An error is the distance from the exact solution, root mean square. It took "
+        f"{report['evaluations']} network evaluations (one sample, one call) and {report['seconds']:.0f} seconds."
+    )
+    page = Report("fewstep: tuned plans", intro, {"command": "fewstep tune", "machine": machine(), **report})
+    page.heading("Error by number of calls")
+    rows = [
+        [nfe, told["untuned"], f"{told['untuned_rms']:.3g}", told["best"], f"{told['rms']:.3g}", f"{told['ratio']:.2f}"]
+        for nfe, told in report["plans"].items()
+    ]
+    page.table(["calls", "best untuned", "its error", "tuned by", "its error", "ratio"], rows, text=(1, 3))
+    if len(rows) > 1:
+        lines = {
+            "best untuned": [(float(nfe), told["untuned_rms"]) for nfe, told in report["plans"].items()],
+            "tuned": [(float(nfe), told["rms"]) for nfe, told in report["plans"].items()],
+        }
+        plot = line_plot(lines, xlabel="network calls", ylabel="error to the exact solution")
+        page.pictures([("errors.png", "error on noise that nothing was fitted to", plot)], plot=True)
+    _add_pictures(page, tuned, model, denoiser, options)
+    for nfe, plan in tuned.plans.items():
+        _add_plan(page, nfe, plan, tuned.candidates[nfe])
+    return page
+
+
+def _add_pictures(page: Any, tuned: Any, model: Any, denoiser: Any, options: TuneOptions) -> None:
+    """Samples of other noise: exact, of the best untuned plan, of the tuned one."""
+    from fewstep.cli.setup import parse_labels, state_dtype
+    from fewstep.evaluate.report import image_grid
+    from fewstep.noise import draw_noise
+    from fewstep.sampler import sample
+    from fewstep.tuners import trace_paths
+
+    shape, schedule = model.info.shape, model.schedule
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        return
+    labels = parse_labels(options.label or None if model.info.conditions.get("label") else None, model, SHOWN)
+    cond = {} if labels is None else {"label": labels.to(options.device)}
+    noise = draw_noise(shape, range(OTHER_NOISE, OTHER_NOISE + SHOWN), dtype=state_dtype(options), device=options.device)
+    noise = noise * float(schedule.sigma(schedule.t_start))
+    calls = tuned.report["effort"]["reference_calls"]
+    exact = trace_paths(denoiser, noise, schedule, calls=calls, cond=cond, final=options.final).target
+    scale = max(1, 64 // shape[-1])
+    data_range = model.info.data_range or (-1.0, 1.0)
+
+    def picture(name: str, caption: str, samples: Any) -> tuple[str, str, bytes]:
+        return name, caption, image_grid(samples.cpu(), data_range, columns=SHOWN, scale=scale)
+
+    page.heading("Samples of noise that nothing was fitted to")
+    page.pictures([picture("exact.png", "the exact solution", exact)])
+    for nfe, plan in tuned.plans.items():
+        for name, told, chosen in (("untuned", "best untuned", tuned.candidates[nfe][0].plan), ("tuned", "tuned", plan)):
+            page.pictures([picture(f"{name}-{nfe}.png", f"{nfe} calls, {told}", sample(denoiser, noise, chosen, cond=cond))])
+
+
+def _add_plan(page: Any, nfe: int, plan: Any, candidates: list[Any]) -> None:
+    """What was tried, and the numbers of the plan."""
+    page.heading(f"{nfe} calls")
+    tried = [[c.name, f"{c.errors.rms:.3g}", f"{c.errors.median:.3g}"] for c in candidates]
+    page.table(["tried", "error", "median error"], tried)
+    lams = plan.schedule.lam(plan.tau)
+    head = ["call", "time", "lambda", "weight of the state", *(f"of prediction {j}" for j in range(nfe))]
+    rows = []
+    for i, row in enumerate(plan.rows):
+        weights = [f"{w:.4g}" for w in reversed(row.weights)] if all(isinstance(w, float) for w in row.weights) else ["arrays"]
+        first = f"{row.carry[0]:.4g}" if isinstance(row.carry[0], float) else "array"
+        filled = [*[""] * (i + 1 - len(weights)), *weights, *[""] * (nfe - i - 1)]
+        rows.append([str(i), f"{row.tau:.4g}", f"{lams[i]:.3g}", first, *filled])
+    page.table(head, rows)
