@@ -1,4 +1,4 @@
-"""The command line: ``fewstep demo | sample | compare | evaluate | train | plan | solvers | check``.
+"""The command line: ``fewstep demo | sample | tune | compare | evaluate | train | plan | solvers | check``.
 
 Every command is one file with a dataclass of its options and ``run(options) -> exit status``, which calls the public functions.
 Nothing heavy is imported before a command runs. Bad input ends in one line on standard error and status 2, an interrupt (Ctrl-C or
@@ -26,6 +26,7 @@ COMMANDS = {
     "sample": "samples of a model",
     "compare": "rank the solvers on a model: error to the exact solution, distance of the distributions",
     "evaluate": "how far samples are from data: distances with intervals, floor and test",
+    "tune": "make plans for a model that beat every untuned one, and a page that shows it",
     "train": "train a shipped model anew",
     "plan make": "plan a run and save it to a file",
     "plan show": "print a saved plan as a table",

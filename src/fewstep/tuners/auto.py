@@ -159,7 +159,8 @@ def tune(
 
     Raises:
         UnknownNameError: for a method that does not exist.
-        ValueError: for minutes that do not suffice for anything, a number of calls below 1, noise of another scale than the start's, or conditions that do not fit it.
+        ValueError: for minutes that do not suffice for anything, a number of calls below 1,
+            noise of another scale than the start's, or conditions that do not fit it.
         ArtefactError: if the checkpoint is of another run.
         FewstepError: if the denoiser has no schedule, or the network fails.
 
@@ -323,9 +324,7 @@ def _suitable(seconds: float, nfe: Sequence[int], shape: Sequence[int], minutes:
         if estimate(effort, nfe, shape)[0] * seconds <= 60.0 * minutes:
             return effort
     least = estimate(SLOW_EFFORT.scaled(SPENDING[-1]), nfe, shape)[0] * seconds / 60.0
-    raise ValueError(
-        f"{minutes:g} minutes do not suffice: the least takes about {least:.1f} on this machine. Ask for fewer numbers of calls."
-    )
+    raise ValueError(f"{minutes:g} minutes do not suffice: the least takes about {least:.1f} here. Ask for fewer numbers of calls.")
 
 
 class _Bar:
@@ -334,9 +333,9 @@ class _Bar:
     def __init__(self, counted: Counted, total: int, shown: bool, report: Callable[[str], None] | None):
         from tqdm import tqdm
 
-        pause = {} if sys.stderr.isatty() else {"mininterval": 10.0}
+        pause = 0.1 if sys.stderr.isatty() else 10.0
         self.counted, self.report = counted, report
-        self.bar = tqdm(total=total, disable=not shown, desc="tuning", unit="evaluation", unit_scale=True, **pause)
+        self.bar = tqdm(total=total, disable=not shown, desc="tuning", unit="evaluation", unit_scale=True, mininterval=pause)
 
     def __enter__(self) -> _Bar:
         return self
