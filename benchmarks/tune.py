@@ -87,10 +87,18 @@ def main() -> int:
         untuned = {n: best_untuned(problem, n, peers) for n in tqdm(CALLS + MORE_CALLS, desc=problem.name, unit="cell")}
         cells += [cell(problem, n, tuned, untuned) for n in CALLS]
         costs[problem.name]["whole_seconds"] = round(time.perf_counter() - began)
+        write(options, missing, cells, costs)
         for row in cells[-len(CALLS) :]:
             print(
                 f"{row['problem']} {row['calls']}: {row['ratio']:.2f} (median {row['median_ratio']:.2f}), as {row['as_many_calls']} calls"
             )
+    print(json.dumps(json.loads(options.out.read_text())["summary"], indent=2))
+    return 0
+
+
+def write(options: argparse.Namespace, missing: list[str], cells: list[dict[str, Any]], costs: dict[str, Any]) -> None:
+    """What there is so far, with the problems of an earlier run that were not run again."""
+    cells, costs = joined(cells, costs, options.out)
     report = {
         "command": "python benchmarks/tune.py",
         "machine": "one core of a 2-core machine",
@@ -101,8 +109,14 @@ def main() -> int:
         "cells": cells,
     }
     options.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report["summary"], indent=2))
-    return 0
+
+
+def joined(cells: list[dict[str, Any]], costs: dict[str, Any], out: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """With the problems of an earlier run that were not run again."""
+    if not out.exists():
+        return cells, costs
+    before, new = json.loads(out.read_text()), {row["problem"] for row in cells}
+    return [row for row in before["cells"] if row["problem"] not in new] + cells, {**before["costs"], **costs}
 
 
 def problems(options: argparse.Namespace) -> Iterator[Problem]:

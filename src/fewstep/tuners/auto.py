@@ -53,12 +53,12 @@ class Effort:
         trials, trial_paths, polish, robust: see `Learned`.
     """
 
-    trajectories: int = 96
+    trajectories: int = 88
     held_out: int = 128
     pool: int = 4
     reference_calls: int = 64
-    trials: int = 20
-    trial_paths: int = 48
+    trials: int = 14
+    trial_paths: int = 40
     polish: int = 2
     robust: tuple[float, ...] = (10.0,)
 

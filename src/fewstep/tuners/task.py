@@ -17,17 +17,15 @@ from fewstep.plan import Plan
 from fewstep.sampler import sample
 from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
-from fewstep.solvers import DDIM, DEIS, IPNDM, Adams, DPMSolverPP, UniPC
+from fewstep.solvers import DEIS, IPNDM, Adams, DPMSolverPP, UniPC
 from fewstep.tuners.paths import Paths, take_rows
 
 __all__ = ["GRIDS", "UNTUNED", "Candidate", "Counted", "Errors", "Task", "errors_of"]
 
 UNTUNED: dict[str, Solver] = {
     "auto": Adams(order=2, prediction="flow", corrector="every"),
-    "ddim": DDIM(),
     "dpmpp_2m": DPMSolverPP(order=2),
     "dpmpp_3m": DPMSolverPP(order=3),
-    "unipc_2": UniPC(order=2),
     "unipc_3": UniPC(order=3),
     "deis_3": DEIS(order=3),
     "ipndm_3": IPNDM(order=3),
@@ -35,7 +33,7 @@ UNTUNED: dict[str, Solver] = {
     "adams_flow_3": Adams(order=3, prediction="flow"),
 }
 """The untuned solvers that a tuned plan has to beat: those that are best in some cell of ``benchmarks/solvers.py`` or ``auto.py``."""
-SCREENED, FINALISTS = 24, 4
+SCREENED, FINALISTS = 16, 4
 """Untuned settings are tried on so many noises, and so many of them on all."""
 GRIDS = ("auto", "time", "quadratic", "lambda", "karras")
 
