@@ -23,6 +23,9 @@
     <!-- auto:start -->                                 "auto" beside the best of every peer's settings, from auto.json
     <!-- auto:end -->
 
+    <!-- tune:start -->                                 tuned plans beside the best of every untuned setting, from tune.json
+    <!-- tune:end -->
+
 A file with rows has the shape
 
     {"command": "python benchmarks/solvers.py", "machine": "2 CPU cores", "seed": 0,
@@ -44,10 +47,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["auto_table", "grids_table", "main", "models_table", "official_table", "orders_table", "render", "replace"]
+__all__ = ["auto_table", "grids_table", "main", "models_table", "official_table", "orders_table", "render", "replace", "tune_table"]
 
 ROOT = Path(__file__).parents[1]
-MARK = re.compile(r"<!-- (results|models|orders|official|auto|grids):(start(?: solvers=([^ ]+))?|end) -->")
+MARK = re.compile(r"<!-- (results|models|orders|official|auto|grids|tune):(start(?: solvers=([^ ]+))?|end) -->")
 AIM = 1.6
 """The ratio to the best of every peer's settings that "auto" should keep below in every cell."""
 NOTHING = "*No results yet: `make bench` measures them.*"
@@ -197,6 +200,37 @@ def auto_table(result: Mapping[str, Any] | None) -> str:
     )
 
 
+def tune_table(result: Mapping[str, Any] | None) -> str:
+    """Errors of tuned plans over the least error of any untuned setting, by problem and number of calls."""
+    if result is None:
+        return NOTHING
+    cells, calls = result["cells"], sorted({cell["calls"] for cell in result["cells"]})
+    lines = [f"| problem | {' | '.join(f'{n} calls' for n in calls)} |", f"| --- |{' ---: |' * len(calls)}"]
+    for problem in dict.fromkeys(cell["problem"] for cell in cells):
+        found = {cell["calls"]: cell for cell in cells if cell["problem"] == problem}
+        told = [
+            f"{found[n]['ratio']:.2f} ({found[n]['median_ratio']:.2f}), {found[n]['as_many_calls']}" if n in found else "–"
+            for n in calls
+        ]
+        lines.append(f"| {problem} | {' | '.join(told)} |")
+    summary = result["summary"]
+    missing = f" Not run: {'; '.join(result['missing'])}." if result["missing"] else ""
+    return "\n".join(
+        [
+            "Error of the tuned plan over the least error of any untuned setting (in brackets the same of the medians), and how many calls the "
+            "best untuned setting needs to be as good.",
+            "",
+            *lines,
+            "",
+            f"Geometric mean {summary['geometric_mean']:.2f} (of the medians {summary['geometric_mean_of_medians']:.2f}); the worst of "
+            f"{len(cells)} cells is {summary['worst']:.2f}, {summary['worst_cell']}; above 0.8 are {summary['cells_above_0.8']}. The distance "
+            f"of the distributions is over 5 % larger than the untuned plan's in {summary['further_from_the_data']} cells.",
+            "",
+            f"Measured by `{result['command']}` on {result['machine']}, seed {result['seed']}.{missing}",
+        ]
+    )
+
+
 def grids_table(result: Mapping[str, Any] | None) -> str:
     """What every grid scored with two solvers when `benchmarks/solvers.py` chose among them."""
     if result is None:
@@ -215,8 +249,15 @@ def grids_table(result: Mapping[str, Any] | None) -> str:
     return "\n".join([*lines, "", f"Measured by `{result['command']}`, seed {result['seed']}."])
 
 
-SOURCES = {"models": "models", "orders": "orders", "official": "official", "auto": "auto", "grids": "solvers"}
-TABLES = {"models": models_table, "orders": orders_table, "official": official_table, "auto": auto_table, "grids": grids_table}
+SOURCES = {"models": "models", "orders": "orders", "official": "official", "auto": "auto", "grids": "solvers", "tune": "tune"}
+TABLES = {
+    "models": models_table,
+    "orders": orders_table,
+    "official": official_table,
+    "auto": auto_table,
+    "grids": grids_table,
+    "tune": tune_table,
+}
 
 
 def render(result: Mapping[str, Any]) -> str:
