@@ -217,14 +217,14 @@ def tune_table(result: Mapping[str, Any] | None) -> str:
     missing = f" Not run: {'; '.join(result['missing'])}." if result["missing"] else ""
     return "\n".join(
         [
-            "Error of the tuned plan over the least error of any untuned setting (in brackets the same of the medians), and how many calls the "
-            "best untuned setting needs to be as good.",
+            "Error of the tuned plan over the least error of any untuned setting (in brackets the same of the medians), and how many "
+            "calls the best untuned setting needs to be as good.",
             "",
             *lines,
             "",
-            f"Geometric mean {summary['geometric_mean']:.2f} (of the medians {summary['geometric_mean_of_medians']:.2f}); the worst of "
-            f"{len(cells)} cells is {summary['worst']:.2f}, {summary['worst_cell']}; above 0.8 are {summary['cells_above_0.8']}. The distance "
-            f"of the distributions is over 5 % larger than the untuned plan's in {summary['further_from_the_data']} cells.",
+            f"Geometric mean {summary['geometric_mean']:.2f} (of the medians {summary['geometric_mean_of_medians']:.2f}); the worst "
+            f"of {len(cells)} cells is {summary['worst']:.2f}, {summary['worst_cell']}; above 0.8 are {summary['cells_above_0.8']}. The "
+            f"distance of the distributions is over 5 % larger than the untuned plan's in {summary['further_from_the_data']} cells.",
             "",
             f"Measured by `{result['command']}` on {result['machine']}, seed {result['seed']}.{missing}",
         ]
