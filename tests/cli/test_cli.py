@@ -362,3 +362,35 @@ def test_interrupt_leaves_nothing_and_says_so(tiny, tmp_path):
     assert process.returncode == 130
     assert err.strip() == "fewstep: interrupted."
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tune_writes_plans_that_sample_takes(tiny, tmp_path, capsys):
+    out = tmp_path / "tuned"
+    status, text, _ = run(capsys, "tune", tiny, "--nfe", "2,3", "--trajectories", 16, "--out", out, "--json", "--quiet")
+    assert status == 0
+    report = json.loads(text)
+    assert sorted(report["plans"]) == ["2", "3"]
+    assert all(told["rms"] <= told["untuned_rms"] for told in report["plans"].values())
+    assert {"plan-2.safetensors", "plan-3.safetensors", "index.html", "results.json", "exact.png"} <= {
+        p.name for p in out.iterdir()
+    }
+    assert not (tmp_path / "tuned.unfinished").exists()
+    plan = out / "plan-3.safetensors"
+    assert run(capsys, "sample", tiny, "--plan", plan, "--count", 2, "--label", "1", "--out", tmp_path / "s")[0] == 0
+    if "tuned" in fs.Plan.load(plan).provenance:
+        other = ("sample", tiny, "--plan", plan, "--count", 2, "--label", "1", "--guidance", 3, "--out", tmp_path / "s")
+        status, _, error = run(capsys, *other)
+        assert status == 2
+        assert "was tuned for no guidance, but the denoiser has classifier-free guidance of scale 3" in error
+
+
+def test_tune_refuses_what_it_cannot_do(tiny, tmp_path, capsys):
+    for wrong, words in (
+        (("--minutes", 1, "--trajectories", 9), "not both"),
+        (("--minutes", 0.00001), "do not suffice"),
+        (("--method", "lerned"), "learned"),
+    ):
+        status, _, error = run(capsys, "tune", tiny, "--nfe", 2, *wrong, "--out", tmp_path / "x", "--quiet")
+        assert (status, len(error.splitlines())) == (2, 1)
+        assert words in error
+        assert not (tmp_path / "x").exists()

@@ -24,6 +24,7 @@ class TuneOptions(Common):
     )
     final: str = final_option()
     minutes: float = option(0.0, "spend about so long; 0: what suits the speed of the network")
+    trajectories: int = option(0, "exact paths to fit to, instead of --minutes; trials and validation grow with them")
     seed: int = option(0, "of the noise that is drawn")
     batch: int = option(256, "the most samples of a network call")
     out: str = option("tuned", "folder for plan-N.safetensors, index.html, results.json and the pictures")
@@ -40,11 +41,14 @@ def run(options: TuneOptions) -> int:
     """Tune, write the plans and the page."""
     from fewstep.cli.setup import ask_for, guided, new_folder, open_model, parse_labels, parse_numbers, state_dtype
     from fewstep.noise import draw_noise
-    from fewstep.tuners import tune
+    from fewstep.tuners import Effort, tune
 
     nfes = parse_numbers("--nfe", options.nfe)
-    if options.minutes < 0 or options.batch < 1 or options.seed < 0:
-        raise ValueError("--minutes and --seed must be at least 0, --batch at least 1.")
+    if min(options.minutes, options.trajectories, options.seed) < 0 or options.batch < 1:
+        raise ValueError("--minutes, --trajectories and --seed must be at least 0, --batch at least 1.")
+    if options.minutes and options.trajectories:
+        raise ValueError("give --minutes or --trajectories, not both.")
+    effort = Effort().scaled(options.trajectories / Effort().trajectories) if options.trajectories else None
     model = open_model(options.model, options)
     shape, count = ask_for(model.info.shape, model.info.name), 64
     known = model.info.conditions.get("label")
@@ -65,6 +69,7 @@ def run(options: TuneOptions) -> int:
             cond=cond,
             seed=options.seed,
             final=options.final,
+            effort=effort,
             block=options.batch,
             minutes=options.minutes or None,
             checkpoint=unfinished,
@@ -158,6 +163,7 @@ def _add_plan(page: Any, nfe: int, plan: Any, candidates: list[Any]) -> None:
     page.heading(f"{nfe} calls")
     tried = [[c.name, f"{c.errors.rms:.3g}", f"{c.errors.median:.3g}"] for c in candidates]
     page.table(["tried", "error", "median error"], tried)
+    page.heading("The plan", 3)
     lams = plan.schedule.lam(plan.tau)
     head = ["call", "time", "lambda", "weight of the state", *(f"of prediction {j}" for j in range(nfe))]
     rows = []
