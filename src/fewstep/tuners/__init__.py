@@ -1,6 +1,7 @@
 """Tuning: plans made for a user's own model."""
 
-from fewstep.tuners.auto import Effort, Tuned, tune
+from fewstep.tuners.auto import Tuned, tune
+from fewstep.tuners.effort import Effort
 from fewstep.tuners.learned import Learned
 from fewstep.tuners.paths import Paths, trace_paths
 

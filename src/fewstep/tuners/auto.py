@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,73 +18,21 @@ from fewstep.artefacts import json_value
 from fewstep.errors import FewstepError, UnknownNameError
 from fewstep.identity import identity
 from fewstep.plan import Plan
-from fewstep.sampler import sample
 from fewstep.schedules import NoiseSchedule
-from fewstep.solvers import make_plan
 from fewstep.tuners.checkpoint import Checkpoint
+from fewstep.tuners.draws import Draws, seconds_of, sensitive
+from fewstep.tuners.effort import Effort, estimate, suitable
 from fewstep.tuners.learned import Learned
-from fewstep.tuners.paths import Paths, take_rows, trace_paths
-from fewstep.tuners.task import FINALISTS, GRIDS, SCREENED, UNTUNED, Candidate, Counted, Task
+from fewstep.tuners.paths import Paths, trace_paths
+from fewstep.tuners.task import Candidate, Counted, Task
 from fewstep.version import __version__
 
-__all__ = ["Effort", "Tuned", "estimate", "tune"]
+__all__ = ["METHODS", "Tuned", "prepare", "tune"]
 
 Floats = NDArray[np.float64]
-SLOW = 1e-4
-"""Seconds of an evaluation (one sample, one call) from which a network counts as slow, and less is spent on it by default."""
-SENSITIVITY_CALLS = 6
-PATH_FILES = ("fit", "held-out")
 FIT_UNIFORM, HELD_OUT_UNIFORM = 0.3, 0.5
 """Share of the noises that are chosen with equal probability: the more, the less the weights differ."""
-PERTURBATION = {torch.float64: 1e-4, torch.float32: 1e-2}
-"""Relative size of the change of the noise that shows how much a sample depends on it, by the precision of the state."""
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much is spent.
-
-    Args:
-        trajectories: exact paths that plans are fitted to.
-        held_out: exact paths that they are validated on.
-        pool: noises among which the paths to fit to are chosen, as a multiple of `trajectories`.
-        reference_calls: network calls of an exact path.
-        trials, trial_paths, polish, robust: see `Learned`.
-    """
-
-    trajectories: int = 88
-    held_out: int = 128
-    pool: int = 4
-    reference_calls: int = 64
-    trials: int = 14
-    trial_paths: int = 40
-    polish: int = 2
-    robust: tuple[float, ...] = (10.0,)
-
-    def __post_init__(self) -> None:
-        if self.trajectories < 1 or self.held_out < 2 or self.pool < 1 or self.reference_calls < 8:
-            raise ValueError(
-                f"tuning needs at least 1 trajectory, 2 held-out ones, a pool of 1 and 8 reference calls, got {self.trajectories}, "
-                f"{self.held_out}, {self.pool} and {self.reference_calls}."
-            )
-
-    def scaled(self, factor: float) -> Effort:
-        """As much more or less, in trajectories and trials."""
-        return replace(
-            self,
-            trajectories=max(16, round(factor * self.trajectories)),
-            held_out=max(32, round(factor * self.held_out)),
-            trials=round(min(factor, 4.0) * self.trials),
-            trial_paths=max(16, round(factor * self.trial_paths)),
-            polish=max(1, round(min(factor, 5.0) * self.polish)),
-        )
-
-
-SPENDING = (16.0, 8.0, 4.0, 2.0, 1.5, 1.0, 0.75, 0.5, 0.25)
-SLOW_EFFORT = Effort()
-FAST_EFFORT = Effort(
-    trajectories=1024, held_out=512, pool=8, reference_calls=128, trials=100, trial_paths=512, polish=15, robust=(3.0, 30.0)
-)
+PATH_FILES = ("fit", "held-out")
 
 
 @dataclass(frozen=True)
@@ -165,7 +112,7 @@ def tune(
         FewstepError: if the denoiser has no schedule, or the network fails.
 
     Example:
-        >>> import fewstep as fs
+        >>> import torch, fewstep as fs
         >>> exact = fs.exact.GaussianMixture(fs.schedules.VPLinear(), [[-1.0, 0.0], [1.0, 0.5]], 0.05)
         >>> noise = fs.draw_noise((2,), range(64), dtype=torch.float64)
         >>> effort = Effort(trajectories=64, held_out=32, pool=1, trials=20, polish=3)
@@ -181,8 +128,8 @@ def tune(
     if minutes is not None and effort is not None:
         raise ValueError("give minutes or effort, not both.")
     counted = Counted(_checked_denoiser(denoiser, final), block)
-    draw = _Draws(counted, noise, dict(cond or {}), seed)
-    effort = effort or _suitable(_seconds(counted, draw), calls, draw.given.shape[1:], minutes)
+    draw = Draws(counted, noise, dict(cond or {}), seed)
+    effort = effort or suitable(seconds_of(counted, draw), calls, draw.given.shape[1:], minutes)
     total, memory = estimate(effort, calls, draw.given.shape[1:])
     with _Bar(counted, total, progress, report) as bar:
         bar.say(f"about {total} evaluations and {memory / 1e6:.0f} MB")
@@ -191,7 +138,7 @@ def tune(
 
 def _run(
     counted: Counted,
-    draw: _Draws,
+    draw: Draws,
     calls: list[int],
     method: str,
     effort: Effort,
@@ -284,7 +231,7 @@ def _tuned(task: Task, candidates: dict[int, list[Candidate]], denoiser: Any, me
 
 def prepare(
     counted: Counted,
-    draw: _Draws,
+    draw: Draws,
     effort: Effort,
     *,
     final: str,
@@ -315,18 +262,6 @@ def _checked_denoiser(denoiser: Callable[..., Tensor], final: str) -> Callable[.
     return denoiser
 
 
-def _suitable(seconds: float, nfe: Sequence[int], shape: Sequence[int], minutes: float | None) -> Effort:
-    """How much to spend on a network of this speed, in this time if one is given."""
-    if minutes is None:
-        return FAST_EFFORT if seconds < SLOW else SLOW_EFFORT
-    for factor in SPENDING:
-        effort = SLOW_EFFORT.scaled(factor)
-        if estimate(effort, nfe, shape)[0] * seconds <= 60.0 * minutes:
-            return effort
-    least = estimate(SLOW_EFFORT.scaled(SPENDING[-1]), nfe, shape)[0] * seconds / 60.0
-    raise ValueError(f"{minutes:g} minutes do not suffice: the least takes about {least:.1f} here. Ask for fewer numbers of calls.")
-
-
 class _Bar:
     """A progress bar over evaluations, and the lines that a caller wants to hear."""
 
@@ -351,119 +286,13 @@ class _Bar:
             self.report(line)
 
 
-def _traced(counted: Counted, draw: _Draws, effort: Effort, final: str, say: Callable[[str], None]) -> tuple[Paths, Paths]:
+def _traced(counted: Counted, draw: Draws, effort: Effort, final: str, say: Callable[[str], None]) -> tuple[Paths, Paths]:
     """The exact paths to fit to, and those to validate on."""
-    fit = _sensitive(counted, draw, draw.pool(effort.pool * effort.trajectories), effort.trajectories, uniform=FIT_UNIFORM)
-    held_out = _sensitive(counted, draw, draw(effort.pool * effort.held_out), effort.held_out, uniform=HELD_OUT_UNIFORM)
+    fit = sensitive(counted, draw, draw.pool(effort.pool * effort.trajectories), effort.trajectories, uniform=FIT_UNIFORM)
+    held_out = sensitive(counted, draw, draw(effort.pool * effort.held_out), effort.held_out, uniform=HELD_OUT_UNIFORM)
     say(
         f"exact paths of {len(fit.noise)} noises to fit to and {len(held_out.noise)} to validate on, {effort.reference_calls} calls each"
     )
     options = {"calls": effort.reference_calls, "final": final}
     paths = [trace_paths(counted, chosen.noise, counted.schedule, cond=chosen.cond, **options) for chosen in (fit, held_out)]
     return paths[0], replace(paths[1], weights=held_out.weights)
-
-
-def estimate(effort: Effort, nfe: Sequence[int], shape: Sequence[int]) -> tuple[int, int]:
-    """About how many evaluations (one sample, one call) tuning takes, and how many bytes of memory in single precision."""
-    paths, size = effort.trajectories + effort.held_out, int(np.prod(shape))
-    total = paths * (effort.reference_calls * 9 // 8 + 2 * SENSITIVITY_CALLS * effort.pool)
-    for n in nfe:
-        columns = sum((i + 2) * (n - 1 - i) + (n - i) for i in range(n))
-        screened = len(UNTUNED) * len(GRIDS) * SCREENED + (FINALISTS + 2 + len(effort.robust)) * effort.held_out
-        fitted = (effort.trials + len(GRIDS)) * effort.trial_paths + 2 * effort.trajectories
-        polished = len(effort.robust) * effort.polish * effort.trajectories * (columns + 6 * n)
-        total += n * (screened + fitted) + polished
-    columns = max(n * (n + 3) // 2 + n for n in nfe)
-    return total, paths * size * 8 * effort.reference_calls + effort.trajectories * size * 8 * columns
-
-
-class _Draws:
-    """Noise like that which was given, and conditions among those which were given. What was given comes first."""
-
-    def __init__(self, denoiser: Counted, noise: Tensor | None, cond: dict[str, Any], seed: int):
-        schedule = denoiser.schedule
-        shape = getattr(denoiser.info, "shape", None)
-        if noise is None and shape is None:
-            raise ValueError("tune needs noise=, as the denoiser does not say the shape of its samples.")
-        self.scale = float(schedule.sigma(schedule.t_start))
-        self.given = torch.empty(0, *(shape or ())) if noise is None else noise.detach()
-        self.cond, self.random = cond, np.random.default_rng([seed, 0x66657773])
-        if noise is not None:
-            _check_noise(noise, self.scale)
-        for name, value in cond.items():
-            if isinstance(value, Tensor) and value.ndim and noise is not None and len(value) != len(noise):
-                raise ValueError(f"the condition {name!r} has {len(value)} entries for {len(noise)} noises.")
-        self.rows = next((len(value) for value in cond.values() if isinstance(value, Tensor) and value.ndim), 0)
-
-    def __call__(self, count: int) -> tuple[Tensor, dict[str, Any]]:
-        """Fresh noise ``"count *shape"`` with conditions."""
-        numbers = torch.from_numpy(self.random.standard_normal((count, *self.given.shape[1:])))
-        noise = (self.scale * numbers).to(self.given)
-        rows = torch.from_numpy(self.random.integers(self.rows, size=count)) if self.rows else slice(None)
-        return noise, take_rows(self.cond, rows)
-
-    def pool(self, count: int) -> tuple[Tensor, dict[str, Any]]:
-        """What was given, and as much fresh noise as is missing."""
-        missing = max(0, count - len(self.given))
-        if not missing:
-            return self.given, self.cond
-        noise, cond = self(missing)
-        if not len(self.given):
-            return noise, cond
-        joined = {n: torch.cat([v, cond[n]]) if isinstance(v, Tensor) and v.ndim else v for n, v in self.cond.items()}
-        return torch.cat([self.given, noise]), joined
-
-
-def _check_noise(noise: Tensor, scale: float) -> None:
-    if noise.ndim < 2 or not len(noise) or not noise.is_floating_point() or not bool(torch.isfinite(noise).all()):
-        raise ValueError(f'noise must be a finite real tensor "batch *shape", got {noise.dtype} of shape {tuple(noise.shape)}.')
-    spread = float(noise.double().square().mean().sqrt()) / scale
-    if not 0.5 < spread < 2.0:
-        raise ValueError(f"the noise has {spread:.3g} times the scale {scale:g} of the schedule's start. See fewstep.draw_noise.")
-
-
-def _seconds(denoiser: Counted, draw: _Draws) -> float:
-    """Seconds of one evaluation, in a block of the size that is used."""
-    noise, cond = draw(min(denoiser.block, 64))
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        denoiser(noise, denoiser.schedule.t_start, **cond)
-        if noise.is_cuda:
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - began) / len(noise))
-    return min(times)
-
-
-class _Chosen(NamedTuple):
-    """Noises, their conditions, and how many noises of the pool each stands for."""
-
-    noise: Tensor
-    cond: dict[str, Any]
-    weights: Floats
-
-
-def _sensitive(denoiser: Counted, draw: _Draws, pool: tuple[Tensor, dict[str, Any]], count: int, *, uniform: float) -> _Chosen:
-    """About `count` noises of a pool, with a probability in proportion to how far a sample moves when its noise moves a little, in a random
-    direction, under a plan of few calls; mixed with equal probabilities by the share `uniform`.
-    """
-    noise, cond = pool
-    if len(noise) <= count:
-        return _Chosen(noise, cond, np.ones(len(noise)))
-    plan = make_plan("auto", denoiser.schedule, SENSITIVITY_CALLS)
-    direction = torch.from_numpy(draw.random.standard_normal(tuple(noise.shape))).to(noise) * draw.scale
-    size = PERTURBATION.get(noise.dtype, PERTURBATION[torch.float32])
-    moved = sample(denoiser, noise + size * direction, plan, cond=cond) - sample(denoiser, noise, plan, cond=cond)
-    moves = moved.double().reshape(len(noise), -1).square().mean(1).sqrt().cpu().numpy()
-    chances = uniform / len(noise) + (1.0 - uniform) * moves / moves.sum()
-    for _ in range(len(noise)):  # those above 1 are certain, and the others share what is left
-        certain = count * chances >= 1.0
-        scaled = np.where(certain, 1.0 / count, chances * (1.0 - certain.sum() / count) / chances[~certain].sum())
-        if np.allclose(scaled, chances):
-            break
-        chances = scaled
-    chances = np.minimum(count * chances, 1.0)
-    places = np.cumsum(chances) + draw.random.uniform()  # systematic: one at every whole number that is passed
-    rows = np.flatnonzero(np.floor(places) > np.floor(places - chances))
-    picked = torch.from_numpy(rows).to(noise.device)
-    return _Chosen(noise[picked], take_rows(cond, picked), 1.0 / chances[rows])

@@ -1,0 +1,89 @@
+"""How much tuning spends, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fewstep.tuners.draws import SENSITIVITY_CALLS
+from fewstep.tuners.task import FINALISTS, GRIDS, SCREENED, UNTUNED
+
+__all__ = ["Effort", "estimate", "suitable"]
+
+SLOW = 1e-4
+"""Seconds of an evaluation (one sample, one call) from which a network counts as slow, and less is spent on it by default."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is spent.
+
+    Args:
+        trajectories: exact paths that plans are fitted to.
+        held_out: exact paths that they are validated on.
+        pool: noises among which the paths to fit to are chosen, as a multiple of `trajectories`.
+        reference_calls: network calls of an exact path.
+        trials, trial_paths, polish, robust: see `Learned`.
+    """
+
+    trajectories: int = 88
+    held_out: int = 128
+    pool: int = 4
+    reference_calls: int = 64
+    trials: int = 14
+    trial_paths: int = 40
+    polish: int = 2
+    robust: tuple[float, ...] = (10.0,)
+
+    def __post_init__(self) -> None:
+        if self.trajectories < 1 or self.held_out < 2 or self.pool < 1 or self.reference_calls < 8:
+            raise ValueError(
+                f"tuning needs at least 1 trajectory, 2 held-out ones, a pool of 1 and 8 reference calls, got {self.trajectories}, "
+                f"{self.held_out}, {self.pool} and {self.reference_calls}."
+            )
+
+    def scaled(self, factor: float) -> Effort:
+        """As much more or less, in trajectories and trials."""
+        return replace(
+            self,
+            trajectories=max(16, round(factor * self.trajectories)),
+            held_out=max(32, round(factor * self.held_out)),
+            trials=round(min(factor, 4.0) * self.trials),
+            trial_paths=max(16, round(factor * self.trial_paths)),
+            polish=max(1, round(min(factor, 5.0) * self.polish)),
+        )
+
+
+SPENDING = (16.0, 8.0, 4.0, 2.0, 1.5, 1.0, 0.75, 0.5, 0.25)
+SLOW_EFFORT = Effort()
+FAST_EFFORT = Effort(
+    trajectories=1024, held_out=512, pool=8, reference_calls=128, trials=100, trial_paths=512, polish=15, robust=(3.0, 30.0)
+)
+
+
+def suitable(seconds: float, nfe: Sequence[int], shape: Sequence[int], minutes: float | None) -> Effort:
+    """How much to spend on a network of this speed, in this time if one is given."""
+    if minutes is None:
+        return FAST_EFFORT if seconds < SLOW else SLOW_EFFORT
+    for factor in SPENDING:
+        effort = SLOW_EFFORT.scaled(factor)
+        if estimate(effort, nfe, shape)[0] * seconds <= 60.0 * minutes:
+            return effort
+    least = estimate(SLOW_EFFORT.scaled(SPENDING[-1]), nfe, shape)[0] * seconds / 60.0
+    raise ValueError(f"{minutes:g} minutes do not suffice: the least takes about {least:.1f} here. Ask for fewer numbers of calls.")
+
+
+def estimate(effort: Effort, nfe: Sequence[int], shape: Sequence[int]) -> tuple[int, int]:
+    """About how many evaluations (one sample, one call) tuning takes, and how many bytes of memory in single precision."""
+    paths, size = effort.trajectories + effort.held_out, int(np.prod(shape))
+    total = paths * (effort.reference_calls * 9 // 8 + 2 * SENSITIVITY_CALLS * effort.pool)
+    for n in nfe:
+        columns = sum((i + 2) * (n - 1 - i) + (n - i) for i in range(n))
+        screened = len(UNTUNED) * len(GRIDS) * SCREENED + (FINALISTS + 2 + len(effort.robust)) * effort.held_out
+        fitted = (effort.trials + len(GRIDS)) * effort.trial_paths + 2 * effort.trajectories
+        polished = len(effort.robust) * effort.polish * effort.trajectories * (columns + 6 * n)
+        total += n * (screened + fitted) + polished
+    columns = max(n * (n + 3) // 2 + n for n in nfe)
+    return total, paths * size * 8 * effort.reference_calls + effort.trajectories * size * 8 * columns
