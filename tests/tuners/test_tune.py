@@ -182,3 +182,21 @@ def test_a_stopped_run_goes_on_and_another_run_is_refused(tmp_path):
             assert row.weights == same.weights
     with pytest.raises(fs.FewstepError, match="of another run"):
         fs.tune(denoiser, nfe=3, noise=noise + 0.01, effort=SMALL, checkpoint=tmp_path / "run")
+
+
+def test_the_last_row_may_have_weights_of_its_own_for_every_element():
+    variances = torch.tensor([0.01, 0.1, 1.0, 4.0], dtype=torch.float64)  # each element wants weights of its own
+    denoiser = fs.exact.Gaussian(fs.schedules.VPLinear(), torch.zeros(4, dtype=torch.float64), variances)
+    tuned = fs.tune(denoiser, nfe=1, noise=start(denoiser), effort=SMALL)
+    assert "per element" in tuned.report["plans"]["1"]["best"]
+    noise = start(denoiser, 64, first=9000)
+    exact = denoiser.solution(noise, 1.0, 1e-3)
+    scalar = next(c for c in tuned.candidates[1] if c.name.endswith("medians"))
+    mine, other = (errors_of(fs.sample(denoiser, noise, plan), exact).rms for plan in (tuned.plan, scalar.plan))
+    assert mine < 0.01 * other
+
+
+def test_two_calls_are_exact_for_a_gaussian():
+    denoiser = fs.exact.Gaussian(fs.schedules.VPLinear(), torch.zeros(4), torch.tensor([0.01, 0.1, 1.0, 4.0]))
+    tuned = fs.tune(denoiser, nfe=2, noise=start(denoiser), effort=SMALL)
+    assert tuned.report["plans"]["2"]["rms"] < 1e-9

@@ -33,7 +33,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fewstep.errors import MissingExtraError
+from fewstep.errors import MissingExtraError, UnknownNameError
 from fewstep.grids import FINITE_LAM, make_grid
 from fewstep.plan import Plan, Row
 from fewstep.schedules import NoiseSchedule
@@ -65,7 +65,8 @@ class Numbers:
     Attributes:
         tau: ``"N"``, times of the calls.
         end: the last time.
-        rows: for every row ``"i+2"``: the weight of z_i, then those of d_i, d_{i-1}, ..., d_0.
+        rows: for every row ``"i+2 *entry"``: the weight of z_i, then those of d_i, d_{i-1}, ..., d_0; an entry is a number, or an array
+            that broadcasts over one sample's shape.
     """
 
     tau: Floats
@@ -79,7 +80,7 @@ class Numbers:
 
     def plan(self, schedule: NoiseSchedule, provenance: dict[str, Any]) -> Plan:
         """The plan that runs these numbers."""
-        rows = tuple(Row(float(t), (float(row[0]),), tuple(row[1:].tolist())) for t, row in zip(self.tau, self.rows, strict=True))
+        rows = tuple(Row(float(t), _entries(row[:1]), _entries(row[1:])) for t, row in zip(self.tau, self.rows, strict=True))
         return Plan(schedule, self.times, rows, provenance=provenance)
 
 
@@ -106,6 +107,8 @@ class Learned:
         trial_paths: the paths that a trial is made on; the rows on the best times are fitted to all.
         polish: the most Jacobians; 0 leaves stage 3 out.
         ridge: how strongly rows are drawn to the solver's, relative to the mean square of every term.
+        entries: ``"channel"``, ``"element"``, both or none: after the polish the last row is fitted once more in closed form, with weights
+            for every channel or element. Other rows keep one number for all: their states are what the polish has made room for.
         robust: scales s of Cauchy's loss, in medians of the samples' errors: the polish is made with each, always from the searched times.
     """
 
@@ -114,10 +117,14 @@ class Learned:
     polish: int = 4
     ridge: float = 1e-8
     robust: tuple[float, ...] = (10.0,)
+    entries: tuple[str, ...] = ("channel", "element")
 
     def __post_init__(self) -> None:
         if self.trials < 0 or self.polish < 0:
             raise ValueError(f"trials and polish are counts, got {self.trials} and {self.polish}.")
+        for name in self.entries:
+            if name not in ("channel", "element"):
+                raise UnknownNameError("entry", name, ("channel", "element"))
         if not (self.ridge > 0.0 and self.robust and min(self.robust) > 0.0):
             raise ValueError(f"ridge and robust must be positive, got {self.ridge:g} and {self.robust}.")
 
@@ -132,7 +139,19 @@ class Learned:
             yield "times", numbers
         if self.polish:
             for robust in self.robust:
-                yield f"polish, s = {robust:g} medians", fitter.polish(numbers, robust)
+                polished = fitter.polish(numbers, robust)
+                yield f"polish, s = {robust:g} medians", polished
+                for name, groups in self._groups(task):
+                    yield f"polish, s = {robust:g} medians, last row per {name}", fitter.last_row(polished, robust, groups)
+
+    def _groups(self, task: Task) -> Iterator[tuple[str, NDArray[np.intp]]]:
+        """The ways to part the elements of a sample that were asked for: the number of the group of every element."""
+        shape = tuple(task.fit.noise.shape[1:])
+        elements = np.arange(math.prod(shape))
+        if "channel" in self.entries and len(shape) > 1 and shape[0] > 1:
+            yield "channel", elements // math.prod(shape[1:])
+        if "element" in self.entries and len(elements) > 1:
+            yield "element", elements
 
 
 def _grids(task: Task, nfe: int) -> list[Floats]:
@@ -242,6 +261,30 @@ class _Fitter:
                 break
         return best
 
+    def last_row(self, numbers: Numbers, robust: float, groups: NDArray[np.intp]) -> Numbers:
+        """The last row with weights of its own for every group of elements, drawn to those it has: the more, the fewer samples there are
+        for a weight.
+        """
+        paths, shape = self.paths, tuple(self.paths.noise.shape[1:])
+        states, outputs = self._run(numbers, paths)
+        errors = distances(states[-1], paths.target)
+        weights = torch.from_numpy(1.0 / (1.0 + errors**2 / (robust * np.median(errors)) ** 2)).to(states[-1].device)
+        basis = torch.stack(_differences([_flat(term) for term in (states[-2], *reversed(outputs))]))
+        weighted, residual = basis * weights[:, None], _flat(paths.target - states[-1])
+        matrices = torch.einsum("pne,qne->epq", weighted, basis).cpu().numpy()
+        gradients = torch.einsum("pne,ne->ep", weighted, residual).cpu().numpy()
+        if not (np.isfinite(matrices).all() and np.isfinite(gradients).all()):
+            return numbers
+        count = int(groups.max()) + 1
+        changes = np.empty((len(basis), count))
+        for group in range(count):
+            members = groups == group
+            ridge = len(basis) / (paths.count * int(members.sum()))
+            changes[:, group] = _from_differences(_damped(matrices[members].sum(0), gradients[members].sum(0), ridge))
+        own = changes[:, groups].reshape(len(basis), *shape)
+        last = numbers.rows[-1].reshape(-1, *[1] * len(shape)) + own
+        return replace(numbers, rows=(*numbers.rows[:-1], last))
+
     def _run(
         self, numbers: Numbers, paths: Paths, *, states: list[Tensor] | None = None, outputs: list[Tensor] | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -325,19 +368,31 @@ def _finite_ends(schedule: NoiseSchedule, times: Floats) -> tuple[float, float]:
 def _least_squares(terms: list[Tensor], target: Tensor, prior: Floats, ridge: float) -> Floats:
     """The weights of z, d_i, ..., d_0 that come nearest to the target, drawn to the prior on the basis of differences."""
     flat = [_flat(term).reshape(-1) for term in terms]
-    basis = [*flat[:2], *(newer - older for newer, older in itertools.pairwise(flat[1:]))]
     known = np.zeros(len(terms))
     known[: len(prior)] = prior[: len(terms)]
     residual = _flat(target).reshape(-1) - sum(float(weight) * term for weight, term in zip(known, flat, strict=True) if weight)
-    columns = torch.stack(basis)
+    columns = torch.stack(_differences(flat))
     matrix, gradient = (columns @ columns.T).cpu().numpy(), (columns @ residual).cpu().numpy()
     if not (np.isfinite(matrix).all() and np.isfinite(gradient).all()):
         return known  # the trial is lost: its samples are not finite either
-    found = _damped(matrix, gradient, ridge)
-    weights = found.copy()  # a_1 d_i + a_2 (d_i - d_{i-1}) + a_3 (d_{i-1} - d_{i-2}) + ...
+    return known + _from_differences(_damped(matrix, gradient, ridge))
+
+
+def _differences(terms: list[Tensor]) -> list[Tensor]:
+    """z, d_i, d_i - d_{i-1}, d_{i-1} - d_{i-2}, ..."""
+    return [*terms[:2], *(newer - older for newer, older in itertools.pairwise(terms[1:]))]
+
+
+def _from_differences(found: Floats) -> Floats:
+    """The weights of z, d_i, d_{i-1}, ... from those of `_differences`."""
+    weights = found.copy()
     weights[2:] *= -1.0
     weights[1:-1] += found[2:]
-    return known + weights
+    return weights
+
+
+def _entries(row: Floats) -> tuple[Any, ...]:
+    return tuple(row.tolist()) if row.ndim == 1 else tuple(row)
 
 
 def _damped(matrix: Floats, gradient: Floats, damping: float) -> Floats:
