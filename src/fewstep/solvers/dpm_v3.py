@@ -16,9 +16,9 @@ Next to an infinite lambda a step is first order on the data prediction and not 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -159,6 +159,11 @@ class DPMSolverV3(Multistep):
             if derivatives:
                 corrected, shift = move.combine(derivatives, scale)
                 correction = added(corrected, [-w for w in weights]), shift - offset
+
+    def _provenance(self, grid: Any, start: float | None, final: str) -> dict[str, Any]:
+        """With the model of the statistics, if they say it, so that a run with another one is refused."""
+        told, model = super()._provenance(grid, start, final), self.statistics.provenance.get("model")
+        return {**told, "tuned": {"model": model}} if isinstance(model, Mapping) else told
 
     @property
     def _official(self) -> bool:

@@ -24,6 +24,7 @@ from fewstep.tuners.draws import Draws, seconds_of, sensitive
 from fewstep.tuners.effort import Effort, estimate, suitable
 from fewstep.tuners.learned import Learned
 from fewstep.tuners.paths import Paths, trace_paths
+from fewstep.tuners.statistics import statistics_candidates
 from fewstep.tuners.task import Candidate, Counted, Task
 from fewstep.version import __version__
 
@@ -168,6 +169,7 @@ def learned(task: Task, nfe: int, effort: Effort) -> Iterator[Candidate]:
 METHODS: dict[str, tuple[Callable[[Task, int, Effort], Iterator[Candidate]], ...]] = {
     "auto": (learned,),
     "learned": (learned,),
+    "statistics": (statistics_candidates,),
 }
 """What can be asked for, in the order in which it is tried."""
 

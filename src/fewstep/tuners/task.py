@@ -60,6 +60,11 @@ class Counted:
         return bool(_innermost(self.denoiser, "integer_time"))
 
     @property
+    def network_time(self) -> Callable[[np.ndarray], Any]:
+        """From the schedule's times to the network's."""
+        return _innermost(self.denoiser, "network_time") or self.schedule.network_time
+
+    @property
     def precision(self) -> torch.dtype | None:
         """The precision of the network, if it is known."""
         return _innermost(self.denoiser, "network_dtype")
@@ -143,6 +148,7 @@ class Task:
         final: where plans end, ``"t_end"`` or ``"zero"``.
         seed: of whatever is drawn at random.
         report: called with a line about what goes on.
+        kept: what a method computes once for all numbers of calls, by the method's name.
     """
 
     denoiser: Counted
@@ -153,6 +159,7 @@ class Task:
     seed: int
     report: Callable[[str], None] = field(default=lambda line: None)
     began: float = field(default_factory=time.perf_counter)
+    kept: dict[str, Any] = field(default_factory=dict)
 
     def judge(self, name: str, plan: Plan, *, tuned: bool = True) -> Candidate:
         """Run a plan on the validation noise."""
@@ -163,18 +170,19 @@ class Task:
         return sample(self.denoiser, paths.noise, plan, cond=paths.cond, check=False)
 
     def untuned(self, nfe: int) -> Candidate:
-        """The best of the untuned solvers and grids at this number of calls, on the validation noise.
-
-        All are tried on some of it, and the best few on the whole.
-        """
+        """The best of the untuned solvers and grids at this number of calls, on the validation noise."""
         plans = {
             f"{name}, {grid}": solver.plan(self.schedule, nfe, grid, final=self.final)
             for name, solver in UNTUNED.items()
             for grid in GRIDS
         }
+        return min(self.screened(plans, tuned=False), key=lambda found: found.errors.rms)
+
+    def screened(self, plans: Mapping[str, Plan], *, tuned: bool = True) -> list[Candidate]:
+        """The best few of some plans by name: all are tried on some of the validation noise, and the best few on the whole."""
         some = self.held_out.take(slice(SCREENED))
         order = sorted(plans, key=lambda name: errors_of(self.run(plans[name], some), some.target, some.weights).rms)
-        return min((self.judge(name, plans[name], tuned=False) for name in order[:FINALISTS]), key=lambda found: found.errors.rms)
+        return [self.judge(name, plans[name], tuned=tuned) for name in order[:FINALISTS]]
 
 
 def _innermost(denoiser: Any, name: str) -> Any:
