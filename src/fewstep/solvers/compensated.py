@@ -99,31 +99,18 @@ class Compensated(Wrapper):
             raise PlanError(f"there are {len(self.ratios)} compensation ratios for a plan of {len(rows)} calls.")
         if all(ratio == 1.0 for ratio in self.ratios):
             return iter(rows)
-        return self._compensated_rows(schedule, self._parts(schedule, times, rows))
+        return self._compensated_rows(schedule, self.steps(schedule, times))
 
-    def _compensated_rows(self, schedule: NoiseSchedule, steps: list[Step]) -> Iterator[Row]:
-        levels = np.array([step.tau for step in steps])
-        lam = schedule.lam(levels)
-        places = levels if self.variable == "time" else lam
-        kinds: list[str] = []
-        for i, (step, ratio) in enumerate(zip(steps, self.ratios, strict=True)):
-            kinds.append(step.stores if math.isfinite(lam[i]) else "")
-            if ratio == 1.0:
-                yield step.row()
-                continue
-            if len(kinds) <= self.degree or set(kinds[-self.degree - 1 :]) != {step.stores}:
-                raise PlanError(
-                    f"ratio {i} is {ratio:g}, but call {i} has fewer than {self.degree + 1} stored values of its kind at finite lambda, "
-                    f"so it cannot be compensated. Make this ratio 1."
-                )
-            near = places[i - self.degree : i + 1][::-1]
-            yield _compensated(step, _shares(near, ratio, i))
+    def steps(self, schedule: NoiseSchedule, times: Floats) -> list[Step]:
+        """The parts of the inner solver's steps on a checked grid, not compensated.
 
-    def _parts(self, schedule: NoiseSchedule, times: Floats, rows: list[Row]) -> list[Step]:
+        Raises:
+            TypeError: if its steps carry more than one state or store combined outputs.
+        """
         if isinstance(self.solver, Multistep):
             return list(self.solver.steps(schedule, times))
         steps = []
-        for row in rows:
+        for row in self.solver.rows(schedule, times, [1] * (len(times) - 1)):
             (carry, *others) = row.carry
             if row.memory or others:
                 raise TypeError(
@@ -134,11 +121,41 @@ class Compensated(Wrapper):
             steps.append(Step(row.tau, carry, row.weights, stores=kind, offset=row.offset, noise=row.noise, **gains))
         return steps
 
+    def polynomials(self, schedule: NoiseSchedule, steps: Sequence[Step]) -> list[Floats | None]:
+        """For every call, ``"degree+1 degree+1"``: the weights of the stored values, newest first, as polynomials of the ratio minus 1,
+        constant term first; None for a call that cannot be compensated.
+        """
+        levels = np.array([step.tau for step in steps])
+        lam = schedule.lam(levels)
+        places = levels if self.variable == "time" else lam
+        kinds = [step.stores if math.isfinite(lam[i]) else "" for i, step in enumerate(steps)]
+        found: list[Floats | None] = []
+        for i, step in enumerate(steps):
+            near = slice(max(0, i - self.degree), i + 1)
+            if i < self.degree or set(kinds[near]) != {step.stores}:
+                found.append(None)
+                continue
+            nodes = places[near][::-1]
+            found.append(lagrange_polynomials((nodes - nodes[0]) / (nodes[0] - nodes[1])))
+        return found
 
-def _shares(near: Floats, ratio: float, call: int) -> Floats:
+    def _compensated_rows(self, schedule: NoiseSchedule, steps: list[Step]) -> Iterator[Row]:
+        polynomials = self.polynomials(schedule, steps)
+        for i, (step, ratio, polynomial) in enumerate(zip(steps, self.ratios, polynomials, strict=True)):
+            if ratio == 1.0:
+                yield step.row()
+            elif polynomial is None:
+                raise PlanError(
+                    f"ratio {i} is {ratio:g}, but call {i} has fewer than {self.degree + 1} stored values of its kind at finite lambda, "
+                    f"so it cannot be compensated. Make this ratio 1."
+                )
+            else:
+                yield _compensated(step, _shares(polynomial, ratio, i))
+
+
+def _shares(polynomials: Floats, ratio: float, call: int) -> Floats:
     """The weights of the stored values, newest first, in the compensated one."""
-    units = (near - near[0]) / (near[0] - near[1])
-    shares = lagrange_polynomials(units) @ (ratio - 1.0) ** np.arange(len(units))
+    shares = polynomials @ (ratio - 1.0) ** np.arange(len(polynomials))
     if abs(shares[0]) < SMALLEST_SHARE:
         raise PlanError(
             f"ratio {call} is {ratio:g}, which leaves the prediction of call {call} a weight of {shares[0]:.1g}: no use."

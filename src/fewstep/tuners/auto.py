@@ -20,6 +20,7 @@ from fewstep.identity import identity
 from fewstep.plan import Plan
 from fewstep.schedules import NoiseSchedule
 from fewstep.tuners.checkpoint import Checkpoint
+from fewstep.tuners.compensation import compensation_candidates
 from fewstep.tuners.draws import Draws, seconds_of, sensitive
 from fewstep.tuners.effort import Effort, estimate, suitable
 from fewstep.tuners.learned import Learned
@@ -170,6 +171,7 @@ METHODS: dict[str, tuple[Callable[[Task, int, Effort], Iterator[Candidate]], ...
     "auto": (learned,),
     "learned": (learned,),
     "statistics": (statistics_candidates,),
+    "compensation": (compensation_candidates,),
 }
 """What can be asked for, in the order in which it is tried."""
 

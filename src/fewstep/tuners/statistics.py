@@ -294,7 +294,7 @@ class _Moments:
     def _noise(self, yy: Floats, lam: Floats) -> Floats:
         """The variance of f that rounding makes, over that of y: of the outputs, and of the differences that l is made of."""
         eps = torch.finfo(self.precision).eps
-        of_slopes = 0.0 if self.jvp == "forward" else yy * np.exp(2.0 * lam) / _relative_step(self.precision) ** 2
+        of_slopes = (self.jvp == "differences") * yy * np.exp(2.0 * lam) / _relative_step(self.precision) ** 2
         return (ROUNDING * eps) ** 2 * (1.0 + of_slopes)
 
 
