@@ -27,6 +27,7 @@ from fewstep.tuners.learned import Learned
 from fewstep.tuners.paths import Paths, trace_paths
 from fewstep.tuners.statistics import statistics_candidates
 from fewstep.tuners.task import Candidate, Counted, Task
+from fewstep.tuners.timesteps import timesteps
 from fewstep.version import __version__
 
 __all__ = ["METHODS", "Tuned", "prepare", "tune"]
@@ -172,6 +173,7 @@ METHODS: dict[str, tuple[Callable[[Task, int, Effort], Iterator[Candidate]], ...
     "learned": (learned,),
     "statistics": (statistics_candidates,),
     "compensation": (compensation_candidates,),
+    "timesteps": (timesteps,),
 }
 """What can be asked for, in the order in which it is tried."""
 

@@ -33,13 +33,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fewstep.errors import MissingExtraError, UnknownNameError
-from fewstep.grids import FINITE_LAM, make_grid
+from fewstep.errors import UnknownNameError
+from fewstep.grids import make_grid
 from fewstep.plan import Plan, Row
 from fewstep.schedules import NoiseSchedule
 from fewstep.solvers import Adams
 from fewstep.tuners.paths import Paths
 from fewstep.tuners.task import GRIDS, Task, distances
+from fewstep.tuners.times import Steps, finite_ends
 
 __all__ = ["Learned", "Numbers"]
 
@@ -50,8 +51,6 @@ ROUNDED_SHIFT = 0.1
 """Finite differences of a time in lambda, where the network rounds its time to whole numbers."""
 LONGEST_MOVE = 0.5
 """The most a time moves in lambda in one Gauss-Newton step."""
-SHORTEST = 1e-4
-"""The shortest step the search begins with, as a fraction of the interval in lambda."""
 LEAST_GAIN = 0.003
 """Steps of the polish that lower the loss by less than this fraction are the last."""
 MOST_STEPS, TRIES = 12, 4
@@ -194,24 +193,9 @@ class _Fitter:
 
     def search(self, numbers: Numbers, loss: float) -> Numbers:
         """Better times than those, by CMA-ES over the logarithms of the steps in lambda."""
-        try:
-            from cmaes import CMA
-        except ImportError as error:
-            raise MissingExtraError("cmaes", "tune", "Searching times") from error
-        steps = _Steps(self.schedule, numbers.times, _finite_ends(self.schedule, self.paths.times))
-        search = CMA(mean=steps.logs, sigma=0.3, seed=self.task.seed)
-        best, tried = (numbers, loss), 0
-        while tried < self.options.trials and not search.should_stop():
-            found = []
-            for _ in range(search.population_size):
-                logs = search.ask()
-                fitted = self.closed_form(steps.times(logs))
-                found.append((logs, fitted[1] if math.isfinite(fitted[1]) else 1e300))
-                best = min(best, fitted, key=lambda pair: pair[1])
-            search.tell(found)
-            tried += len(found)
-            self.task.report(f"times: {tried} of {self.options.trials} trials, loss {best[1]:.4g}")
-        return best[0]
+        steps = Steps(self.schedule, numbers.times, finite_ends(self.schedule, self.paths.times))
+        options = {"trials": self.options.trials, "seed": self.task.seed, "report": self.task.report}
+        return steps.search(self.closed_form, (numbers, loss), **options)[0]
 
     # ---- polish --------------------------------------------------------------------------------------------------------------------
 
@@ -336,33 +320,11 @@ class _Fitter:
 
     def _time(self, lam: float) -> float:
         """The time at a lambda, or the nearest between the first and the last."""
-        low, high = _finite_ends(self.schedule, self.paths.times)
+        low, high = finite_ends(self.schedule, self.paths.times)
         return float(self.schedule.t_of_lam(min(max(lam, low), high)))
 
     def _relative_step(self) -> float:
         return RELATIVE_STEP.get(self.denoiser.precision or self.paths.states.dtype, RELATIVE_STEP[torch.float32])
-
-
-class _Steps:
-    """Times as the logarithms of their steps in lambda, within the finite part of the interval."""
-
-    def __init__(self, schedule: NoiseSchedule, times: Floats, lams: tuple[float, float]):
-        self.schedule, self.ends = schedule, times[[0, -1]]
-        self.low, self.high = lams
-        steps = np.diff(np.clip(schedule.lam(times), self.low, self.high))
-        self.logs = np.log(np.maximum(steps, SHORTEST * (self.high - self.low)))
-
-    def times(self, logs: Floats) -> Floats:
-        """``"N+1"``."""
-        steps = np.exp(logs - logs.max())
-        lams = self.low + (self.high - self.low) * np.cumsum(steps)[:-1] / steps.sum()
-        return np.concatenate([self.ends[:1], self.schedule.t_of_lam(lams), self.ends[1:]])
-
-
-def _finite_ends(schedule: NoiseSchedule, times: Floats) -> tuple[float, float]:
-    low, high = (float(lam) for lam in schedule.lam(times[[0, -1]]))
-    low = low if math.isfinite(low) else min(FINITE_LAM[0], high - 1.0)
-    return low, high if math.isfinite(high) else max(FINITE_LAM[1], low + 1.0)
 
 
 def _least_squares(terms: list[Tensor], target: Tensor, prior: Floats, ridge: float) -> Floats:
