@@ -9,7 +9,8 @@ import torch
 import fewstep as fs
 from fewstep.tuners import Effort
 from fewstep.tuners.auto import prepare
-from fewstep.tuners.task import errors_of
+from fewstep.tuners.draws import Draws
+from fewstep.tuners.task import Counted, errors_of
 from fewstep.tuners.timesteps import search_times
 
 EFFORT = Effort(trajectories=96, held_out=32, pool=4, reference_calls=64)
@@ -23,7 +24,8 @@ def mixture(schedule):
 def task_of(denoiser, effort=EFFORT):
     schedule = denoiser.schedule
     noise = fs.draw_noise((2,), range(64), dtype=torch.float64) * float(schedule.sigma(schedule.t_start))
-    return prepare(denoiser, noise, None, seed=0, final="t_end", effort=effort, block=512, report=None)[0]
+    counted = Counted(denoiser, 512)
+    return prepare(counted, Draws(counted, noise, {}, 0), effort, final="t_end", seed=0)[0]
 
 
 @pytest.mark.parametrize("method", ["evolution", "continuous"])
