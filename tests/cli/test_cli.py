@@ -129,6 +129,15 @@ def test_compare_ranks_all_solvers_in_one_page(tiny, tmp_path, capsys):
     assert all(row["error"] != before["ddim", row["nfe"]] for row in ended["rows"])
 
 
+@pytest.fixture
+def heeds_interrupts():
+    """A process that a shell started in the background ignores SIGINT, and so do its children: undo that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_comparison_keeps_the_solvers_that_are_finished(number, tiny, tmp_path, capsys, monkeypatch):
     runs = []
@@ -337,6 +346,7 @@ def test_an_unwritable_folder_is_one_line(tiny, tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.usefixtures("heeds_interrupts")
 def test_interrupt_leaves_nothing_and_says_so(tiny, tmp_path):
     command = [
         sys.executable,

@@ -13,7 +13,7 @@ from fewstep.tuners.draws import Draws
 from fewstep.tuners.task import Counted, errors_of
 from fewstep.tuners.timesteps import search_times
 
-EFFORT = Effort(trajectories=96, held_out=32, pool=4, reference_calls=64)
+EFFORT = Effort(trajectories=384, held_out=256, pool=4, reference_calls=64)
 SOLVER = fs.solvers.DPMSolverPP(order=2)
 
 
@@ -57,7 +57,7 @@ def test_times_are_distinct_and_keep_their_ends(method, schedule):
 def test_a_discrete_model_gets_times_of_its_table():
     schedule = fs.schedules.FromBetas(np.linspace(1e-4, 0.02, 50).tolist())
     task = task_of(mixture(schedule))
-    found = search_times(task, 6, SOLVER, evaluations=150)
+    found = search_times(task, 6, SOLVER, evaluations=300)
     entries = found.times * 50
     rules = [task.judge(grid, SOLVER.plan(schedule, 6, grid)).errors.rms for grid in ("time", "lambda", "karras")]
     assert task.judge("searched", SOLVER.plan(schedule, grid=found.times)).errors.rms < min(rules)
