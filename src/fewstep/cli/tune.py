@@ -17,7 +17,9 @@ class TuneOptions(Common):
 
     model: str = option("digits", "a shipped model (digits, photos) or a model folder", positional=True)
     nfe: str = option("4,5,6,8,10", "numbers of network calls")
-    method: str = option("auto", "what to try: auto tries everything that needs nothing but the model")
+    method: str = option(
+        "auto", "auto (which is learned), learned, statistics (DPM-Solver-v3), compensation (DC-Solver) or timesteps"
+    )
     guidance: float = option(1.0, "scale of classifier-free guidance; 1 is none. A plan serves the scale it was made for")
     label: str = option(
         "each", 'the labels that plans are made for: a class, a list like 0,1,2, or "each"; "" for without condition'

@@ -93,7 +93,9 @@ def tune(
         nfe: number of network calls, or several.
         noise: ``"batch *shape"``, starting noise at the scale of the schedule's start, which plans are fitted to. More is drawn as
             needed, and so is the validation noise. It may be left out if the denoiser's info says the shape.
-        method: ``"auto"`` or ``"learned"``; see `METHODS`.
+        method: ``"learned"``: all numbers of the plan, see `Learned`; ``"statistics"``: DPM-Solver-v3 with the model's statistics;
+            ``"compensation"``: DC-Solver's ratios; ``"timesteps"``: the times of a solver; ``"auto"``: the one that gains most, which is
+            ``"learned"``.
         cond: conditions of the noise, one entry a sample; rows of them are drawn with every noise that is drawn.
         seed: of everything that is drawn.
         final: ``"t_end"``: the plan ends at the schedule's t_end; ``"zero"``: at sigma = 0.
