@@ -93,11 +93,14 @@ def search_times(
 
     Example:
         >>> import fewstep as fs
-        >>> from fewstep.tuners.auto import Effort, prepare
+        >>> from fewstep.tuners import Effort
+        >>> from fewstep.tuners.auto import prepare
+        >>> from fewstep.tuners.draws import Draws
+        >>> from fewstep.tuners.task import Counted
         >>> exact = fs.exact.GaussianMixture(fs.schedules.VPLinear(), [[-1.0, 0.0], [1.0, 0.5]], 0.05)
-        >>> options = {"seed": 0, "final": "t_end", "block": 256, "report": None}
-        >>> effort = Effort(trajectories=32, held_out=16, pool=1)
-        >>> task, _ = prepare(exact, fs.draw_noise((2,), range(32)), None, effort=effort, **options)
+        >>> counted = Counted(exact, 256)
+        >>> draws = Draws(counted, fs.draw_noise((2,), range(32)), {}, 0)
+        >>> task, _ = prepare(counted, draws, Effort(trajectories=32, held_out=16, pool=1), final="t_end", seed=0)
         >>> search_times(task, 3, fs.solvers.DPMSolverPP(), evaluations=40).times.shape
         (4,)
     """
