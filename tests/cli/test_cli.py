@@ -396,7 +396,7 @@ def test_tune_writes_plans_that_sample_takes(tiny, tmp_path, capsys):
 
 def test_tune_refuses_what_it_cannot_do(tiny, tmp_path, capsys):
     for wrong, words in (
-        (("--minutes", 1, "--trajectories", 9), "not both"),
+        (("--minutes", 1, "--trajectories", 9), "give one of"),
         (("--minutes", 0.00001), "do not suffice"),
         (("--method", "lerned"), "learned"),
     ):

@@ -25,7 +25,7 @@ def task_of(denoiser, effort=EFFORT):
     schedule = denoiser.schedule
     noise = fs.draw_noise((2,), range(64), dtype=torch.float64) * float(schedule.sigma(schedule.t_start))
     counted = Counted(denoiser, 512)
-    return prepare(counted, Draws(counted, noise, {}, 0), effort, final="t_end", seed=0)[0]
+    return prepare(counted, Draws(counted, noise, {}, 0), effort, final="t_end", seed=0)
 
 
 @pytest.mark.parametrize("method", ["evolution", "continuous"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 import fewstep as fs
 from fewstep.errors import PlanError
 from fewstep.tuners import Effort, trace_paths
+from fewstep.tuners.checkpoint import Checkpoint
 from fewstep.tuners.task import errors_of
 
 SMALL = Effort(trajectories=128, held_out=128, pool=3, reference_calls=64, trials=30, polish=4)
@@ -182,6 +184,53 @@ def test_a_stopped_run_goes_on_and_another_run_is_refused(tmp_path):
             np.testing.assert_array_equal(np.stack(np.broadcast_arrays(*row.weights)), np.stack(np.broadcast_arrays(*same.weights)))
     with pytest.raises(fs.FewstepError, match="of another run"):
         fs.tune(denoiser, nfe=3, noise=noise + 0.01, effort=SMALL, checkpoint=tmp_path / "run")
+
+
+def test_the_closed_form_alone_is_quick_and_helps():
+    denoiser = mixture()
+    tuned = fs.tune(denoiser, nfe=5, noise=start(denoiser), method="closed-form", effort=SMALL)
+    assert [c.name for c in tuned.candidates[5][1:]] == ["learned: closed form"]
+    assert tuned.report["plans"]["5"]["ratio"] < 1.0
+
+
+def test_a_budget_of_evaluations_is_kept_and_lets_other_methods_try():
+    denoiser = mixture()
+    small = fs.tune(denoiser, nfe=[3, 5], noise=start(denoiser), method="learned", evaluations=150_000)
+    large = fs.tune(denoiser, nfe=[3, 5], noise=start(denoiser), evaluations=1_000_000)
+    assert small.report["evaluations"] < 180_000
+    assert 300_000 < large.report["evaluations"] < 1_500_000
+    names = {c.name.split(":")[0].split(",")[0] for c in large.candidates[5]}
+    assert {"learned", "compensation"} <= names
+    with pytest.raises(ValueError, match="do not suffice: the least takes about"):
+        fs.tune(denoiser, nfe=5, noise=start(denoiser), evaluations=1000)
+    with pytest.raises(ValueError, match="not several"):
+        fs.tune(denoiser, nfe=5, noise=start(denoiser), evaluations=1000, minutes=1.0)
+
+
+def test_the_others_are_tried_where_learning_gains_little(monkeypatch):
+    denoiser = mixture()
+    monkeypatch.setattr("fewstep.tuners.auto.ENOUGH", 0.0)
+    lines = []
+    tuned = fs.tune(denoiser, nfe=3, noise=start(denoiser), effort=SMALL, report=lines.append)
+    names = {c.name.split(":")[0].split(",")[0] for c in tuned.candidates[3]}
+    assert {"learned", "compensation", "statistics"} <= names
+
+
+def test_a_resumed_run_spends_what_the_first_was_to_spend(tmp_path):
+    denoiser, folder = mixture(), tmp_path / "run"
+
+    def stop(line):
+        if line.startswith("3 calls: learned: closed"):
+            raise KeyboardInterrupt
+
+    options = {"nfe": 3, "noise": start(denoiser), "minutes": 0.2, "method": "learned"}
+    with pytest.raises(KeyboardInterrupt):
+        fs.tune(denoiser, **options, checkpoint=folder, report=stop)
+    before = Checkpoint(folder, json.loads((folder / "spending.json").read_text())["key"]).spending()
+    tuned = fs.tune(denoiser, **options, checkpoint=folder)  # however fast the network seems this time
+    assert before.evaluations > 0
+    assert tuned.report["effort"] == dataclasses.asdict(before.effort)
+    assert tuned.report["evaluations"] > before.evaluations
 
 
 def test_the_last_row_may_have_weights_of_its_own_for_every_element():

@@ -34,6 +34,7 @@ __all__ = [
     "parse_numbers",
     "parse_seeds",
     "progress",
+    "quickest_threads",
     "read_arrays",
     "seconds_a_call",
     "state_dtype",
@@ -87,6 +88,20 @@ def seconds_a_call(denoiser: Denoiser, options: Common, count: int) -> float:
         float(denoiser(x, denoiser.schedule.t_end, **cond).sum())
         times.append(time.perf_counter() - began)
     return min(times[1:]) / count
+
+
+def quickest_threads(denoiser: Denoiser, options: Common, count: int) -> int:
+    """How many processor threads serve calls for `count` samples best, one or all, measured here; it is set. Given --threads, those."""
+    threads = {1, int(os.environ.get("OMP_NUM_THREADS", 0)) or (os.cpu_count() or 1)}
+    if options.threads or torch.device(options.device).type != "cpu":
+        return torch.get_num_threads()
+    times = {}
+    for number in sorted(threads):
+        torch.set_num_threads(number)
+        times[number] = seconds_a_call(denoiser, options, count)
+    best = min(threads, key=lambda number: times[number])
+    torch.set_num_threads(best)
+    return best
 
 
 def state_dtype(options: Common) -> torch.dtype:

@@ -18,7 +18,7 @@ class TuneOptions(Common):
     model: str = option("digits", "a shipped model (digits, photos) or a model folder", positional=True)
     nfe: str = option("4,5,6,8,10", "numbers of network calls")
     method: str = option(
-        "auto", "auto (which is learned), learned, statistics (DPM-Solver-v3), compensation (DC-Solver) or timesteps"
+        "auto", "auto, learned, closed-form (seconds), statistics (DPM-Solver-v3), compensation (DC-Solver) or timesteps"
     )
     guidance: float = option(1.0, "scale of classifier-free guidance; 1 is none. A plan serves the scale it was made for")
     label: str = option(
@@ -26,6 +26,7 @@ class TuneOptions(Common):
     )
     final: str = final_option()
     minutes: float = option(0.0, "spend about so long; 0: what suits the speed of the network")
+    evaluations: int = option(0, "spend about so many network evaluations (one sample, one call), instead of --minutes")
     trajectories: int = option(0, "exact paths to fit to, instead of --minutes; trials and validation grow with them")
     seed: int = option(0, "of the noise that is drawn")
     batch: int = option(256, "the most samples of a network call")
@@ -35,26 +36,38 @@ class TuneOptions(Common):
 
 OPTIONS = {"tune": TuneOptions}
 SHOWN = 10
+TYPICAL_BATCH = 64
+"""Samples of the calls that are timed for the number of threads."""
 OTHER_NOISE = 1_000_000
 """Seeds of the noise in the pictures begin here."""
 
 
 def run(options: TuneOptions) -> int:
     """Tune, write the plans and the page."""
-    from fewstep.cli.setup import ask_for, guided, new_folder, open_model, parse_labels, parse_numbers, state_dtype
+    from fewstep.cli.setup import (
+        ask_for,
+        guided,
+        new_folder,
+        open_model,
+        parse_labels,
+        parse_numbers,
+        quickest_threads,
+        state_dtype,
+    )
     from fewstep.noise import draw_noise
     from fewstep.tuners import Effort, tune
 
     nfes = parse_numbers("--nfe", options.nfe)
-    if min(options.minutes, options.trajectories, options.seed) < 0 or options.batch < 1:
-        raise ValueError("--minutes, --trajectories and --seed must be at least 0, --batch at least 1.")
-    if options.minutes and options.trajectories:
-        raise ValueError("give --minutes or --trajectories, not both.")
+    if min(options.minutes, options.evaluations, options.trajectories, options.seed) < 0 or options.batch < 1:
+        raise ValueError("--minutes, --evaluations, --trajectories and --seed must be at least 0, --batch at least 1.")
+    if sum(map(bool, (options.minutes, options.evaluations, options.trajectories))) > 1:
+        raise ValueError("give one of --minutes, --evaluations and --trajectories.")
     effort = Effort().scaled(options.trajectories / Effort().trajectories) if options.trajectories else None
     model = open_model(options.model, options)
     shape, count = ask_for(model.info.shape, model.info.name), 64
     known = model.info.conditions.get("label")
     labels = parse_labels(options.label or None if known else None, model, count)
+    quickest_threads(model, options, min(options.batch, TYPICAL_BATCH))
     denoiser, cond = guided(model, options.guidance, labels), {} if labels is None else {"label": labels.to(options.device)}
     schedule = model.schedule
     noise = draw_noise(shape, range(options.seed, options.seed + count), dtype=state_dtype(options), device=options.device)
@@ -74,6 +87,7 @@ def run(options: TuneOptions) -> int:
             effort=effort,
             block=options.batch,
             minutes=options.minutes or None,
+            evaluations=options.evaluations or None,
             checkpoint=unfinished,
             progress=not options.quiet,
         )

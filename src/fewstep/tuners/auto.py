@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.artefacts import json_value
-from fewstep.errors import FewstepError, UnknownNameError
+from fewstep.errors import FewstepError, MissingExtraError, UnknownNameError
 from fewstep.identity import identity
 from fewstep.plan import Plan
 from fewstep.schedules import NoiseSchedule
-from fewstep.tuners.checkpoint import Checkpoint
+from fewstep.tuners.checkpoint import Checkpoint, Spending
 from fewstep.tuners.compensation import compensation_candidates
 from fewstep.tuners.draws import Draws, seconds_of, sensitive
 from fewstep.tuners.effort import Effort, estimate, suitable
@@ -36,6 +36,10 @@ Floats = NDArray[np.float64]
 FIT_UNIFORM, HELD_OUT_UNIFORM = 0.3, 0.5
 """Share of the noises that are chosen with equal probability: the more, the less the weights differ."""
 PATH_FILES = ("fit", "held-out")
+FIRST_SHARE = 0.7
+"""Of a budget, for the method that is tried first."""
+ENOUGH = 0.8
+"""Other methods are tried if the first leaves more than this of the untuned plan's error."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ def tune(
     effort: Effort | None = None,
     block: int = 256,
     minutes: float | None = None,
+    evaluations: int | None = None,
     checkpoint: str | PathLike[str] | None = None,
     progress: bool = False,
     report: Callable[[str], None] | None = None,
@@ -93,15 +98,17 @@ def tune(
         nfe: number of network calls, or several.
         noise: ``"batch *shape"``, starting noise at the scale of the schedule's start, which plans are fitted to. More is drawn as
             needed, and so is the validation noise. It may be left out if the denoiser's info says the shape.
-        method: ``"learned"``: all numbers of the plan, see `Learned`; ``"statistics"``: DPM-Solver-v3 with the model's statistics;
-            ``"compensation"``: DC-Solver's ratios; ``"timesteps"``: the times of a solver; ``"auto"``: the one that gains most, which is
-            ``"learned"``.
+        method: ``"learned"``: all numbers of the plan, see `Learned`; ``"closed-form"``: its first stage only, which takes seconds;
+            ``"statistics"``: DPM-Solver-v3 with the model's statistics; ``"compensation"``: DC-Solver's ratios; ``"timesteps"``: the
+            times of a solver; ``"auto"``: one after the other, ``"learned"`` first, because it gains most; the others only where it
+            leaves more than 0.8 of the untuned plan's error, or while a budget lasts.
         cond: conditions of the noise, one entry a sample; rows of them are drawn with every noise that is drawn.
         seed: of everything that is drawn.
         final: ``"t_end"``: the plan ends at the schedule's t_end; ``"zero"``: at sigma = 0.
         effort: how much to spend. Left out, it depends on the network: less for one that takes over 0.1 ms a sample and call.
         block: the most samples of a network call.
         minutes: spend about as long, by the speed of the network as it is measured; instead of `effort`.
+        evaluations: spend about so many network evaluations (one sample, one call); instead of both.
         checkpoint: a folder that keeps what is finished: the exact paths, and every number of calls. The same call goes on from there.
         progress: show a bar on standard error, with the last validated error.
         report: called with a line about what goes on, e.g. ``print``.
@@ -111,7 +118,7 @@ def tune(
 
     Raises:
         UnknownNameError: for a method that does not exist.
-        ValueError: for minutes that do not suffice for anything, a number of calls below 1,
+        ValueError: for a budget that does not suffice for anything, a number of calls below 1,
             noise of another scale than the start's, or conditions that do not fit it.
         ArtefactError: if the checkpoint is of another run.
         FewstepError: if the denoiser has no schedule, or the network fails.
@@ -130,65 +137,124 @@ def tune(
     calls = sorted({nfe} if isinstance(nfe, int) else set(nfe))
     if not calls or calls[0] < 1:
         raise ValueError(f"nfe must be at least 1, got {nfe}.")
-    if minutes is not None and effort is not None:
-        raise ValueError("give minutes or effort, not both.")
+    if sum(given is not None for given in (minutes, evaluations, effort)) > 1:
+        raise ValueError("give minutes, evaluations or effort, not several of them.")
     counted = Counted(_checked_denoiser(denoiser, final), block)
     draw = Draws(counted, noise, dict(cond or {}), seed)
-    effort = effort or suitable(seconds_of(counted, draw), calls, draw.given.shape[1:], minutes)
-    total, memory = estimate(effort, calls, draw.given.shape[1:])
-    with _Bar(counted, total, progress, report) as bar:
-        bar.say(f"about {total} evaluations and {memory / 1e6:.0f} MB")
-        return _run(counted, draw, calls, method, effort, final, seed, checkpoint, bar.say)
+    kept = None
+    if checkpoint is not None:
+        limits = {"minutes": minutes, "evaluations": evaluations, "effort": effort and asdict(effort)}
+        run = {"model": identity(denoiser), "schedule": counted.schedule.config(), "final": final, "seed": seed, "method": method}
+        kept = Checkpoint(Path(checkpoint), Checkpoint.key_of(noise=draw.given, **run, **limits))
+    spending = kept.spending() if kept else None
+    if spending is None:
+        spending = _spending(counted, draw, calls, method, minutes, evaluations, effort)
+    if kept:
+        kept.save_spending(spending)
+    counted.evaluations = spending.evaluations
+    shape = draw.given.shape[1:]
+    total, memory = estimate(spending.effort, calls, shape)
+    with _Bar(counted, spending.budget or total, progress, report) as bar:
+        bar.say(f"about {spending.budget or total} evaluations and {memory / 1e6:.0f} MB")
+        task = prepare(counted, draw, spending.effort, final=final, seed=seed, kept=kept, report=bar.say)
+        task.began -= spending.seconds
+        if kept:
+            kept.save_spending(_spent(task, spending))
+        return _run(task, calls, method, spending, kept)
 
 
-def _run(
+def _spending(
     counted: Counted,
     draw: Draws,
     calls: list[int],
     method: str,
-    effort: Effort,
-    final: str,
-    seed: int,
-    checkpoint: str | PathLike[str] | None,
-    say: Callable[[str], None],
-) -> Tuned:
-    task, kept = prepare(counted, draw, effort, final=final, seed=seed, checkpoint=checkpoint, report=say)
-    candidates = {}
+    minutes: float | None,
+    evaluations: int | None,
+    effort: Effort | None,
+) -> Spending:
+    """What a new run may spend."""
+    seconds = seconds_of(counted, draw)
+    budget = evaluations if minutes is None else round(60.0 * minutes / seconds)
+    first = None if budget is None else round((FIRST_SHARE if method == "auto" else 1.0) * budget)
+    return Spending(effort or suitable(seconds, calls, draw.given.shape[1:], first), budget)
+
+
+def _run(task: Task, calls: list[int], method: str, spending: Spending, kept: Checkpoint | None) -> Tuned:
+    candidates, counted = {}, task.denoiser
     for n in calls:
         finished = kept.candidates(n) if kept else None
-        candidates[n] = finished or list(_candidates(task, n, METHODS[method], effort))
+        left = None
+        if spending.budget is not None:
+            left = (spending.budget - counted.evaluations) * n // sum(m for m in calls if m >= n)
+        candidates[n] = finished or list(_candidates(task, n, method, spending.effort, left))
         if kept and not finished:
             kept.save_candidates(n, candidates[n])
-    return _tuned(task, candidates, counted.denoiser, method, effort)
+            kept.save_spending(_spent(task, spending))
+    return _tuned(task, candidates, counted.denoiser, method, spending.effort)
+
+
+def _spent(task: Task, spending: Spending) -> Spending:
+    return replace(spending, evaluations=task.denoiser.evaluations, seconds=time.perf_counter() - task.began)
+
+
+def closed_form(task: Task, nfe: int, effort: Effort) -> Iterator[Candidate]:
+    """The first stage of `Learned`."""
+    return _learned(task, nfe, Learned(trials=0, trial_paths=effort.trial_paths, polish=0))
 
 
 def learned(task: Task, nfe: int, effort: Effort) -> Iterator[Candidate]:
     """The three stages of `Learned`."""
     options = Learned(trials=effort.trials, trial_paths=effort.trial_paths, polish=effort.polish, robust=effort.robust)
+    return _learned(task, nfe, options)
+
+
+def _learned(task: Task, nfe: int, options: Learned) -> Iterator[Candidate]:
     for stage, numbers in options.stages(task, nfe):
         made_by = {"solver": {"name": "learned", "options": {**asdict(options), "stage": stage}}, "grid": "learned"}
         yield task.judge(f"learned: {stage}", numbers.plan(task.schedule, made_by))
 
 
-METHODS: dict[str, tuple[Callable[[Task, int, Effort], Iterator[Candidate]], ...]] = {
-    "auto": (learned,),
-    "learned": (learned,),
-    "statistics": (statistics_candidates,),
-    "compensation": (compensation_candidates,),
-    "timesteps": (timesteps,),
+MAKERS: dict[str, Callable[[Task, int, Effort], Iterator[Candidate]]] = {
+    "learned": learned,
+    "closed-form": closed_form,
+    "statistics": statistics_candidates,
+    "compensation": compensation_candidates,
+    "timesteps": timesteps,
 }
-"""What can be asked for, in the order in which it is tried."""
+"""What makes candidates, by the name of the method."""
+METHODS = ("auto", *MAKERS)
+"""What can be asked for."""
+OTHERS: dict[str, Callable[[Effort, int], int]] = {
+    "compensation": lambda effort, nfe: nfe * (3000 + 4 * effort.held_out),
+    "statistics": lambda effort, nfe: 100 * min(256, effort.trajectories) + nfe * (800 + 4 * effort.held_out),
+    "timesteps": lambda effort, nfe: nfe * (330 * effort.trajectories + 2 * effort.held_out),
+}
+"""What ``"auto"`` tries after ``"learned"``, in the order of what they are expected to gain for their price, and about how many evaluations
+they take.
+"""
 
 
-def _candidates(task: Task, nfe: int, methods: Sequence[Any], effort: Effort) -> Iterator[Candidate]:
-    """The best untuned plan, then what the methods make."""
+def _candidates(task: Task, nfe: int, method: str, effort: Effort, budget: int | None) -> Iterator[Candidate]:
+    """The best untuned plan, then what the method makes, or all of them."""
+    begun = task.denoiser.evaluations
     base = task.untuned(nfe)
     task.report(f"{nfe} calls: {base.name} is the best untuned setting, error {base.errors.rms:.4g}")
     yield base
-    for make in methods:
-        for candidate in make(task, nfe, effort):
-            task.report(f"{nfe} calls: {candidate.name}, error {candidate.errors.rms:.4g}")
-            yield candidate
+    found = [base]
+    for name in ("learned", *OTHERS) if method == "auto" else (method,):
+        if len(found) > 1 and name in OTHERS:
+            after = task.denoiser.evaluations - begun + OTHERS[name](effort, nfe)
+            if _best(found).errors.rms <= ENOUGH * base.errors.rms if budget is None else after > budget:
+                continue
+        try:
+            for candidate in MAKERS[name](task, nfe, effort):
+                task.report(f"{nfe} calls: {candidate.name}, error {candidate.errors.rms:.4g}")
+                found.append(candidate)
+                yield candidate
+        except MissingExtraError as error:
+            if method != "auto" or name == "learned":
+                raise
+            task.report(f"{nfe} calls: {name} is left out. {error}")
 
 
 def _best(tried: list[Candidate]) -> Candidate:
@@ -244,22 +310,18 @@ def prepare(
     *,
     final: str,
     seed: int,
-    checkpoint: str | PathLike[str] | None = None,
+    kept: Checkpoint | None = None,
     report: Callable[[str], None] = lambda line: None,
-) -> tuple[Task, Checkpoint | None]:
+) -> Task:
     """The task that all methods share: noise drawn and chosen, exact paths computed, or taken from a checkpoint."""
-    began, schedule, denoiser = time.perf_counter(), counted.schedule, counted.denoiser
-    kept = None
-    if checkpoint is not None:
-        told = {"model": identity(denoiser), "schedule": schedule.config(), "final": final, "seed": seed, "effort": asdict(effort)}
-        kept = Checkpoint(Path(checkpoint), Checkpoint.key_of(noise=draw.given, **told))
+    began, schedule = time.perf_counter(), counted.schedule
     fit, held_out = (kept.paths(name, schedule, draw.given) if kept else None for name in PATH_FILES)
     if fit is None or held_out is None:
         fit, held_out = _traced(counted, draw, effort, final, report)
         if kept:
             kept.save_paths(PATH_FILES[0], fit)
             kept.save_paths(PATH_FILES[1], held_out)
-    return Task(counted, schedule, fit, held_out, final, seed, report, began), kept
+    return Task(counted, schedule, fit, held_out, final, seed, report, began)
 
 
 def _checked_denoiser(denoiser: Callable[..., Tensor], final: str) -> Callable[..., Tensor]:

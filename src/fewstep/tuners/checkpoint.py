@@ -1,5 +1,5 @@
-"""What a tuning run has finished, in a folder, so that it goes on after it was stopped: the exact paths, and the plans of every number of
-calls with their errors.
+"""What a tuning run has finished, in a folder, so that it goes on after it was stopped: what it may spend, the exact paths, and the plans
+of every number of calls with their errors.
 """
 
 from __future__ import annotations
@@ -18,13 +18,34 @@ from fewstep.artefacts import Artefact, write_atomically
 from fewstep.errors import ArtefactError
 from fewstep.plan import Plan
 from fewstep.schedules import NoiseSchedule
+from fewstep.tuners.effort import Effort
 from fewstep.tuners.paths import Paths
 from fewstep.tuners.task import Candidate, Errors
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "Spending"]
 
 KIND = "paths"
 TENSORS = ("times", "states", "predictions", "target", "weights")
+
+
+SPENDING = "spending.json"
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What a run may spend, and what it has spent.
+
+    Attributes:
+        effort: on exact paths and the first method.
+        budget: evaluations in all; None for no limit.
+        evaluations: so far, those of earlier parts of a run that was stopped included.
+        seconds: so far, likewise.
+    """
+
+    effort: Effort
+    budget: int | None
+    evaluations: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +100,26 @@ class Checkpoint:
         meta = {"key": self.key, "error": paths.error, "weighted": paths.weights is not None, "cond": plain}
         self.folder.mkdir(parents=True, exist_ok=True)
         Artefact(KIND, meta, arrays).save(self.folder / f"{name}.safetensors")
+
+    def spending(self) -> Spending | None:
+        """What the run was to spend and has spent; None at its beginning.
+
+        Raises:
+            ArtefactError: if it is of another run.
+        """
+        path = self.folder / SPENDING
+        if not path.exists():
+            return None
+        document = json.loads(path.read_text())
+        self._check(document, path)
+        told = document["spending"]
+        robust = tuple(told["effort"].pop("robust"))
+        return Spending(**{**told, "effort": Effort(**told["effort"], robust=robust)})
+
+    def save_spending(self, spending: Spending) -> None:
+        """Save what is to be spent and has been."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / SPENDING, json.dumps({"key": self.key, "spending": asdict(spending)}, indent=1).encode())
 
     def candidates(self, nfe: int) -> list[Candidate] | None:
         """Everything that was validated for a number of calls; None if it was not finished.

@@ -63,16 +63,19 @@ FAST_EFFORT = Effort(
 )
 
 
-def suitable(seconds: float, nfe: Sequence[int], shape: Sequence[int], minutes: float | None) -> Effort:
-    """How much to spend on a network of this speed, in this time if one is given."""
-    if minutes is None:
+def suitable(seconds: float, nfe: Sequence[int], shape: Sequence[int], budget: int | None) -> Effort:
+    """How much to spend on a network of this speed, within a budget of evaluations if one is given."""
+    if budget is None:
         return FAST_EFFORT if seconds < SLOW else SLOW_EFFORT
     for factor in SPENDING:
         effort = SLOW_EFFORT.scaled(factor)
-        if estimate(effort, nfe, shape)[0] * seconds <= 60.0 * minutes:
+        if estimate(effort, nfe, shape)[0] <= budget:
             return effort
-    least = estimate(SLOW_EFFORT.scaled(SPENDING[-1]), nfe, shape)[0] * seconds / 60.0
-    raise ValueError(f"{minutes:g} minutes do not suffice: the least takes about {least:.1f} here. Ask for fewer numbers of calls.")
+    least = estimate(SLOW_EFFORT.scaled(SPENDING[-1]), nfe, shape)[0]
+    raise ValueError(
+        f"{budget} evaluations, {budget * seconds / 60.0:.2g} minutes here, do not suffice: the least takes about {least}, "
+        f"{least * seconds / 60.0:.2g} minutes. Ask for fewer numbers of calls."
+    )
 
 
 def estimate(effort: Effort, nfe: Sequence[int], shape: Sequence[int]) -> tuple[int, int]:
