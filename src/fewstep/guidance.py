@@ -98,6 +98,10 @@ class ClassifierFree:
             "interval": None if self.interval is None else list(self.interval),
         }
 
+    def with_scale(self, guidance_scale: float) -> ClassifierFree:
+        """The same guidance of the same denoiser, with another scale."""
+        return ClassifierFree(self.denoiser, guidance_scale, self.null, interval=self.interval, batched=self.batched)
+
     @property
     def jumps(self) -> tuple[float, ...]:
         """Times at which the prediction jumps: the ends of the interval. `fewstep.reference` ends its steps there."""

@@ -29,7 +29,8 @@ def identity(denoiser: object) -> dict[str, Any]:
         denoiser: a `fewstep.Denoiser`, a guided one, an exact one, or any callable.
 
     Returns:
-        ``name``, ``fingerprint`` (None if the model has no weights and no fingerprint of its own) and ``guidance`` (None for none).
+        ``name``, ``fingerprint`` (None if the model has no weights and no fingerprint of its own) and ``guidance`` (None for none, and for
+        scale 1, which is none).
 
     Example:
         >>> from fewstep.exact import Gaussian
@@ -40,7 +41,7 @@ def identity(denoiser: object) -> dict[str, Any]:
     guidance, inner = [], denoiser
     while True:
         settings = getattr(inner, "guidance", None)
-        if settings is not None:
+        if settings is not None and settings.get("guidance_scale") != 1.0:
             guidance.append(settings)
         if not hasattr(inner, "denoiser"):
             break

@@ -394,6 +394,23 @@ def test_tune_writes_plans_that_sample_takes(tiny, tmp_path, capsys):
         assert "was tuned for no guidance, but the denoiser has classifier-free guidance of scale 3" in error
 
 
+def test_tune_makes_a_family_over_guidance_scales(tiny, tmp_path, capsys):
+    out = tmp_path / "family"
+    options = ("--nfe", 3, "--label", "each", "--guidance", "3,2", "--trajectories", 16, "--out", out)
+    status, text, _ = run(capsys, "tune", tiny, *options)
+    assert status == 0
+    assert "guidance 2" in text
+    assert "calls between guidance 2 and 3" in text
+    assert {"family.json", "plan-3-guidance-2.safetensors", "guidance-3", "index.html"} <= {p.name for p in out.iterdir()}
+    assert (out / "guidance-2" / "index.html").exists()
+    sampled = ("sample", tiny, "--plan", out, "--count", 2, "--label", "1", "--out", tmp_path / "s")
+    assert run(capsys, *sampled, "--nfe", 3, "--guidance", 3)[0] == 0
+    status, _, error = run(capsys, *sampled, "--nfe", 3, "--guidance", 5)
+    assert (status, error.count("tuned were [3] calls at [2.0, 3.0]")) == (2, 1)
+    status, _, error = run(capsys, "tune", tiny, "--guidance", "3,x", "--out", tmp_path / "y")
+    assert (status, len(error.splitlines())) == (2, 1)
+
+
 def test_tune_refuses_what_it_cannot_do(tiny, tmp_path, capsys):
     for wrong, words in (
         (("--minutes", 1, "--trajectories", 9), "give one of"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fewstep.cli.options import Common, final_option, option
@@ -19,7 +20,7 @@ class SampleOptions(Common):
     solver: str = option("auto", "name of the solver; see `fewstep solvers`")
     grid: str = option("auto", "name of the time grid")
     final: str = final_option()
-    plan: str = option("", "a plan file, instead of nfe, solver, grid and final")
+    plan: str = option("", "a plan file, instead of nfe, solver, grid and final; or a folder of plans for several guidance scales")
     count: int = option(16, "how many samples")
     seed: str = option("0", "seed of the first sample, or a range like 0-63, or a list like 3,5,8")
     label: str = option(None, 'a class, a list like 0,1,2 (in turn), or "each"; left out: without condition')
@@ -36,6 +37,7 @@ def run(options: SampleOptions) -> int:
     from fewstep.cli.setup import ask_for, guided, new_folder, open_model, parse_labels, parse_seeds
     from fewstep.plan import Plan
     from fewstep.solvers import make_plan
+    from fewstep.tuners import Family
 
     if options.count < 1 or options.batch < 1:
         raise ValueError(f"--count and --batch must be at least 1, got {options.count} and {options.batch}.")
@@ -43,7 +45,8 @@ def run(options: SampleOptions) -> int:
     denoiser = open_model(options.model, options)
     shape, labels = ask_for(denoiser.info.shape, denoiser.info.name), parse_labels(options.label, denoiser, len(seeds))
     if options.plan:
-        plan = Plan.load(options.plan)
+        whole = Path(options.plan).is_dir()
+        plan = Family.load(options.plan).plan(options.nfe, options.guidance) if whole else Plan.load(options.plan)
     else:
         plan = make_plan(options.solver, denoiser.schedule, options.nfe, grid=options.grid, final=options.final)
     model = guided(denoiser, options.guidance, labels)

@@ -20,7 +20,10 @@ class TuneOptions(Common):
     method: str = option(
         "auto", "auto, learned, closed-form (seconds), statistics (DPM-Solver-v3), compensation (DC-Solver) or timesteps"
     )
-    guidance: float = option(1.0, "scale of classifier-free guidance; 1 is none. A plan serves the scale it was made for")
+    guidance: str = option(
+        "1",
+        "scale of classifier-free guidance, 1 is none; or several like 1,3,7.5, whose plans serve the scales between where they can",
+    )
     label: str = option(
         "each", 'the labels that plans are made for: a class, a list like 0,1,2, or "each"; "" for without condition'
     )
@@ -55,7 +58,7 @@ def run(options: TuneOptions) -> int:
         state_dtype,
     )
     from fewstep.noise import draw_noise
-    from fewstep.tuners import Effort, tune
+    from fewstep.tuners import Effort, tune, tune_family
 
     nfes = parse_numbers("--nfe", options.nfe)
     if min(options.minutes, options.evaluations, options.trajectories, options.seed) < 0 or options.batch < 1:
@@ -63,46 +66,124 @@ def run(options: TuneOptions) -> int:
     if sum(map(bool, (options.minutes, options.evaluations, options.trajectories))) > 1:
         raise ValueError("give one of --minutes, --evaluations and --trajectories.")
     effort = Effort().scaled(options.trajectories / Effort().trajectories) if options.trajectories else None
+    scales = _scales(options.guidance)
     model = open_model(options.model, options)
     shape, count = ask_for(model.info.shape, model.info.name), 64
     known = model.info.conditions.get("label")
     labels = parse_labels(options.label or None if known else None, model, count)
     quickest_threads(model, options, min(options.batch, TYPICAL_BATCH))
-    denoiser, cond = guided(model, options.guidance, labels), {} if labels is None else {"label": labels.to(options.device)}
-    schedule = model.schedule
+    cond = {} if labels is None else {"label": labels.to(options.device)}
     noise = draw_noise(shape, range(options.seed, options.seed + count), dtype=state_dtype(options), device=options.device)
-    noise = noise * float(schedule.sigma(schedule.t_start))
     unfinished = Path(f"{options.out}.unfinished")
+    given: dict[str, Any] = {
+        "nfe": nfes,
+        "noise": noise * float(model.schedule.sigma(model.schedule.t_start)),
+        "method": options.method,
+        "cond": cond,
+        "seed": options.seed,
+        "final": options.final,
+        "effort": effort,
+        "block": options.batch,
+        "minutes": options.minutes or None,
+        "evaluations": options.evaluations or None,
+        "checkpoint": unfinished,
+        "progress": not options.quiet,
+    }
     if options.fresh:
         shutil.rmtree(unfinished, ignore_errors=True)
     with new_folder(options.out) as folder:
-        tuned = tune(
-            denoiser,
-            nfe=nfes,
-            noise=noise,
-            method=options.method,
-            cond=cond,
-            seed=options.seed,
-            final=options.final,
-            effort=effort,
-            block=options.batch,
-            minutes=options.minutes or None,
-            evaluations=options.evaluations or None,
-            checkpoint=unfinished,
-            progress=not options.quiet,
-        )
-        for nfe, plan in tuned.plans.items():
-            plan.save(folder / f"plan-{nfe}.safetensors")
-        _page(tuned, model, denoiser, options).write(folder)
+        if len(scales) > 1:
+            family = tune_family(guided(model, scales[-1], labels), scales, **given)
+            _write_family(family, model, options, folder)
+            every, gaps = dict(family.tuned), family.gaps
+        else:
+            denoiser = guided(model, scales[0], labels)
+            tuned = tune(denoiser, **given)
+            _write(tuned, model, denoiser, scales[0], options, folder)
+            every, gaps = {scales[0]: tuned}, ()
     shutil.rmtree(unfinished, ignore_errors=True)
     if options.json:
-        print(json.dumps(tuned.report))
+        reports = {f"{scale:g}": found.report for scale, found in every.items()}
+        print(json.dumps(reports if len(scales) > 1 else next(iter(reports.values()))))
     elif not options.quiet:
-        _print(tuned, options)
+        for scale, found in every.items():
+            _print(found, scale)
+        for gap in gaps:
+            print(_told_gap(gap))
+        print(f"errors to the exact solution on noise that nothing was fitted to; plans and page: {options.out}")
     return 0
 
 
-def _print(tuned: Any, options: TuneOptions) -> None:
+def _scales(text: str) -> list[float]:
+    try:
+        scales = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        raise ValueError(f"--guidance takes scales separated by commas, not {text!r}.") from None
+    return scales
+
+
+def _write(tuned: Any, model: Any, denoiser: Any, scale: float, options: TuneOptions, folder: Path) -> None:
+    """The plans and the page of one guidance scale."""
+    for nfe, plan in tuned.plans.items():
+        plan.save(folder / f"plan-{nfe}.safetensors")
+    _page(tuned, model, denoiser, scale, options).write(folder)
+
+
+def _write_family(family: Any, model: Any, options: TuneOptions, folder: Path) -> None:
+    """The family's files, a folder with a page for every scale, and a page about them all."""
+    from fewstep.cli.setup import guided, machine, parse_labels
+    from fewstep.evaluate.report import Report
+
+    family.save(folder)
+    intro = f"Plans made for {model.info.name} under classifier-free guidance of several scales. Each scale has a page in a folder of its own."
+    told = {"command": "fewstep tune", "machine": machine(), "guidance": dict(family.guidance)}
+    page = Report("fewstep: a family of tuned plans", intro, told)
+    rows = []
+    for scale, tuned in family.tuned.items():
+        within = folder / f"guidance-{scale:g}"
+        within.mkdir()
+        _write(tuned, model, guided(model, scale, parse_labels(options.label or None, model, SHOWN)), scale, options, within)
+        rows += [
+            [
+                f"{scale:g}",
+                nfe,
+                told["untuned"],
+                f"{told['untuned_rms']:.3g}",
+                told["best"],
+                f"{told['rms']:.3g}",
+                f"{told['ratio']:.2f}",
+            ]
+            for nfe, told in tuned.report["plans"].items()
+        ]
+    page.heading("Error by guidance scale and number of calls")
+    page.table(["guidance", "calls", "best untuned", "its error", "tuned by", "its error", "ratio"], rows, text=(2, 4))
+    page.heading("Between the scales")
+    page.text("Errors in the middle of neighbouring scales. The least serves the scales between, if no untuned setting's is less.")
+    page.table(
+        ["calls", "between", "mean of the plans", "the lower's", "the upper's", "best untuned", "serves"],
+        [
+            [str(gap.nfe), f"{gap.lower:g} and {gap.upper:g}"]
+            + [f"{gap.errors[name]:.3g}" if name in gap.errors else "" for name in ("mean", "lower", "upper")]
+            + [f"{gap.untuned:.3g}", gap.chosen or "none"]
+            for gap in family.gaps
+        ],
+        text=(1, 6),
+    )
+    page.write(folder)
+
+
+def _told_gap(gap: Any) -> str:
+    best = min(gap.errors.values())
+    what = {"mean": "the mean of the plans", "lower": "the lower scale's plan", "upper": "the upper scale's plan", None: "no plan"}
+    return (
+        f"{gap.nfe:>5} calls between guidance {gap.lower:g} and {gap.upper:g}: {what[gap.chosen]} serves, "
+        f"{best / gap.untuned:.2f} of the best untuned setting's error"
+    )
+
+
+def _print(tuned: Any, scale: float) -> None:
+    if scale != 1.0:
+        print(f"guidance {scale:g}")
     print(f"{'calls':>5}  {'untuned':>9}  {'tuned':>9}  {'ratio':>5}  {'median':>6}  best untuned setting; tuned by")
     for nfe, told in tuned.report["plans"].items():
         medians = told["median"] / told["candidates"][0]["median"]
@@ -110,15 +191,14 @@ def _print(tuned: Any, options: TuneOptions) -> None:
             f"{nfe:>5}  {told['untuned_rms']:>9.3g}  {told['rms']:>9.3g}  {told['ratio']:>5.2f}  {medians:>6.2f}  {told['untuned']}; "
             f"{told['best']}"
         )
-    print(f"errors to the exact solution on noise that nothing was fitted to; plans and page: {options.out}")
 
 
-def _page(tuned: Any, model: Any, denoiser: Any, options: TuneOptions) -> Any:
+def _page(tuned: Any, model: Any, denoiser: Any, scale: float, options: TuneOptions) -> Any:
     from fewstep.cli.setup import machine
     from fewstep.evaluate.report import Report, line_plot
 
     report = tuned.report
-    guidance = "" if options.guidance == 1.0 else f" under guidance of scale {options.guidance:g}"
+    guidance = "" if scale == 1.0 else f" under guidance of scale {scale:g}"
     intro = (
         f"Plans made for {model.info.name}{guidance}, from exact paths of {report['effort']['trajectories']} noises, and judged on "
         f"{report['effort']['held_out']} others. An error is the distance from the exact solution, root mean square. It took "

@@ -23,7 +23,7 @@ from fewstep.tuners.checkpoint import Checkpoint, Spending
 from fewstep.tuners.compensation import compensation_candidates
 from fewstep.tuners.draws import Draws, seconds_of, sensitive
 from fewstep.tuners.effort import Effort, estimate, suitable
-from fewstep.tuners.learned import Learned
+from fewstep.tuners.learned import Learned, Numbers
 from fewstep.tuners.paths import Paths, trace_paths
 from fewstep.tuners.statistics import statistics_candidates
 from fewstep.tuners.task import Candidate, Counted, Task
@@ -40,6 +40,8 @@ FIRST_SHARE = 0.7
 """Of a budget, for the method that is tried first."""
 ENOUGH = 0.8
 """Other methods are tried if the first leaves more than this of the untuned plan's error."""
+FAR = 0.6
+"""All three stages of learning are made if a polish from a given plan leaves more than this of the untuned plan's error."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def tune(
     block: int = 256,
     minutes: float | None = None,
     evaluations: int | None = None,
+    starts: Mapping[int, Plan] | None = None,
     checkpoint: str | PathLike[str] | None = None,
     progress: bool = False,
     report: Callable[[str], None] | None = None,
@@ -109,6 +112,8 @@ def tune(
         block: the most samples of a network call.
         minutes: spend about as long, by the speed of the network as it is measured; instead of `effort`.
         evaluations: spend about so many network evaluations (one sample, one call); instead of both.
+        starts: number of calls -> a plan to start learning from, such as the one of another guidance scale or of the model before
+            fine-tuning: it is polished, and searched anew only if that gains little.
         checkpoint: a folder that keeps what is finished: the exact paths, and every number of calls. The same call goes on from there.
         progress: show a bar on standard error, with the last validated error.
         report: called with a line about what goes on, e.g. ``print``.
@@ -158,6 +163,7 @@ def tune(
         bar.say(f"about {spending.budget or total} evaluations and {memory / 1e6:.0f} MB")
         task = prepare(counted, draw, spending.effort, final=final, seed=seed, kept=kept, report=bar.say)
         task.began -= spending.seconds
+        task.starts.update(starts or {})
         if kept:
             kept.save_spending(_spent(task, spending))
         return _run(task, calls, method, spending, kept)
@@ -203,13 +209,19 @@ def closed_form(task: Task, nfe: int, effort: Effort) -> Iterator[Candidate]:
 
 
 def learned(task: Task, nfe: int, effort: Effort) -> Iterator[Candidate]:
-    """The three stages of `Learned`."""
+    """The three stages of `Learned`; if there is a plan to start from, its polish, and the three stages if that gains little."""
     options = Learned(trials=effort.trials, trial_paths=effort.trial_paths, polish=effort.polish, robust=effort.robust)
-    return _learned(task, nfe, options)
+    start, found = task.starts.get(nfe), []
+    if start is not None:
+        for candidate in _learned(task, nfe, options, Numbers.of(start)):
+            found.append(candidate)
+            yield candidate
+    if not found or min(candidate.errors.rms for candidate in found) > FAR * task.untuned(nfe).errors.rms:
+        yield from _learned(task, nfe, options)
 
 
-def _learned(task: Task, nfe: int, options: Learned) -> Iterator[Candidate]:
-    for stage, numbers in options.stages(task, nfe):
+def _learned(task: Task, nfe: int, options: Learned, start: Numbers | None = None) -> Iterator[Candidate]:
+    for stage, numbers in options.stages(task, nfe, start):
         made_by = {"solver": {"name": "learned", "options": {**asdict(options), "stage": stage}}, "grid": "learned"}
         yield task.judge(f"learned: {stage}", numbers.plan(task.schedule, made_by))
 

@@ -33,7 +33,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fewstep.errors import UnknownNameError
+from fewstep.errors import PlanError, UnknownNameError
 from fewstep.grids import make_grid
 from fewstep.plan import Plan, Row
 from fewstep.schedules import NoiseSchedule
@@ -76,6 +76,25 @@ class Numbers:
     def times(self) -> Floats:
         """``"N+1"``, the end included."""
         return np.append(self.tau, self.end)
+
+    @classmethod
+    def of(cls, plan: Plan) -> Numbers:
+        """The numbers of any deterministic plan that starts with the noise itself.
+
+        Raises:
+            PlanError: for a plan with noise, offsets or a start of its own.
+        """
+        dense = plan.dense()
+        if plan.start is not None or plan.stochastic or dense.e.any() or (dense.A[:-1] == 0.0).any():
+            raise PlanError(
+                "this plan is more than weights of its states and predictions: it has noise, an offset or a start of its own."
+            )
+        rows = []
+        for i in range(plan.nfe):
+            carry = dense.A[i + 1] / dense.A[i]
+            weights = dense.B[i + 1] - carry * dense.B[i]
+            rows.append(np.stack([carry, *weights[i::-1]]))
+        return cls(np.asarray(plan.tau, np.float64), float(plan.grid[-1]), tuple(rows))
 
     def plan(self, schedule: NoiseSchedule, provenance: dict[str, Any]) -> Plan:
         """The plan that runs these numbers."""
@@ -127,8 +146,12 @@ class Learned:
         if not (self.ridge > 0.0 and self.robust and min(self.robust) > 0.0):
             raise ValueError(f"ridge and robust must be positive, got {self.ridge:g} and {self.robust}.")
 
-    def stages(self, task: Task, nfe: int) -> Iterator[tuple[str, Numbers]]:
-        """The numbers after every stage."""
+    def stages(self, task: Task, nfe: int, start: Numbers | None = None) -> Iterator[tuple[str, Numbers]]:
+        """The numbers after every stage: of all three, or of the polish alone if there are numbers to start from."""
+        if start is not None:
+            alike = tuple(row.reshape(len(row), -1).mean(1) for row in start.rows)
+            yield from self._polished(task, _Fitter(task, task.fit, self), Numbers(start.tau, start.end, alike), "start, polish")
+            return
         fitter, some = _Fitter(task, task.fit, self), _Fitter(task, task.fit.take(slice(self.trial_paths)), self)
         begun, loss = min((some.closed_form(times) for times in _grids(task, nfe)), key=lambda found: found[1])
         numbers, _ = fitter.closed_form(begun.times)
@@ -137,11 +160,14 @@ class Learned:
             numbers, _ = fitter.closed_form(some.search(begun, loss).times)
             yield "times", numbers
         if self.polish:
-            for robust in self.robust:
-                polished = fitter.polish(numbers, robust)
-                yield f"polish, s = {robust:g} medians", polished
-                for name, groups in self._groups(task):
-                    yield f"polish, s = {robust:g} medians, last row per {name}", fitter.last_row(polished, robust, groups)
+            yield from self._polished(task, fitter, numbers, "polish")
+
+    def _polished(self, task: Task, fitter: _Fitter, numbers: Numbers, stage: str) -> Iterator[tuple[str, Numbers]]:
+        for robust in self.robust:
+            polished = fitter.polish(numbers, robust)
+            yield f"{stage}, s = {robust:g} medians", polished
+            for name, groups in self._groups(task):
+                yield f"{stage}, s = {robust:g} medians, last row per {name}", fitter.last_row(polished, robust, groups)
 
     def _groups(self, task: Task) -> Iterator[tuple[str, NDArray[np.intp]]]:
         """The ways to part the elements of a sample that were asked for: the number of the group of every element."""

@@ -149,6 +149,7 @@ class Task:
         seed: of whatever is drawn at random.
         report: called with a line about what goes on.
         kept: what a method computes once for all numbers of calls, by the method's name.
+        starts: number of calls -> a plan that learning may start from.
     """
 
     denoiser: Counted
@@ -160,6 +161,8 @@ class Task:
     report: Callable[[str], None] = field(default=lambda line: None)
     began: float = field(default_factory=time.perf_counter)
     kept: dict[str, Any] = field(default_factory=dict)
+    starts: dict[int, Plan] = field(default_factory=dict)
+    _untuned: dict[int, Candidate] = field(default_factory=dict)
 
     def judge(self, name: str, plan: Plan, *, tuned: bool = True) -> Candidate:
         """Run a plan on the validation noise."""
@@ -170,13 +173,16 @@ class Task:
         return sample(self.denoiser, paths.noise, plan, cond=paths.cond, check=False)
 
     def untuned(self, nfe: int) -> Candidate:
-        """The best of the untuned solvers and grids at this number of calls, on the validation noise."""
+        """The best of the untuned solvers and grids at this number of calls, on the validation noise; found once."""
+        if nfe in self._untuned:
+            return self._untuned[nfe]
         plans = {
             f"{name}, {grid}": solver.plan(self.schedule, nfe, grid, final=self.final)
             for name, solver in UNTUNED.items()
             for grid in GRIDS
         }
-        return min(self.screened(plans, tuned=False), key=lambda found: found.errors.rms)
+        self._untuned[nfe] = min(self.screened(plans, tuned=False), key=lambda found: found.errors.rms)
+        return self._untuned[nfe]
 
     def screened(self, plans: Mapping[str, Plan], *, tuned: bool = True) -> list[Candidate]:
         """The best few of some plans by name: all are tried on some of the validation noise, and the best few on the whole."""
