@@ -135,7 +135,7 @@ def _write_family(family: Any, model: Any, options: TuneOptions, folder: Path) -
     from fewstep.evaluate.report import Report
 
     family.save(folder)
-    intro = f"Plans made for {model.info.name} under classifier-free guidance of several scales. Each scale has a page in a folder of its own."
+    intro = f"Plans made for {model.info.name} under classifier-free guidance of several scales, each with a page of its own."
     told = {"command": "fewstep tune", "machine": machine(), "guidance": dict(family.guidance)}
     page = Report("fewstep: a family of tuned plans", intro, told)
     rows = []
