@@ -134,7 +134,7 @@ class Checkpoint:
         self._check(document, path)
         plans = [Plan.load(self.folder / f"calls-{nfe}-{k}.safetensors") for k in range(len(document["candidates"]))]
         return [
-            Candidate(told["name"], plan, Errors(told["rms"], told["median"]), told["tuned"])
+            Candidate(told["name"], plan, Errors(told["rms"], told["median"]), told["distance"], told["tuned"])
             for told, plan in zip(document["candidates"], plans, strict=True)
         ]
 
@@ -143,7 +143,7 @@ class Checkpoint:
         self.folder.mkdir(parents=True, exist_ok=True)
         for k, candidate in enumerate(candidates):
             candidate.plan.save(self.folder / f"calls-{nfe}-{k}.safetensors")
-        told = [{"name": c.name, "tuned": c.tuned, **asdict(c.errors)} for c in candidates]
+        told = [{"name": c.name, "tuned": c.tuned, "distance": c.distance, **asdict(c.errors)} for c in candidates]
         document = json.dumps({"key": self.key, "candidates": told}, indent=1)
         write_atomically(self.folder / f"calls-{nfe}.json", document.encode())
 

@@ -29,7 +29,7 @@ from fewstep.plan import Plan
 from fewstep.tuners.auto import Tuned, prepare, tune
 from fewstep.tuners.draws import Draws
 from fewstep.tuners.effort import Effort
-from fewstep.tuners.learned import Numbers
+from fewstep.tuners.numbers import Numbers
 from fewstep.tuners.task import Candidate, Counted
 
 __all__ = ["Family", "Gap", "tune_family"]

@@ -19,6 +19,7 @@ from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
 from fewstep.solvers import DEIS, IPNDM, Adams, DPMSolverPP, UniPC
 from fewstep.tuners.paths import Paths, take_rows
+from fewstep.tuners.sliced import sliced_distance
 
 __all__ = ["GRIDS", "UNTUNED", "Candidate", "Counted", "Errors", "Task", "errors_of"]
 
@@ -128,12 +129,14 @@ class Candidate:
         name: what made it.
         plan: the plan.
         errors: on the validation noise.
+        distance: of the distributions there: sliced Wasserstein between its samples and the exact ones.
         tuned: whether it was fitted to the model.
     """
 
     name: str
     plan: Plan
     errors: Errors
+    distance: float
     tuned: bool = True
 
 
@@ -150,6 +153,7 @@ class Task:
         report: called with a line about what goes on.
         kept: what a method computes once for all numbers of calls, by the method's name.
         starts: number of calls -> a plan that learning may start from.
+        features: of samples, in which distributions are compared; the samples themselves when left out.
     """
 
     denoiser: Counted
@@ -162,11 +166,15 @@ class Task:
     began: float = field(default_factory=time.perf_counter)
     kept: dict[str, Any] = field(default_factory=dict)
     starts: dict[int, Plan] = field(default_factory=dict)
+    features: Callable[[Tensor], Tensor] | None = None
     _untuned: dict[int, Candidate] = field(default_factory=dict)
 
     def judge(self, name: str, plan: Plan, *, tuned: bool = True) -> Candidate:
         """Run a plan on the validation noise."""
-        return Candidate(name, plan, errors_of(self.run(plan, self.held_out), self.held_out.target, self.held_out.weights), tuned)
+        samples, exact, weights = self.run(plan, self.held_out), self.held_out.target, self.held_out.weights
+        seen = self.features or (lambda images: images)
+        distance = sliced_distance(seen(samples), seen(exact), weights)
+        return Candidate(name, plan, errors_of(samples, exact, weights), distance, tuned)
 
     def run(self, plan: Plan, paths: Paths) -> Tensor:
         """The samples that a plan makes of the paths' noise; NaN where the network fails."""
