@@ -1,4 +1,4 @@
-"""What searches compare: the loss of a plan on some paths while searching, and of the finalists on others."""
+"""What searches compare: the loss of a plan, on some paths while searching, on all of them among the finalists."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ def mean_error(samples: Tensor, exact: Tensor) -> float:
 
 @dataclass
 class Judge:
-    """Compares plans: on some of a task's paths while searching, on the rest among the finalists.
+    """Compares plans: on three quarters of a task's paths to fit to while searching, on all of them among the finalists.
 
-    The best of many noisy figures is too good (the winner's curse), so the last choice is made on noise that the search did not see.
+    The best of many noisy figures is too good (the winner's curse), so the last choice is made with noise that the search did not see.
+    With that noise alone it was worse: there is little of it.
 
     Args:
         task: its paths to fit to are divided.
@@ -57,10 +58,7 @@ class Judge:
     def __post_init__(self) -> None:
         if self.evaluations < 1:
             raise ValueError(f"a search needs at least 1 evaluation, got {self.evaluations}.")
-        count = self.task.fit.count
-        cut = min(max(1, round(SHARE * count)), max(1, count - 1))
-        self.seen = self.task.fit.take(slice(cut))
-        self.unseen = self.task.fit.take(slice(cut, None)) if cut < count else self.seen
+        self.seen = self.task.fit.take(slice(max(1, round(SHARE * self.task.fit.count))))
         self.losses: dict[Any, float] = {}
 
     @property
@@ -86,7 +84,7 @@ class Judge:
         return mean_error(samples, paths.target) if self.objective is None else float(self.objective(samples))
 
     def decide(self, plans: dict[Any, Plan]) -> tuple[Any, float]:
-        """The key of the best plan on the noise not seen, and its loss."""
-        losses = {key: self.loss(plan, self.unseen) for key, plan in plans.items()}
+        """The key of the best plan on all the paths, and its loss."""
+        losses = {key: self.loss(plan, self.task.fit) for key, plan in plans.items()}
         key = min(losses, key=lambda key: losses[key])
         return key, losses[key]
