@@ -74,13 +74,22 @@ class Judge:
             self.losses[key] = self.loss(plan(), self.seen)
         return self.losses[key]
 
+    def samples(self, key: Hashable, plan: Callable[[], Plan]) -> Tensor:
+        """The samples of what `key` stands for, which is one evaluation, on the paths of the search."""
+        samples = self.task.run(plan(), self.seen)
+        self.losses[key] = self.of(samples, self.seen)
+        return samples
+
     def best(self, count: int) -> list[Any]:
         """The keys of the least losses, the least first."""
         return sorted(self.losses, key=lambda key: self.losses[key])[:count]
 
     def loss(self, plan: Plan, paths: Paths) -> float:
         """Of the samples that a plan makes."""
-        samples = self.task.run(plan, paths)
+        return self.of(self.task.run(plan, paths), paths)
+
+    def of(self, samples: Tensor, paths: Paths) -> float:
+        """The loss of samples."""
         return mean_error(samples, paths.target) if self.objective is None else float(self.objective(samples))
 
     def decide(self, plans: dict[Any, Plan]) -> tuple[Any, float]:

@@ -8,6 +8,8 @@ multi-stage search with a predictor), whose released code has the evolution but 
 3. evolve a population for some generations, judged by the predictor alone, which costs none;
 4. the best of it, and some at random, are the candidates of the next stage.
 
+In the end the times and relaxations of the best two are polished (`fewstep.tuners.relaxations`), which the paper does not do.
+
 The decisions: times, orders, predictions, starts, the points of derivatives, relaxations, correctors, and an analytic first step, which
 leaves a call for another step. The mean of the data that such a step needs is read off the exact paths.
 
@@ -34,6 +36,7 @@ from fewstep.plan import Plan
 from fewstep.recipes import Derivative, Move, Recipe, Update
 from fewstep.solvers import Mixed
 from fewstep.tuners.judge import Judge, Objective
+from fewstep.tuners.relaxations import polished
 from fewstep.tuners.task import GRIDS, Candidate, Task
 from fewstep.tuners.times import Steps, finite_ends
 
@@ -48,6 +51,10 @@ PARENTS, BRED, GENERATIONS = 24, 100, 8
 """Recipes that a generation comes from, its size, and the generations of a stage."""
 AT_RANDOM = 0.15
 """Share of a stage's candidates that the predictor has no say in."""
+POLISH, POLISHED = 0.4, 2
+"""Share of the evaluations that polish the best recipes; how many recipes."""
+FAILED = 1e6
+"""What counts as the residual where there is no finite one."""
 FINALISTS = 8
 CROSSING = 0.4
 """Probability that a recipe has two parents."""
@@ -121,13 +128,18 @@ def search_recipe(
     candidates = breeder.published()
     while len(candidates) < evaluations * FIRST_SHARE:
         candidates.append(breeder.bred(candidates))
-    batch = math.ceil(evaluations * (1.0 - FIRST_SHARE) / STAGES)
-    while judge.left and any(found not in judge.losses for found in candidates):
+    polish = round(POLISH * evaluations) if objective is None else 0
+    batch = math.ceil((evaluations * (1.0 - FIRST_SHARE) - polish) / STAGES)
+    while judge.left > polish and any(found not in judge.losses for found in candidates):
         for found in candidates:
             judge(found, lambda found=found: breeder.plan(found))
         task.report(f"recipes: {len(judge.losses)} of {evaluations} trials, loss {judge.losses[judge.best(1)[0]]:.4g}")
-        candidates = breeder.evolved(judge, min(batch, judge.left)) if judge.left else []
-    chosen, loss = judge.decide({found: breeder.plan(found) for found in judge.best(FINALISTS)})
+        candidates = breeder.evolved(judge, min(batch, judge.left - polish)) if judge.left > polish else []
+    begun = judge.best(POLISHED) if polish else []
+    for k, found in enumerate(begun, start=1):
+        spare = polish * (POLISHED - k) // POLISHED
+        polished(lambda each, spare=spare: breeder.residuals(each, judge, spare), found, task.schedule)
+    chosen, loss = judge.decide({found: breeder.plan(found) for found in [*begun, *judge.best(FINALISTS)]})
     return SearchedRecipe(chosen, breeder.mean, breeder.plan(chosen), loss, len(judge.losses))
 
 
@@ -160,6 +172,17 @@ class _Breeder:
         if found not in self.plans:
             self.plans[found] = Mixed(found, mean=self.mean).plan(self.schedule, final=self.task.final)
         return self.plans[found]
+
+    def residuals(self, found: Recipe, judge: Judge, spare: int) -> Floats | None:
+        """Of all elements of the samples of a recipe that is tried; None if no more than some evaluations are left."""
+        if judge.left <= spare:
+            return None
+        if not self._valid(found):
+            return np.full(judge.seen.target.numel(), FAILED)
+        samples = judge.samples(found, lambda: self.plan(found))
+        return np.nan_to_num(
+            (samples - judge.seen.target).double().flatten().cpu().numpy(), nan=FAILED, posinf=FAILED, neginf=FAILED
+        )
 
     def features(self, found: Recipe) -> Floats:
         """What the predictor sees of a recipe: the steps in lambda and the dense coefficients of its plan, per unit of signal."""
