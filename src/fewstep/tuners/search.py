@@ -53,6 +53,8 @@ AT_RANDOM = 0.15
 """Share of a stage's candidates that the predictor has no say in."""
 POLISH, POLISHED = 0.4, 2
 """Share of the evaluations that polish the best recipes; how many recipes."""
+MOST_POLISH = 0.6
+"""The most that the polish takes of the evaluations after the first stage."""
 FAILED = 1e6
 """What counts as the residual where there is no finite one."""
 FINALISTS = 8
@@ -128,7 +130,8 @@ def search_recipe(
     candidates = breeder.published()
     while len(candidates) < evaluations * FIRST_SHARE:
         candidates.append(breeder.bred(candidates))
-    polish = round(POLISH * evaluations) if objective is None else 0
+    most = int(MOST_POLISH * max(0, evaluations - len(candidates)))
+    polish = min(round(POLISH * evaluations), most) if objective is None else 0
     batch = math.ceil((evaluations * (1.0 - FIRST_SHARE) - polish) / STAGES)
     while judge.left > polish and any(found not in judge.losses for found in candidates):
         for found in candidates:
