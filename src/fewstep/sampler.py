@@ -206,6 +206,9 @@ def _check_fit(denoiser: DenoiserLike, plan: Plan, x: Tensor, seeds: Iterable[in
         raise PlanError(f"the noise has samples of shape {tuple(x.shape[1:])}, but the model takes {tuple(wanted)}.")
     if "tuned" in plan.provenance:
         check_identity(plan.provenance["tuned"]["model"], denoiser)
+    serves = getattr(denoiser, "check_plan", None)  # a denoiser that was made for one plan
+    if serves is not None:
+        serves(plan)
     if plan.stochastic and seeds is None:
         raise PlanError("this plan draws noise: pass seeds=, one whole number a sample.")
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from fewstep.plan import Plan
 from fewstep.tuners.paths import Paths
-from fewstep.tuners.task import Task, distances
+from fewstep.tuners.task import distances
 
-__all__ = ["Judge", "Objective", "mean_error"]
+__all__ = ["Judge", "Objective", "Runs", "mean_error"]
 
 Objective = Callable[[Tensor], float]
 SHARE = 0.75
@@ -35,9 +34,23 @@ def mean_error(samples: Tensor, exact: Tensor) -> float:
     return float(each.mean()) if np.isfinite(each).all() else math.inf
 
 
+class Runs(Protocol):
+    """What makes samples of what is searched: a `fewstep.tuners.task.Task` of plans, others of other things."""
+
+    @property
+    def fit(self) -> Paths:
+        """The paths to search on."""
+        ...
+
+    def run(self, plan: Any, paths: Paths) -> Tensor:
+        """The samples ``"batch *shape"`` of the paths' noise."""
+        ...
+
+
 @dataclass
 class Judge:
-    """Compares plans: on three quarters of a task's paths to fit to while searching, on all of them among the finalists.
+    """Compares plans, or what else is run: on three quarters of a task's paths to fit to while searching, on all of them among the
+    finalists.
 
     The best of many noisy figures is too good (the winner's curse), so the last choice is made with noise that the search did not see.
     With that noise alone it was worse: there is little of it.
@@ -51,7 +64,7 @@ class Judge:
         losses: what was tried while searching, and its loss.
     """
 
-    task: Task
+    task: Runs
     objective: Objective | None
     evaluations: int
 
@@ -66,7 +79,7 @@ class Judge:
         """Plans that may still be judged."""
         return self.evaluations - len(self.losses)
 
-    def __call__(self, key: Hashable, plan: Callable[[], Plan]) -> float:
+    def __call__(self, key: Hashable, plan: Callable[[], Any]) -> float:
         """The loss while searching, of what `key` stands for; inf when there is no evaluation left for it."""
         if key not in self.losses:
             if not self.left:
@@ -74,7 +87,7 @@ class Judge:
             self.losses[key] = self.loss(plan(), self.seen)
         return self.losses[key]
 
-    def samples(self, key: Hashable, plan: Callable[[], Plan]) -> Tensor:
+    def samples(self, key: Hashable, plan: Callable[[], Any]) -> Tensor:
         """The samples of what `key` stands for, which is one evaluation, on the paths of the search."""
         samples = self.task.run(plan(), self.seen)
         self.losses[key] = self.of(samples, self.seen)
@@ -84,7 +97,7 @@ class Judge:
         """The keys of the least losses, the least first."""
         return sorted(self.losses, key=lambda key: self.losses[key])[:count]
 
-    def loss(self, plan: Plan, paths: Paths) -> float:
+    def loss(self, plan: Any, paths: Paths) -> float:
         """Of the samples that a plan makes."""
         return self.of(self.task.run(plan, paths), paths)
 
@@ -92,7 +105,7 @@ class Judge:
         """The loss of samples."""
         return mean_error(samples, paths.target) if self.objective is None else float(self.objective(samples))
 
-    def decide(self, plans: dict[Any, Plan]) -> tuple[Any, float]:
+    def decide(self, plans: dict[Any, Any]) -> tuple[Any, float]:
         """The key of the best plan on all the paths, and its loss."""
         losses = {key: self.loss(plan, self.task.fit) for key, plan in plans.items()}
         key = min(losses, key=lambda key: losses[key])
