@@ -87,7 +87,7 @@ def layer_skips(
 
     Returns:
         `LayerSkips`. Its report has the errors on the rest of the paths: with the skips, of the whole network, and with as many of the
-        same blocks left out at all calls.
+        same blocks left out at all calls (their places in the flattened table are in the report as well).
 
     Raises:
         ValueError: for a share that leaves out nothing or everything, fewer than 8 paths, a plan that draws noise, or a name that cannot
@@ -122,7 +122,14 @@ def layer_skips(
     _search(judge, runs, breeder, count, report)
     finalists = [genes for genes in judge.best(evaluations) if len(genes) == count][:FINALISTS]
     genes, loss = judge.decide({genes: runs.skips(genes) for genes in finalists})
-    told = {"share": share, "seed": seed, "tried": len(judge.losses), "loss": loss, "objective": "distance" if objective is None else "own"}
+    told = {
+        "share": share,
+        "seed": seed,
+        "tried": len(judge.losses),
+        "loss": loss,
+        "objective": "distance" if objective is None else "own",
+    }
+    told["same"] = breeder.same(count)
     told["held_out"] = _errors(runs, {"skips": genes, "whole": (), "same": breeder.same(count)}, paths.take(slice(cut, None)))
     return runs.skips(genes, {**told, "evaluations": counted.evaluations, "fewstep": __version__})
 
@@ -130,7 +137,10 @@ def layer_skips(
 def _errors(runs: _Runs, tables: Mapping[str, Genes], paths: Paths) -> dict[str, dict[str, float]]:
     """What is reported, on paths that nothing was decided on."""
     samples = {name: runs.run(runs.skips(genes), paths) for name, genes in tables.items()}
-    told = {name: {"mean": float(distances(x, paths.target).mean()), **asdict(errors_of(x, paths.target))} for name, x in samples.items()}
+    told = {
+        name: {"mean": float(distances(x, paths.target).mean()), **asdict(errors_of(x, paths.target))}
+        for name, x in samples.items()
+    }
     return {name: {key: value for key, value in row.items() if np.isfinite(value)} for name, row in told.items()}
 
 
