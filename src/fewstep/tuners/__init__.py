@@ -9,6 +9,8 @@ from fewstep.tuners.learned import Learned
 from fewstep.tuners.paths import Paths, trace_paths
 from fewstep.tuners.skipping import LayerSkips, Skipping, skippable
 from fewstep.tuners.statistics import model_statistics
+from fewstep.tuners.teleport import Skip, teleport_skip
+from fewstep.tuners.time_shift import epsilon_scale, time_shift
 
 __all__ = [
     "Effort",
@@ -17,13 +19,17 @@ __all__ = [
     "LayerSkips",
     "Learned",
     "Paths",
+    "Skip",
     "Skipping",
     "Tuned",
     "cascade",
     "compensation",
+    "epsilon_scale",
     "layer_skips",
     "model_statistics",
     "skippable",
+    "teleport_skip",
+    "time_shift",
     "trace_paths",
     "tune",
     "tune_family",

@@ -28,6 +28,7 @@ from fewstep.tuners.numbers import Numbers
 from fewstep.tuners.paths import Paths, trace_paths
 from fewstep.tuners.statistics import statistics_candidates
 from fewstep.tuners.task import Candidate, Counted, Task
+from fewstep.tuners.teleport import teleport_candidates
 from fewstep.tuners.timesteps import timesteps
 from fewstep.version import __version__
 
