@@ -21,6 +21,7 @@ class SampleOptions(Common):
     grid: str = option("auto", "name of the time grid")
     final: str = final_option()
     plan: str = option("", "a plan file, instead of nfe, solver, grid and final; or a folder of plans for several guidance scales")
+    skips: str = option("", "a file of fewstep.tuners.layer_skips: blocks of the network to leave out at every call of this plan")
     count: int = option(16, "how many samples")
     seed: str = option("0", "seed of the first sample, or a range like 0-63, or a list like 3,5,8")
     label: str = option(None, 'a class, a list like 0,1,2 (in turn), or "each"; left out: without condition')
@@ -50,6 +51,11 @@ def run(options: SampleOptions) -> int:
     else:
         plan = make_plan(options.solver, denoiser.schedule, options.nfe, grid=options.grid, final=options.final)
     model = guided(denoiser, options.guidance, labels)
+    if options.skips:
+        from fewstep.tuners import LayerSkips, Skipping
+
+        model = Skipping(model, LayerSkips.load(options.skips))
+        model.check_plan(plan)
     with new_folder(options.out) as folder:
         samples = _samples(model, plan, shape, seeds, labels, options)
         _write(folder, samples, seeds, labels, plan, denoiser, options)

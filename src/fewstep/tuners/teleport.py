@@ -23,9 +23,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from fewstep.plan import Plan
+from fewstep.sampler import sample
 from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
 from fewstep.solvers import GaussianPrior, Teleport
+from fewstep.tuners.judge import Judge
+from fewstep.tuners.paths import take_rows
 from fewstep.tuners.task import GRIDS, UNTUNED, Candidate, Task, distances
 from fewstep.tuners.times import finite_ends
 
@@ -37,11 +41,13 @@ __all__ = ["Skip", "teleport_candidates", "teleport_skip"]
 Floats = NDArray[np.float64]
 TOLERANCE = 1e-3
 """With it the end of the exact path to digits moves by less than a thousandth."""
-TOLERANCES = (1e-3, 1e-2, 3e-2, 1e-1)
+TOLERANCES = (1e-3, 3e-3, 1e-2, 3e-2)
 """The skips that `fewstep.tune` tries are those of these."""
 LEVELS = 33
 """Times that are looked at, uniform in lambda."""
 PROBES = 64
+SAMPLES, CALLS = 1024, 10
+"""Of the model, for its Gaussian; and network calls of each."""
 SOLVERS = ("auto", "dpmpp_2m", "unipc_3")
 
 
@@ -117,29 +123,36 @@ def teleport_skip(
 
 
 def teleport_candidates(task: Task, nfe: int, effort: Effort) -> Iterator[Candidate]:
-    """A few solvers on all grids, after a few skips that the Gaussian of the exact samples allows. Without a skip they are among the
-    untuned ones.
+    """For each of a few skips that the Gaussian of the model's samples allows, the best of a few solvers on all grids, by the paths to
+    fit to. Those without a skip are among the untuned ones.
     """
-    prior, skips = task.kept.get("teleport") or task.kept.setdefault("teleport", _skips(task))
-    if skips:
-        yield from task.screened(
-            {
-                f"teleport: to {to:.4g}, {name}, {grid}": _plan(task, UNTUNED[name], prior, to, nfe, grid)
-                for to in skips
-                for name in SOLVERS
-                for grid in GRIDS
-            }
-        )
+    if "teleport" not in task.kept:
+        task.kept["teleport"] = _skips(task)
+    prior, skips = task.kept["teleport"]
+    for to in skips:
+        judge = Judge(task, None, len(SOLVERS) * len(GRIDS))
+        plans = {(name, grid): _plan(task, UNTUNED[name], prior, to, nfe, grid) for name in SOLVERS for grid in GRIDS}
+        for key, plan in plans.items():
+            judge(key, lambda plan=plan: plan)
+        name, grid = judge.best(1)[0]
+        yield task.judge(f"teleport: to {to:.4g}, {name}, {grid}", plans[name, grid])
 
 
-def _plan(task: Task, solver: Solver, prior: GaussianPrior, to: float, nfe: int, grid: str) -> Any:
+def _plan(task: Task, solver: Solver, prior: GaussianPrior, to: float, nfe: int, grid: str) -> Plan:
     return Teleport(solver, prior, to).plan(task.schedule, nfe, grid, final=task.final)
 
 
 def _skips(task: Task) -> tuple[GaussianPrior, list[float]]:
-    """The Gaussian of the exact samples, and the times that the tolerances allow."""
-    prior, some = GaussianPrior.fit(task.fit.target), task.held_out.take(slice(PROBES))
-    found = teleport_skip(task.denoiser, prior, some.noise, cond=some.cond)
+    """The Gaussian of the model's samples, and the times that the tolerances allow. The paths to fit to are too few for it, and no fair
+    sample: others are drawn in few calls, which change mean and covariance little.
+    """
+    random, given = np.random.default_rng([task.seed, 0x67617573]), task.fit.noise
+    scale = float(task.schedule.sigma(task.schedule.t_start))
+    noise = (scale * torch.from_numpy(random.standard_normal((SAMPLES, *given.shape[1:])))).to(given)
+    cond = take_rows(task.fit.cond, torch.from_numpy(random.integers(task.fit.count, size=SAMPLES)))
+    plan = UNTUNED["auto"].plan(task.schedule, CALLS, "auto", final=task.final)
+    prior = GaussianPrior.fit(sample(task.denoiser, noise, plan, cond=cond))
+    found = teleport_skip(task.denoiser, prior, noise[:PROBES], cond=take_rows(cond, slice(PROBES)))
     told = (found.within(tolerance) for tolerance in TOLERANCES)
     return prior, list(dict.fromkeys(to for to in told if to is not None and to != found.times[-1]))
 

@@ -4,8 +4,8 @@ Sources: "Alleviating Exposure Bias in Diffusion Models through Sampling with Sh
 search both on a grid for every data set, solver and number of calls, by FID; "Elucidating the Exposure Bias in Diffusion Models" (arXiv
 2308.15321, section 5.1), whose authors do so with the factor. Here every choice is judged by the distance of the samples from the exact
 ones of the same noise, or by any function of the samples; the best few are compared on noise that the search did not see; and the choice
-is none if it does not do better than none on a third part. (Three times, because these corrections seldom gain much, and the best of many
-noisy figures is too good.)
+is none if it does not do better than none on a third part, by more than a standard error of the gain. (Three times, because these
+corrections seldom gain much, and the best of many noisy figures is too good.)
 
 Exact paths are those of the network itself, for which what is gained is discretisation error. The bias of a network shows against data
 only: pass ``objective``, or paths of a better network.
@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from fewstep.solver import Solver
 from fewstep.solvers import EpsilonScale, TimeShift
 from fewstep.tuners.judge import Judge, Objective
 from fewstep.tuners.paths import Paths
-from fewstep.tuners.task import Counted
+from fewstep.tuners.task import Counted, distances
 
 __all__ = ["ChosenScale", "ChosenShift", "epsilon_scale", "time_shift"]
 
@@ -221,9 +222,16 @@ def _runs(
 def _decided(
     judge: Judge, finalists: Mapping[Any, Any], settings: Mapping[Any, Any], none: Any, rest: Paths
 ) -> tuple[Any, dict[str, Any]]:
-    """The best of the finalists on what the search did not see, or none if it is no better on the rest; and what to report of it."""
+    """The best of the finalists on what the search did not see, or none if it does not help on the rest; and what to report of it."""
     key, loss = judge.decide({key: settings[key] for key in finalists})
     last = {name: judge.loss(settings[each], rest) for name, each in (("none", none), ("chosen", key))}
-    if not last["chosen"] < last["none"]:
+    if not last["chosen"] < last["none"] or (judge.objective is None and not _helps(judge, settings[none], settings[key], rest)):
         key, last["refused"], last["chosen"] = none, last["chosen"], last["none"]
     return key, {"decided": loss, "held_out": last}
+
+
+def _helps(judge: Judge, none: Any, chosen: Any, paths: Paths) -> bool:
+    """Whether the samples come nearer to the exact ones by more than a standard error of what is gained."""
+    before, after = (distances(judge.task.run(each, paths), paths.target) for each in (none, chosen))
+    gains = before - after
+    return bool(gains.mean() > gains.std() / np.sqrt(len(gains)))
