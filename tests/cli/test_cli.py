@@ -164,6 +164,27 @@ def test_an_interrupted_comparison_keeps_the_solvers_that_are_finished(number, t
     assert not (tmp_path / "none").exists()
 
 
+def test_sample_leaves_out_what_was_searched_for_its_plan(tiny, tmp_path, capsys):
+    denoiser = fs.load(tiny)
+    plan, noise = fs.make_plan("auto", denoiser.schedule, 3, grid="auto", final="t_end"), fs.draw_noise((1, 8, 8), range(8))
+    names = fs.tuners.skippable(denoiser, noise)
+    table = np.ones((3, len(names)), bool)
+    skips = fs.tuners.LayerSkips(names, plan.tau, table, fs.identity.identity(denoiser), plan.digest, plan.nfe)
+    skips.save(tmp_path / "skips.safetensors")
+    plan.save(tmp_path / "plan.safetensors")
+    options = ("--plan", tmp_path / "plan.safetensors", "--skips", tmp_path / "skips.safetensors")
+    status, _, _ = run(capsys, "sample", tiny, "--count", 2, *options, "--out", tmp_path / "out")
+    assert status == 0
+    assert json.loads((tmp_path / "out" / "sample.json").read_text())["skips"] == skips.digest
+    noise = fs.draw_noise((1, 8, 8), range(2), plan)
+    wanted = fs.sample(fs.tuners.Skipping(denoiser, skips), noise, plan)
+    np.testing.assert_allclose(np.load(tmp_path / "out" / "samples.npz")["samples"], wanted.numpy(), atol=1e-6)
+    status, _, error = run(capsys, "sample", tiny, "--nfe", 4, *options[2:], "--out", tmp_path / "other")
+    assert status != 0
+    assert "of 3 calls, but this is" in error
+    assert not (tmp_path / "other").exists()
+
+
 def test_compare_takes_as_many_samples_as_fit_a_few_minutes(tiny, tmp_path, capsys, monkeypatch):
     options = ["--nfe", "2", "--tol", 0.1, "--resamples", 20, "--solvers", "ddim"]
     calls = 2 + 3 * compare.EXACT_CALLS

@@ -58,7 +58,10 @@ def run(options: SampleOptions) -> int:
         model.check_plan(plan)
     with new_folder(options.out) as folder:
         samples = _samples(model, plan, shape, seeds, labels, options)
-        _write(folder, samples, seeds, labels, plan, denoiser, options)
+        skips = model.skips.digest if options.skips else None
+        _write(
+            folder, samples, seeds, labels, plan, denoiser, {"guidance": options.guidance, "label": options.label, "skips": skips}
+        )
     if options.json:
         print(json.dumps({"out": options.out, "nfe": plan.nfe, "count": len(seeds), "calls": denoiser.calls, "plan": plan.digest}))
     elif not options.quiet:
@@ -87,7 +90,7 @@ def _samples(model: Any, plan: Any, shape: tuple[int, ...], seeds: list[int], la
     return torch.cat(pieces)
 
 
-def _write(folder: Any, samples: Any, seeds: list[int], labels: Any, plan: Any, denoiser: Any, options: SampleOptions) -> None:
+def _write(folder: Any, samples: Any, seeds: list[int], labels: Any, plan: Any, denoiser: Any, told: dict[str, Any]) -> None:
     import io
 
     import numpy as np
@@ -97,7 +100,7 @@ def _write(folder: Any, samples: Any, seeds: list[int], labels: Any, plan: Any, 
     from fewstep.evaluate.report import image_grid
 
     info, arrays = denoiser.info, {"samples": samples.numpy(), "seeds": np.array(seeds)}
-    if options.label is not None:  # that of "no condition" is no class
+    if told["label"] is not None:  # that of "no condition" is no class
         arrays["labels"] = labels.numpy()
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)
@@ -109,5 +112,5 @@ def _write(folder: Any, samples: Any, seeds: list[int], labels: Any, plan: Any, 
     write_atomically(folder / "samples.png", picture)
     plan.save(folder / "plan.safetensors")
     record = {"model": info.name, "fingerprint": info.fingerprint, "plan": plan.digest, "provenance": json_value(plan.provenance)}
-    record |= {"nfe": plan.nfe, "guidance": options.guidance, "label": options.label, "seeds": seeds, "machine": machine()}
+    record |= {"nfe": plan.nfe, **told, "seeds": seeds, "machine": machine()}
     write_atomically(folder / "sample.json", (json.dumps(record, indent=2) + "\n").encode())
