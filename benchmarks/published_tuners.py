@@ -71,7 +71,7 @@ class Problem:
         given = drawn(tuple(self.noise.shape[1:]), min(paths, len(self.noise)), 1000 * seed, self.noise.dtype)
         draw = Draws(self.denoiser, given, rows, seed)
         effort = Effort(trajectories=paths, held_out=2, pool=pool)
-        return prepare(self.denoiser, draw, effort, final="t_end", seed=seed)[0]
+        return prepare(self.denoiser, draw, effort, final="t_end", seed=seed)
 
     def row(self, told: dict[str, Any], plan: fs.Plan, peers: list[fs.Plan]) -> dict[str, Any]:
         """What a plan gains over the best of others."""

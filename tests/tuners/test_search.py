@@ -33,7 +33,7 @@ def start(denoiser, seeds):
 
 def task_of(denoiser, effort=EFFORT):
     counted = Counted(denoiser, 512)
-    return prepare(counted, Draws(counted, start(denoiser, range(64)), {}, 0), effort, final="t_end", seed=0)[0]
+    return prepare(counted, Draws(counted, start(denoiser, range(64)), {}, 0), effort, final="t_end", seed=0)
 
 
 @pytest.fixture

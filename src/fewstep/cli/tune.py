@@ -18,7 +18,8 @@ class TuneOptions(Common):
     model: str = option("digits", "a shipped model (digits, photos) or a model folder", positional=True)
     nfe: str = option("4,5,6,8,10", "numbers of network calls")
     method: str = option(
-        "auto", "auto, learned, closed-form (seconds), statistics (DPM-Solver-v3), compensation (DC-Solver) or timesteps"
+        "auto",
+        "auto, learned, closed-form (seconds), statistics (DPM-Solver-v3), compensation (DC-Solver), timesteps, recipe or teleport",
     )
     guidance: str = option(
         "1",

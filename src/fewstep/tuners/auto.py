@@ -26,6 +26,7 @@ from fewstep.tuners.effort import Effort, estimate, suitable
 from fewstep.tuners.learned import Learned
 from fewstep.tuners.numbers import Numbers
 from fewstep.tuners.paths import Paths, trace_paths
+from fewstep.tuners.search import recipe
 from fewstep.tuners.statistics import statistics_candidates
 from fewstep.tuners.task import Candidate, Counted, Task
 from fewstep.tuners.teleport import teleport_candidates
@@ -106,8 +107,9 @@ def tune(
             needed, and so is the validation noise. It may be left out if the denoiser's info says the shape.
         method: ``"learned"``: all numbers of the plan, see `Learned`; ``"closed-form"``: its first stage only, which takes seconds;
             ``"statistics"``: DPM-Solver-v3 with the model's statistics; ``"compensation"``: DC-Solver's ratios; ``"timesteps"``: the
-            times of a solver; ``"auto"``: one after the other, ``"learned"`` first, because it gains most; the others only where it
-            leaves more than 0.8 of the untuned plan's error, or while a budget lasts.
+            times of a solver; ``"recipe"``: all its decisions; ``"teleport"``: the noisy part in closed form; ``"auto"``: one after the
+            other, ``"learned"`` first, because it gains most; the others only where it leaves more than 0.8 of the untuned plan's
+            error, or while a budget lasts.
         cond: conditions of the noise, one entry a sample; rows of them are drawn with every noise that is drawn.
         seed: of everything that is drawn.
         final: ``"t_end"``: the plan ends at the schedule's t_end; ``"zero"``: at sigma = 0.
@@ -238,6 +240,8 @@ MAKERS: dict[str, Callable[[Task, int, Effort], Iterator[Candidate]]] = {
     "statistics": statistics_candidates,
     "compensation": compensation_candidates,
     "timesteps": timesteps,
+    "recipe": recipe,
+    "teleport": teleport_candidates,
 }
 """What makes candidates, by the name of the method."""
 METHODS = ("auto", *MAKERS)
@@ -245,6 +249,8 @@ METHODS = ("auto", *MAKERS)
 OTHERS: dict[str, Callable[[Effort, int], int]] = {
     "compensation": lambda effort, nfe: nfe * (3000 + 4 * effort.held_out),
     "statistics": lambda effort, nfe: 100 * min(256, effort.trajectories) + nfe * (800 + 4 * effort.held_out),
+    "teleport": lambda effort, nfe: nfe * (3000 + 4 * effort.held_out),
+    "recipe": lambda effort, nfe: nfe * 300 * effort.trajectories,
     "timesteps": lambda effort, nfe: nfe * (330 * effort.trajectories + 2 * effort.held_out),
 }
 """What ``"auto"`` tries after ``"learned"``, in the order of what they are expected to gain for their price, and about how many evaluations

@@ -121,7 +121,7 @@ def search_recipe(
         >>> exact = fs.exact.GaussianMixture(fs.schedules.VPLinear(), [[-1.0, 0.0], [1.0, 0.5]], 0.05)
         >>> counted = Counted(exact, 256)
         >>> draws = Draws(counted, fs.draw_noise((2,), range(32)), {}, 0)
-        >>> task, _ = prepare(counted, draws, Effort(trajectories=32, held_out=16, pool=1), final="t_end", seed=0)
+        >>> task = prepare(counted, draws, Effort(trajectories=32, held_out=16, pool=1), final="t_end", seed=0)
         >>> search_recipe(task, 3, evaluations=60).plan.nfe
         3
     """
