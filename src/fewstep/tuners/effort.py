@@ -59,7 +59,7 @@ class Effort:
 SPENDING = (16.0, 8.0, 4.0, 2.0, 1.5, 1.0, 0.75, 0.5, 0.25)
 SLOW_EFFORT = Effort()
 FAST_EFFORT = Effort(
-    trajectories=1024, held_out=2048, pool=8, reference_calls=128, trials=100, trial_paths=512, polish=15, robust=(3.0, 30.0)
+    trajectories=1024, held_out=2048, pool=32, reference_calls=128, trials=100, trial_paths=512, polish=15, robust=(3.0, 30.0)
 )
 
 
