@@ -141,6 +141,13 @@ def test_interval():
     torch.testing.assert_close(free_inside(x, t, label=LABELS)[1], exact(x, 0.3)[1], rtol=0, atol=1e-14)
 
 
+def test_guidance_within_a_limit_is_told_once_and_scale_one_is_none():
+    guided = ClassifierFree(mixture(fs.schedules.VPLinear()), 3.0, {"label": -1})
+    assert fs.identity.identity(Clipped(guided))["guidance"] == fs.identity.identity(guided)["guidance"] == guided.guidance
+    assert fs.identity.identity(guided.with_scale(1.0))["guidance"] is None
+    assert guided.with_scale(2.0).guidance == {**guided.guidance, "guidance_scale": 2.0}
+
+
 def test_guidance_composes_and_is_told_as_json():
     inner = ClassifierFree(mixture(), 2.0, {"label": -1}, interval=(0.2, 0.6))
     outer = ClassifierFree(inner, 1.5, {"label": 0}, batched=False)

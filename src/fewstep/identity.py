@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -40,7 +41,8 @@ def identity(denoiser: object) -> dict[str, Any]:
     """
     guidance, inner = [], denoiser
     while True:
-        settings = getattr(inner, "guidance", None)
+        own = inspect.getattr_static(inner, "guidance", None) is not None  # not that of the denoiser within
+        settings = getattr(inner, "guidance", None) if own else None
         if settings is not None and settings.get("guidance_scale") != 1.0:
             guidance.append(settings)
         if not hasattr(inner, "denoiser"):
