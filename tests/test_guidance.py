@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.denoisers import Denoiser
+from fewstep.denoisers import Clipped, Denoiser
 from fewstep.exact import GaussianMixture
 from fewstep.guidance import ClassifierFree
+from fewstep.identity import identity
 from fewstep.schedules import EDM, Flow, VPCosine, VPLinear
 
 SCHEDULES = [VPLinear(), VPCosine(t_start=1.0), EDM(), Flow()]
@@ -142,9 +143,9 @@ def test_interval():
 
 
 def test_guidance_within_a_limit_is_told_once_and_scale_one_is_none():
-    guided = ClassifierFree(mixture(fs.schedules.VPLinear()), 3.0, {"label": -1})
-    assert fs.identity.identity(Clipped(guided))["guidance"] == fs.identity.identity(guided)["guidance"] == guided.guidance
-    assert fs.identity.identity(guided.with_scale(1.0))["guidance"] is None
+    guided = ClassifierFree(GaussianMixture(VPLinear(), [[-1.0], [1.0]], 0.01), 3.0, {"label": -1})
+    assert identity(Clipped(guided))["guidance"] == identity(guided)["guidance"] == guided.guidance
+    assert identity(guided.with_scale(1.0))["guidance"] is None
     assert guided.with_scale(2.0).guidance == {**guided.guidance, "guidance_scale": 2.0}
 
 
