@@ -9,6 +9,9 @@ exact samples, on noise that nothing was computed from, over those of the peers:
 - Times searched for DPM-Solver++ 2M in 200 evaluations; peer: the best of the grids time, lambda and karras. The bar: 0.7.
 - Recipes searched in 300 evaluations on few noises; peer: the best of published solvers and grids. The bar: 0.5.
 
+Beside them `fewstep.tuners.Learned` after each of its stages, on as few noises as the recipes, with the same peers: what it
+gains, and for how many network evaluations.
+
 Where a peer is the best of several, it is the best in that figure, on the noise judged on. ``benchmarks/tune.py`` compares with more.
 """
 
@@ -28,7 +31,7 @@ from torch import Tensor
 import fewstep as fs
 from fewstep.solvers import Compensated, DPMSolverPP, DPMSolverV3, UniPC
 from fewstep.statistics import ModelStatistics
-from fewstep.tuners import Effort, compensation, model_statistics, trace_paths
+from fewstep.tuners import Effort, Learned, compensation, model_statistics, trace_paths
 from fewstep.tuners.auto import prepare
 from fewstep.tuners.draws import Draws
 from fewstep.tuners.search import search_recipe
@@ -86,7 +89,7 @@ class Problem:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure what published tuners gain, on a mixture and on a small network.")
-    parser.add_argument("--problems", default="mixture,digits", help="mixture, digits or both")
+    parser.add_argument("--problems", default="mixture,digits,learned", help="some of them")
     parser.add_argument(
         "--out", type=Path, default=RESULTS, help="where the JSON goes; rows of problems that are not run again stay"
     )
@@ -97,7 +100,7 @@ def main() -> int:
     rows, seconds = [], {}
     for name in options.problems.split(","):
         began = time.perf_counter()
-        for problem, found in {"mixture": on_mixture, "digits": on_digits}[name](options.seed):
+        for problem, found in {"mixture": on_mixture, "digits": on_digits, "learned": learned_on_both}[name](options.seed):
             rows.append(problem.row(*found))
             print(
                 "{problem:20} {tuner:38} {grid:10} {calls:3} calls  {error:.4f}  ratio {ratio:.2f}, of medians {median_ratio:.2f}, "
@@ -116,9 +119,8 @@ def main() -> int:
 
 
 def on_mixture(seed: int) -> Iterator[tuple[Problem, Any]]:
-    mixture = Counted(three_clusters(), SAMPLES)
-    noise = drawn((2,), SAMPLES, OTHER_NOISE)
-    problem = Problem("mixture", mixture, noise, {}, fs.reference(mixture, noise, SCHEDULE, tol=1e-6).plain())
+    problem = mixture_problem("mixture")
+    mixture = problem.denoiser
     stats = model_statistics(mixture, noise=drawn((2,), SAMPLES, seed), nodes=240)
     yield from ((problem, found) for found in statistics_plans(mixture, stats, CALLS))
     paths = trace_paths(mixture, drawn((2,), PATHS, seed), SCHEDULE, calls=128)
@@ -128,6 +130,14 @@ def on_mixture(seed: int) -> Iterator[tuple[Problem, Any]]:
     for pool in (1, POOL):
         for k in range(seed, seed + SEEDS):
             yield from ((problem, found) for found in recipe_plans(problem.task(RECIPE_PATHS, pool, k), k, pool))
+
+
+def learned_on_both(seed: int) -> Iterator[tuple[Problem, Any]]:
+    problem = mixture_problem("learned, mixture")
+    for k in range(seed, seed + SEEDS):
+        yield from ((problem, found) for found in learned_plans(problem.task(RECIPE_PATHS, POOL, k), k))
+    problem = network_problem("learned, digits", fs.load("digits"))
+    yield from ((problem, found) for found in learned_plans(problem.task(FEW_PATHS, POOL, seed), seed))
 
 
 def on_digits(seed: int) -> Iterator[tuple[Problem, Any]]:
@@ -144,6 +154,11 @@ def on_digits(seed: int) -> Iterator[tuple[Problem, Any]]:
     problem = network_problem(f"digits, guidance {GUIDED:g}", guided)
     task = problem.task(FEW_PATHS, 1, seed)
     yield from ((problem, found) for found in compensation_plans(problem.denoiser, task.fit, (SEARCHED_CALLS,), ("brent",)))
+
+
+def mixture_problem(name: str) -> Problem:
+    mixture, noise = Counted(three_clusters(), SAMPLES), drawn((2,), SAMPLES, OTHER_NOISE)
+    return Problem(name, mixture, noise, {}, fs.reference(mixture, noise, SCHEDULE, tol=1e-6).plain())
 
 
 def network_problem(name: str, denoiser: Any) -> Problem:
@@ -218,6 +233,17 @@ def recipe_plans(task: Task, seed: int, pool: int) -> Found:
     told = {"tuner": name, "grid": "searched", "calls": SEARCHED_CALLS, "seed": seed, "noises": task.fit.count}
     told |= {"evaluations": task.denoiser.evaluations - before, "recipe": json.loads(found.recipe.to_json())}
     yield told, found.plan, peers
+
+
+def learned_plans(task: Task, seed: int) -> Found:
+    """The plans after every stage of learning, and those of published solvers on published grids."""
+    grids, before = ("time", "quadratic", "lambda", "karras"), task.denoiser.evaluations
+    peers = [solver.plan(task.schedule, SEARCHED_CALLS, grid) for solver in PUBLISHED.values() for grid in grids]
+    stages = Learned(trials=30, polish=4, entries=(), matched=False).stages(task, SEARCHED_CALLS)
+    found = [(name, numbers, task.denoiser.evaluations - before) for name, numbers in stages]  # what is judged is not counted
+    for name, numbers, evaluations in found:
+        told = {"tuner": f"learned: {name}", "grid": "learned", "calls": SEARCHED_CALLS, "seed": seed, "noises": task.fit.count}
+        yield {**told, "evaluations": evaluations}, numbers.plan(task.schedule, {}), peers
 
 
 if __name__ == "__main__":
