@@ -20,7 +20,10 @@ __all__ = ["check_identity", "digest_of", "identity"]
 MOST_ELEMENTS = 1 << 16
 """Of a tensor of weights so many elements are read, evenly spread: a digest of billions would take minutes."""
 
-_known: weakref.WeakKeyDictionary[torch.nn.Module, tuple[tuple[int, ...], str]] = weakref.WeakKeyDictionary()
+PROBES = 16
+"""Numbers of a tensor that are looked at to see whether it has changed."""
+
+_known: weakref.WeakKeyDictionary[torch.nn.Module, tuple[tuple[object, ...], str]] = weakref.WeakKeyDictionary()
 
 
 def identity(denoiser: object) -> dict[str, Any]:
@@ -30,8 +33,8 @@ def identity(denoiser: object) -> dict[str, Any]:
         denoiser: a `fewstep.Denoiser`, a guided one, an exact one, or any callable.
 
     Returns:
-        ``name``, ``fingerprint`` (None if the model has no weights and no fingerprint of its own) and ``guidance`` (None for none, and for
-        scale 1, which is none).
+        ``name``, ``fingerprint`` (None if the model has no weights and no fingerprint of its own), ``predicts`` (what the network's output
+        is taken for, None for other denoisers) and ``guidance`` (None for none, and for scale 1, which is none).
 
     Example:
         >>> from fewstep.exact import Gaussian
@@ -49,8 +52,9 @@ def identity(denoiser: object) -> dict[str, Any]:
             break
         inner = inner.denoiser  # type: ignore[attr-defined]
     name = getattr(getattr(inner, "info", None), "name", type(inner).__name__)
+    reading = getattr(inner, "predicts", None)
     told = guidance[0] if len(guidance) == 1 else guidance or None
-    return {"name": name, "fingerprint": _fingerprint(inner), "guidance": told}
+    return {"name": name, "fingerprint": _fingerprint(inner), "predicts": reading, "guidance": told}
 
 
 def check_identity(made_for: Mapping[str, Any], denoiser: object) -> None:
@@ -65,6 +69,9 @@ def check_identity(made_for: Mapping[str, Any], denoiser: object) -> None:
             f"this plan was tuned for {_told(made_for['guidance'])}, but the denoiser has {_told(found['guidance'])}: tune it anew, or use "
             f"an untuned plan."
         )
+    read, reads = made_for.get("predicts"), found["predicts"]
+    if read is not None and reads is not None and read != reads:
+        raise PlanError(f"this plan was tuned for a network that predicts {read}, but the denoiser takes it to predict {reads}.")
     wanted, given = made_for["fingerprint"], found["fingerprint"]
     if wanted is not None and given is not None and wanted != given:
         raise PlanError(
@@ -95,13 +102,20 @@ def _digest(network: torch.nn.Module) -> str | None:
     tensors = dict(network.state_dict(keep_vars=True))
     if not tensors:
         return None
-    versions = tuple(value._version for value in tensors.values() if isinstance(value, Tensor))
+    versions = _versions(tensors)
     known = _known.get(network)
     if known is not None and known[0] == versions:
         return known[1]
     digest = digest_of({name: value for name, value in tensors.items() if isinstance(value, Tensor)})
     _known[network] = (versions, digest)
     return digest
+
+
+def _versions(tensors: Mapping[str, object]) -> tuple[object, ...]:
+    """What changes with the weights: versions and addresses, and a few numbers, as writing to ``.data`` changes neither."""
+    known = [value.detach() for value in tensors.values() if isinstance(value, Tensor) and value.numel()]
+    probes = [value.reshape(-1)[:: max(1, value.numel() // PROBES)][:PROBES].double().sum() for value in known]
+    return (*((value._version, value.data_ptr()) for value in known), *(torch.stack(probes).tolist() if probes else ()))
 
 
 def digest_of(tensors: dict[str, Tensor]) -> str:

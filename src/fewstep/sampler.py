@@ -8,6 +8,7 @@ What is not affine is a named hook, see `Hooks`.
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -206,9 +207,12 @@ def _check_fit(denoiser: DenoiserLike, plan: Plan, x: Tensor, seeds: Iterable[in
         raise PlanError(f"the noise has samples of shape {tuple(x.shape[1:])}, but the model takes {tuple(wanted)}.")
     if "tuned" in plan.provenance:
         check_identity(plan.provenance["tuned"]["model"], denoiser)
-    serves = getattr(denoiser, "check_plan", None)  # a denoiser that was made for one plan
-    if serves is not None:
-        serves(plan)
+    inner: Any = denoiser
+    while inner is not None:
+        serves = inspect.getattr_static(inner, "check_plan", None)  # a denoiser that was made for one plan, perhaps within another
+        if serves is not None:
+            inner.check_plan(plan)
+        inner = getattr(inner, "denoiser", None)
     if plan.stochastic and seeds is None:
         raise PlanError("this plan draws noise: pass seeds=, one whole number a sample.")
 

@@ -58,13 +58,21 @@ def test_where_there_is_no_plan_it_is_said(family):
         family.plan(5, 7.0)
     with pytest.raises(FewstepError, match="no plan for 4 calls"):
         family.plan(4, 2.0)
-    bad = fs.tuners.Gap(5, 2.0, 3.0, {"mean": 0.5, "lower": 0.6, "upper": 0.7}, untuned=0.4)
+    bad = fs.tuners.Gap(5, 2.0, 3.0, {"mixed": 1.1, "lower": 1.2, "upper": 1.3})
     with pytest.raises(FewstepError, match=r"no plan serves guidance 2.5 at 5 calls: .* Tune that scale too"):
         Family(family.plans, (bad,), family.guidance, {}).plan(5, 2.5)
     with pytest.raises(TypeError, match="ClassifierFree"):
         tune_family(guided().denoiser, [2.0], nfe=3)
     with pytest.raises(ValueError, match="each once"):
         tune_family(guided(), [2.0, 2.0], nfe=3)
+
+
+def test_scale_one_between_two_scales_is_no_guidance():
+    family = tune_family(guided(), [0.5, 1.5], nfe=3, effort=EFFORT, **start())
+    gap, given = family.gaps[0], start(8, first=9000)
+    assert set(gap.ratios) == {"mixed", "lower", "upper"}
+    if gap.chosen is not None:
+        fs.sample(guided(1.0), given["noise"], family.plan(3, 1.0), cond=given["cond"])
 
 
 def test_a_plan_between_is_refused_under_another_scale(family):

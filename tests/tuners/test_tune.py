@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fewstep as fs
-from fewstep.errors import PlanError
+from fewstep.errors import ArtefactError, PlanError
 from fewstep.tuners import Effort, trace_paths
 from fewstep.tuners.checkpoint import Checkpoint
 from fewstep.tuners.task import errors_of
@@ -249,3 +249,95 @@ def test_two_calls_are_exact_for_a_gaussian():
     denoiser = fs.exact.Gaussian(fs.schedules.VPLinear(), torch.zeros(4), torch.tensor([0.01, 0.1, 1.0, 4.0]))
     tuned = fs.tune(denoiser, nfe=2, noise=start(denoiser), effort=SMALL)
     assert tuned.report["plans"]["2"]["rms"] < 1e-9
+
+
+# ---- what a review found ---------------------------------------------------------------------------------------------------------------
+
+
+def test_centred_data_where_alpha_is_zero():
+    denoiser = fs.exact.GaussianMixture(
+        fs.schedules.Flow(), [[-1.0, 0.0], [1.0, 0.0]], 0.05
+    )  # the first prediction is 0 everywhere
+    tuned = fs.tune(denoiser, nfe=4, noise=start(denoiser, size=2), effort=SMALL)
+    assert tuned.report["plans"]["4"]["ratio"] < 0.6
+
+
+def test_a_checkpoint_of_other_conditions_or_another_function_is_refused(tmp_path):
+    denoiser, given = mixture(), {"noise": start(mixture()), "effort": dataclasses.replace(SMALL, trials=0, polish=1), "nfe": 2}
+    fs.tune(denoiser, cond={"label": torch.zeros(64, dtype=torch.int64)}, checkpoint=tmp_path / "a", **given)
+    with pytest.raises(fs.FewstepError, match="of another run"):
+        fs.tune(denoiser, cond={"label": torch.ones(64, dtype=torch.int64)}, checkpoint=tmp_path / "a", **given)
+    schedule = fs.schedules.VPLinear()
+    functions = [lambda x, time: 0.5 * x, lambda x, time: torch.tanh(x)]
+    first, second = (fs.Denoiser(function, schedule, "data") for function in functions)
+    fs.tune(first, checkpoint=tmp_path / "b", **given)
+    with pytest.raises(fs.FewstepError, match="of another run"):
+        fs.tune(second, checkpoint=tmp_path / "b", **given)
+    with pytest.raises(ValueError, match="checkpoint keeps conditions"):
+        fs.tune(denoiser, cond={"extra": {"a": torch.zeros(64)}}, checkpoint=tmp_path / "c", **given)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    denoiser, given = mixture(), {"noise": start(mixture()), "effort": dataclasses.replace(SMALL, trials=0, polish=1), "nfe": 2}
+    fs.tune(denoiser, checkpoint=tmp_path / "run", **given)
+    for name in ("calls-2.json", "spending.json"):
+        path = tmp_path / "run" / name
+        before = path.read_bytes()
+        path.write_bytes(before[:40])
+        with pytest.raises(ArtefactError, match=f"{name} is damaged"):
+            fs.tune(denoiser, checkpoint=tmp_path / "run", **given)
+        path.write_bytes(before)
+    (tmp_path / "run" / "calls-2-0.safetensors").unlink()
+    with pytest.raises(ArtefactError, match="is missing"):
+        fs.tune(denoiser, checkpoint=tmp_path / "run", **given)
+
+
+def test_starts_must_fit():
+    denoiser = mixture()
+    eight = fs.make_plan("ddim", denoiser.schedule, 8)
+    with pytest.raises(ValueError, match="the plan for 4 calls has 8"):
+        fs.tune(denoiser, nfe=4, noise=start(denoiser), starts={4: eight}, effort=SMALL)
+    four = fs.make_plan("dpmpp_2m", denoiser.schedule, 4)
+    tuned = fs.tune(denoiser, nfe=4, noise=start(denoiser), starts={4: four}, effort=SMALL)
+    assert tuned.candidates[4][1].name.startswith("learned: start, polish")
+
+
+def test_nested_conditions_reach_the_network_row_by_row():
+    inner = mixture()
+
+    def function(x, t, **cond):
+        assert len(cond["extra"]["label"]) == len(cond["more"]) == len(x)
+        return inner(x, t, label=cond["extra"]["label"])
+
+    function.schedule = inner.schedule
+    labels = torch.arange(64) % 5
+    cond = {"extra": {"label": labels}, "more": labels.numpy()}
+    tuned = fs.tune(function, nfe=3, noise=start(inner), cond=cond, method="closed-form", effort=SMALL)
+    assert tuned.report["plans"]["3"]["ratio"] <= 1.0
+
+
+def test_features_may_be_a_module():
+    denoiser = mixture()
+    features = torch.nn.Linear(4, 6, dtype=torch.float64)
+    tuned = fs.tune(denoiser, nfe=4, noise=start(denoiser), features=features, effort=SMALL)
+    assert any(c.name.endswith("matched") for c in tuned.candidates[4])
+
+
+def test_paths_turn_where_the_guidance_jumps():
+    guided = fs.guidance.ClassifierFree(mixture(), 3.0, {"label": -1}, interval=(0.2, 0.7))
+    noise, cond = start(guided, 32), {"label": torch.arange(32) % 5}
+    exact = fs.reference(guided, noise, guided.schedule, tol=1e-7, cond=cond).plain()
+    paths = trace_paths(guided, noise, guided.schedule, calls=96, cond=cond)
+    assert errors_of(paths.target, exact).rms < 5e-5  # without the turns 6e-4
+    for jump in (0.7, 0.2):
+        near = [paths.at(jump * (1.0 + side)) for side in (-1e-9, 0.0, 1e-9)]
+        assert all(bool(torch.isfinite(states).all()) and torch.allclose(states, near[1], atol=1e-6) for states in near)
+
+
+def test_weights_written_past_autograd_are_noticed():
+    network = torch.nn.Linear(3, 3)
+    denoiser = fs.Denoiser(lambda x, t: x, fs.schedules.VPLinear(), "data")
+    denoiser.network = network
+    before = fs.identity.identity(denoiser)["fingerprint"]
+    network.weight.data.mul_(2.0)
+    assert fs.identity.identity(denoiser)["fingerprint"] != before

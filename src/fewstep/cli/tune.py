@@ -94,7 +94,7 @@ def run(options: TuneOptions) -> int:
         shutil.rmtree(unfinished, ignore_errors=True)
     with new_folder(options.out) as folder:
         if len(scales) > 1:
-            family = tune_family(guided(model, scales[-1], labels), scales, **given)
+            family = tune_family(guided(model, max(scales, key=lambda scale: scale != 1.0), labels), scales, **given)
             _write_family(family, model, options, folder)
             every, gaps = dict(family.tuned), family.gaps
         else:
@@ -159,26 +159,25 @@ def _write_family(family: Any, model: Any, options: TuneOptions, folder: Path) -
     page.heading("Error by guidance scale and number of calls")
     page.table(["guidance", "calls", "best untuned", "its error", "tuned by", "its error", "ratio"], rows, text=(2, 4))
     page.heading("Between the scales")
-    page.text("Errors in the middle of neighbouring scales. The least serves the scales between, if no untuned setting's is less.")
+    page.text("The largest error at a quarter, a half and three quarters of the way, over that of the best untuned setting there.")
     page.table(
-        ["calls", "between", "mean of the plans", "the lower's", "the upper's", "best untuned", "serves"],
+        ["calls", "between", "both mixed", "the lower's", "the upper's", "serves"],
         [
             [str(gap.nfe), f"{gap.lower:g} and {gap.upper:g}"]
-            + [f"{gap.errors[name]:.3g}" if name in gap.errors else "" for name in ("mean", "lower", "upper")]
-            + [f"{gap.untuned:.3g}", gap.chosen or "none"]
+            + [f"{gap.ratios[name]:.2f}" if name in gap.ratios else "" for name in ("mixed", "lower", "upper")]
+            + [gap.chosen or "none"]
             for gap in family.gaps
         ],
-        text=(1, 6),
+        text=(1, 5),
     )
     page.write(folder)
 
 
 def _told_gap(gap: Any) -> str:
-    best = min(gap.errors.values())
-    what = {"mean": "the mean of the plans", "lower": "the lower scale's plan", "upper": "the upper scale's plan", None: "no plan"}
+    what = {"mixed": "both plans mixed", "lower": "the lower scale's plan", "upper": "the upper scale's plan", None: "no plan"}
     return (
-        f"{gap.nfe:>5} calls between guidance {gap.lower:g} and {gap.upper:g}: {what[gap.chosen]} serves, "
-        f"{best / gap.untuned:.2f} of the best untuned setting's error"
+        f"{gap.nfe:>5} calls between guidance {gap.lower:g} and {gap.upper:g}: {what[gap.chosen]} serves, at most "
+        f"{gap.ratios[gap.best]:.2f} of the best untuned setting's error"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,17 +21,18 @@ from fewstep.errors import FewstepError, MissingExtraError, UnknownNameError
 from fewstep.identity import identity
 from fewstep.plan import Plan
 from fewstep.schedules import NoiseSchedule
-from fewstep.tuners.checkpoint import Checkpoint, Spending
+from fewstep.tuners.checkpoint import Checkpoint, Spending, check_savable
 from fewstep.tuners.compensation import compensation_candidates
 from fewstep.tuners.draws import Draws, seconds_of, sensitive
 from fewstep.tuners.effort import Effort, estimate, suitable
 from fewstep.tuners.learned import Learned
 from fewstep.tuners.numbers import Numbers
-from fewstep.tuners.paths import Paths, trace_paths
+from fewstep.tuners.paths import Paths, take_rows, trace_paths
 from fewstep.tuners.search import recipe
 from fewstep.tuners.statistics import statistics_candidates
 from fewstep.tuners.task import Candidate, Counted, Task
 from fewstep.tuners.teleport import teleport_candidates
+from fewstep.tuners.times import finite_ends
 from fewstep.tuners.timesteps import timesteps
 from fewstep.version import __version__
 
@@ -43,6 +46,8 @@ FIRST_SHARE = 0.7
 """Of a budget, for the method that is tried first."""
 ENOUGH = 0.8
 """Other methods are tried if the first leaves more than this of the untuned plan's error."""
+SURE = 0.5
+"""Standard errors by which a tuned plan's mean squared error must be less."""
 FAR = 0.6
 """All three stages of learning are made if a polish from a given plan leaves more than this of the untuned plan's error."""
 
@@ -146,17 +151,25 @@ def tune(
     """
     if method not in METHODS:
         raise UnknownNameError("method of tuning", method, METHODS)
-    calls = sorted({nfe} if isinstance(nfe, int) else set(nfe))
-    if not calls or calls[0] < 1:
+    calls = sorted(set(np.atleast_1d(np.asarray(nfe)).tolist()))
+    if not calls or min(calls) < 1 or any(n != int(n) for n in calls):
         raise ValueError(f"nfe must be at least 1, got {nfe}.")
     if sum(given is not None for given in (minutes, evaluations, effort)) > 1:
         raise ValueError("give minutes, evaluations or effort, not several of them.")
+    calls = [int(n) for n in calls]
     counted = Counted(_checked_denoiser(denoiser, final), block)
     draw = Draws(counted, noise, dict(cond or {}), seed)
-    kept = None
+    kept, starts = None, _checked_starts(starts or {}, counted.schedule, final)
     if checkpoint is not None:
+        check_savable(draw.cond)
         limits = {"minutes": minutes, "evaluations": evaluations, "effort": effort and asdict(effort)}
         run = {"model": identity(denoiser), "schedule": counted.schedule.config(), "final": final, "seed": seed, "method": method}
+        run |= {"starts": {str(n): plan.digest for n, plan in starts.items()}, "features": features is not None}
+        run |= {
+            "fewstep": __version__,
+            "cond": Checkpoint.key_of(**draw.cond),
+            "says": Checkpoint.key_of(says=_probe(counted, draw)),
+        }
         kept = Checkpoint(Path(checkpoint), Checkpoint.key_of(noise=draw.given, **run, **limits))
     spending = kept.spending() if kept else None
     if spending is None:
@@ -170,11 +183,30 @@ def tune(
         bar.say(f"about {spending.budget or total} evaluations and {memory / 1e6:.0f} MB")
         task = prepare(counted, draw, spending.effort, final=final, seed=seed, kept=kept, report=bar.say)
         task.began -= spending.seconds
-        task.starts.update(starts or {})
+        task.starts.update(starts)
         task.features = features
         if kept:
             kept.save_spending(_spent(task, spending))
         return _run(task, calls, method, spending, kept)
+
+
+def _probe(counted: Counted, draw: Draws) -> Tensor:
+    """A few predictions, which tell models without a fingerprint apart."""
+    x = draw.scale * torch.linspace(-1.0, 1.0, 2 * math.prod(draw.given.shape[1:])).reshape(2, *draw.given.shape[1:]).to(draw.given)
+    cond = take_rows(draw.cond, torch.arange(2) % draw.rows if draw.rows else slice(None))
+    schedule = counted.schedule
+    middle = float(schedule.t_of_lam(np.mean(finite_ends(schedule, np.array([schedule.t_start, schedule.t_end])))))
+    return torch.stack([counted(x, t, **cond) for t in (schedule.t_start, middle)])
+
+
+def _checked_starts(starts: Mapping[int, Plan], schedule: NoiseSchedule, final: str) -> dict[int, Plan]:
+    """Refuse plans that learning cannot start from."""
+    for nfe, plan in starts.items():
+        Numbers.of(plan)
+        end = 0.0 if final == "zero" else float(schedule.sigma(schedule.t_end))
+        if plan.nfe != nfe or not schedule.same_noise(plan.schedule) or not math.isclose(float(schedule.sigma(plan.grid[-1])), end):
+            raise ValueError(f"starts: the plan for {nfe} calls has {plan.nfe}, another noise schedule or another end.")
+    return dict(starts)
 
 
 def _spending(
@@ -267,8 +299,9 @@ def _candidates(task: Task, nfe: int, method: str, effort: Effort, budget: int |
     found = [base]
     for name in ("learned", *OTHERS) if method == "auto" else (method,):
         if len(found) > 1 and name in OTHERS:
-            after = task.denoiser.evaluations - begun + OTHERS[name](effort, nfe)
-            if _best(found).errors.rms <= ENOUGH * base.errors.rms if budget is None else after > budget:
+            spent, price = task.denoiser.evaluations - begun, OTHERS[name](effort, nfe)
+            enough = _best(found).errors.rms <= ENOUGH * base.errors.rms or price > spent
+            if enough if budget is None else spent + price > budget:
                 continue
         try:
             for candidate in MAKERS[name](task, nfe, effort):
@@ -282,11 +315,13 @@ def _candidates(task: Task, nfe: int, method: str, effort: Effort, budget: int |
 
 
 def _best(tried: list[Candidate]) -> Candidate:
-    """Of those that are not above the untuned plan in root mean square error and in distance of the distributions, the one with the least
-    product of these and the median error: the first hangs on a few samples that end in another mode.
+    """Of those that are not above the untuned plan in distance of the distributions, and below it in mean squared error by more than half a
+    standard error of the difference, the one with the least product of both and the median error. One sample that ends in another mode can
+    make a standard error, and which plan it befalls is chance.
     """
     base = tried[0]
-    fair = [c for c in tried if c.errors.rms <= base.errors.rms and c.distance <= base.distance]
+    sure = [c for c in tried[1:] if c.gain > SURE and c.errors.rms <= base.errors.rms and c.distance <= base.distance]
+    fair = [base, *sure]
     return min(fair, key=lambda c: c.errors.rms * c.errors.median * c.distance)
 
 
@@ -307,7 +342,7 @@ def _tuned(task: Task, candidates: dict[int, list[Candidate]], denoiser: Any, me
                 "tuned": {**made, **cost},
             }
             plans[nfe] = replace(best.plan, provenance=provenance)
-        tries = [{"name": c.name, "tuned": c.tuned, "distance": c.distance, **asdict(c.errors)} for c in tried]
+        tries = [{"name": c.name, "tuned": c.tuned, "distance": c.distance, "gain": c.gain, **asdict(c.errors)} for c in tried]
         told[str(nfe)] = {"best": best.name, "ratio": best.errors.rms / base.errors.rms, **validation, "candidates": tries}
     report = {
         "model": model,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from fewstep.tuners.effort import Effort
 from fewstep.tuners.paths import Paths
 from fewstep.tuners.task import Candidate, Errors
 
-__all__ = ["Checkpoint", "Spending"]
+__all__ = ["Checkpoint", "Spending", "check_savable"]
 
 KIND = "paths"
 TENSORS = ("times", "states", "predictions", "target", "weights")
@@ -66,10 +67,9 @@ class Checkpoint:
         hasher = hashlib.sha256()
         for name, value in sorted(settings.items()):
             hasher.update(name.encode())
-            if isinstance(value, Tensor):
-                hasher.update(
-                    str(tuple(value.shape)).encode() + np.ascontiguousarray(value.detach().cpu().double().numpy()).tobytes()
-                )
+            if isinstance(value, (Tensor, np.ndarray)):
+                numbers = np.ascontiguousarray(torch.as_tensor(value).detach().cpu().double().numpy())
+                hasher.update(str(numbers.shape).encode() + numbers.tobytes())
             else:
                 hasher.update(json.dumps(value, sort_keys=True).encode())
         return hasher.hexdigest()
@@ -87,7 +87,11 @@ class Checkpoint:
         self._check(artefact.meta, path)
         tensors = {key: torch.from_numpy(value) for key, value in artefact.tensors.items()}
         states, predictions, target = (tensors[key].to(like) for key in ("states", "predictions", "target"))
-        cond = {key.removeprefix("cond."): value.to(like.device) for key, value in tensors.items() if key.startswith("cond.")}
+        dtypes = artefact.meta["dtypes"]
+        cond = {
+            name: tensors[f"cond.{name}"].to(like.device, getattr(torch, dtype)) if dtype else artefact.tensors[f"cond.{name}"]
+            for name, dtype in dtypes.items()
+        }
         weights = artefact.tensors["weights"] if artefact.meta["weighted"] else None
         cond |= artefact.meta["cond"]
         return Paths(schedule, artefact.tensors["times"], states, predictions, target, cond, artefact.meta["error"], weights)
@@ -95,9 +99,11 @@ class Checkpoint:
     def save_paths(self, name: str, paths: Paths) -> None:
         """Save exact paths."""
         arrays = {key: _array(getattr(paths, key)) for key in TENSORS if getattr(paths, key) is not None}
-        arrays |= {f"cond.{key}": _array(value) for key, value in paths.cond.items() if isinstance(value, Tensor)}
-        plain = {key: value for key, value in paths.cond.items() if not isinstance(value, Tensor)}
-        meta = {"key": self.key, "error": paths.error, "weighted": paths.weights is not None, "cond": plain}
+        kept = {key: value for key, value in paths.cond.items() if isinstance(value, (Tensor, np.ndarray))}
+        arrays |= {f"cond.{key}": _array(value) for key, value in kept.items()}
+        dtypes = {key: str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else "" for key, value in kept.items()}
+        plain = {key: value for key, value in paths.cond.items() if key not in kept}
+        meta = {"key": self.key, "error": paths.error, "weighted": paths.weights is not None, "cond": plain, "dtypes": dtypes}
         self.folder.mkdir(parents=True, exist_ok=True)
         Artefact(KIND, meta, arrays).save(self.folder / f"{name}.safetensors")
 
@@ -110,7 +116,7 @@ class Checkpoint:
         path = self.folder / SPENDING
         if not path.exists():
             return None
-        document = json.loads(path.read_text())
+        document = _read(path)
         self._check(document, path)
         told = document["spending"]
         robust = tuple(told["effort"].pop("robust"))
@@ -130,11 +136,14 @@ class Checkpoint:
         path = self.folder / f"calls-{nfe}.json"
         if not path.exists():
             return None
-        document = json.loads(path.read_text())
+        document = _read(path)
         self._check(document, path)
-        plans = [Plan.load(self.folder / f"calls-{nfe}-{k}.safetensors") for k in range(len(document["candidates"]))]
+        try:
+            plans = [Plan.load(self.folder / f"calls-{nfe}-{k}.safetensors") for k in range(len(document["candidates"]))]
+        except FileNotFoundError as error:
+            raise ArtefactError(f"{self.folder} is damaged: {Path(str(error.filename or error)).name} is missing. Begin anew.") from error
         return [
-            Candidate(told["name"], plan, Errors(told["rms"], told["median"]), told["distance"], told["tuned"])
+            Candidate(told["name"], plan, Errors(told["rms"], told["median"]), told["distance"], told["gain"], told["tuned"])
             for told, plan in zip(document["candidates"], plans, strict=True)
         ]
 
@@ -143,16 +152,39 @@ class Checkpoint:
         self.folder.mkdir(parents=True, exist_ok=True)
         for k, candidate in enumerate(candidates):
             candidate.plan.save(self.folder / f"calls-{nfe}-{k}.safetensors")
-        told = [{"name": c.name, "tuned": c.tuned, "distance": c.distance, **asdict(c.errors)} for c in candidates]
+        told = [{"name": c.name, "tuned": c.tuned, "distance": c.distance, "gain": c.gain, **asdict(c.errors)} for c in candidates]
         document = json.dumps({"key": self.key, "candidates": told}, indent=1)
         write_atomically(self.folder / f"calls-{nfe}.json", document.encode())
 
     def _check(self, document: dict[str, Any], path: Path) -> None:
         if document.get("key") != self.key:
             raise ArtefactError(
-                f"{path} is of another run (model, options or noise differ). Give another folder, or remove this one."
+                f"{path} is of another run (model, conditions, options or noise differ). Give another folder, or remove this one "
+                f"(fewstep tune: --fresh)."
             )
 
 
+def check_savable(cond: Mapping[str, Any]) -> None:
+    """Refuse conditions that a checkpoint cannot keep, before anything is computed.
+
+    Raises:
+        ValueError: for a condition that is no tensor, array or JSON value.
+    """
+    try:
+        json.dumps({name: None if isinstance(value, (Tensor, np.ndarray)) else value for name, value in cond.items()})
+    except TypeError as error:
+        raise ValueError(f"a checkpoint keeps conditions that are tensors, arrays or plain values: {error}.") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ArtefactError(f"{path} is damaged: {error}. Begin anew, with a fresh folder.") from error
+
+
 def _array(value: Any) -> np.ndarray:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    return np.asarray(value)

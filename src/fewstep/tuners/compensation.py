@@ -298,7 +298,6 @@ def _adamw(loss: Callable[[Any], Tensor]) -> float:
         value = loss(ratio)
         if ratio.item() >= BOUNDS[0]:
             best = min(best, (value.item(), ratio.item()))
-        optimiser.zero_grad()
-        value.backward()
+        (ratio.grad,) = torch.autograd.grad(value, ratio)  # not backward(), which would leave gradients in the network
         optimiser.step()
     return best[1]

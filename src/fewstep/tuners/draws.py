@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fewstep.sampler import sample
 from fewstep.solvers import make_plan
-from fewstep.tuners.paths import take_rows
+from fewstep.tuners.paths import arrays_of, take_rows
 from fewstep.tuners.task import Counted
 
 __all__ = ["SENSITIVITY_CALLS", "Chosen", "Draws", "seconds_of", "sensitive"]
@@ -32,14 +33,20 @@ class Draws:
         if noise is None and shape is None:
             raise ValueError("tune needs noise=, as the denoiser does not say the shape of its samples.")
         self.scale = float(schedule.sigma(schedule.t_start))
-        self.given = torch.empty(0, *(shape or ())) if noise is None else noise.detach()
+        if noise is None:
+            self.given = torch.empty(0, *(shape or ()), device=denoiser.device)
+        else:
+            self.given = noise.detach().float() if noise.dtype in (torch.float16, torch.bfloat16) else noise.detach()
         self.cond, self.random = cond, np.random.default_rng([seed, 0x66657773])
         if noise is not None:
             _check_noise(noise, self.scale)
+        self.rows = 0
         for name, value in cond.items():
-            if isinstance(value, Tensor) and value.ndim and noise is not None and len(value) != len(noise):
-                raise ValueError(f"the condition {name!r} has {len(value)} entries for {len(noise)} noises.")
-        self.rows = next((len(value) for value in cond.values() if isinstance(value, Tensor) and value.ndim), 0)
+            for array in arrays_of(value):
+                wanted = self.rows or (len(array) if noise is None else len(noise))
+                if len(array) != wanted:
+                    raise ValueError(f"the condition {name!r} has {len(array)} entries for {wanted} noises.")
+                self.rows = wanted
 
     def __call__(self, count: int) -> tuple[Tensor, dict[str, Any]]:
         """Fresh noise ``"count *shape"`` with conditions."""
@@ -56,8 +63,20 @@ class Draws:
         noise, cond = self(missing)
         if not len(self.given):
             return noise, cond
-        joined = {n: torch.cat([v, cond[n]]) if isinstance(v, Tensor) and v.ndim else v for n, v in self.cond.items()}
-        return torch.cat([self.given, noise]), joined
+        return torch.cat([self.given, noise]), {name: _joined(value, cond[name]) for name, value in self.cond.items()}
+
+
+def _joined(first: Any, second: Any) -> Any:
+    """Along the batch, where there is one."""
+    if isinstance(first, Tensor) and first.ndim:
+        return torch.cat([first, second])
+    if isinstance(first, np.ndarray) and first.ndim:
+        return np.concatenate([first, second])
+    if isinstance(first, Mapping):
+        return {name: _joined(value, second[name]) for name, value in first.items()}
+    if type(first) in (list, tuple):
+        return type(first)([_joined(one, other) for one, other in zip(first, second, strict=True)])
+    return first
 
 
 def _check_noise(noise: Tensor, scale: float) -> None:

@@ -23,14 +23,14 @@ class Effort:
     Args:
         trajectories: exact paths that plans are fitted to.
         held_out: exact paths that they are validated on.
-        pool: noises among which the paths to fit to are chosen, as a multiple of `trajectories`.
+        pool: noises among which paths are chosen, as a multiple of `trajectories` and of `held_out`.
         reference_calls: network calls of an exact path.
         trials, trial_paths, polish, robust: see `Learned`.
     """
 
     trajectories: int = 88
-    held_out: int = 128
-    pool: int = 4
+    held_out: int = 160
+    pool: int = 8
     reference_calls: int = 64
     trials: int = 14
     trial_paths: int = 40
@@ -84,9 +84,9 @@ def estimate(effort: Effort, nfe: Sequence[int], shape: Sequence[int]) -> tuple[
     total = paths * (effort.reference_calls * 9 // 8 + 2 * SENSITIVITY_CALLS * effort.pool)
     for n in nfe:
         columns = sum((i + 2) * (n - 1 - i) + (n - i) for i in range(n))
-        screened = len(UNTUNED) * len(GRIDS) * SCREENED + (FINALISTS + 2 + len(effort.robust)) * effort.held_out
+        screened = len(UNTUNED) * len(GRIDS) * SCREENED + (FINALISTS + 2 + 3 * len(effort.robust)) * effort.held_out
         fitted = (effort.trials + len(GRIDS)) * effort.trial_paths + 2 * effort.trajectories
-        polished = len(effort.robust) * effort.polish * effort.trajectories * (columns + 6 * n)
+        polished = len(effort.robust) * effort.trajectories * (effort.polish * (columns + 10 * n) + 14 * n)
         total += n * (screened + fitted) + polished
     columns = max(n * (n + 3) // 2 + n for n in nfe)
     return total, paths * size * 8 * effort.reference_calls + effort.trajectories * size * 8 * columns

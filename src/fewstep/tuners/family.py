@@ -2,14 +2,14 @@
 
 A plan serves the guidance scale that it was made for. Scales are tuned in increasing order, each starting from the plans of the one
 before, on the same noise: that costs less than a search, and neighbouring plans then belong together, so that what lies between two of
-them can serve a scale between theirs. In the middle of every pair of neighbours three candidates are judged on exact paths of that scale:
-the mean of the two plans' numbers (their times in lambda), and each of the two as it is. The best of them serves the scales between, if its
-error is not above that of the best untuned setting; else there is no plan between.
+them can serve a scale between theirs. At a quarter, a half and three quarters of the way between neighbours three candidates are judged
+on exact paths of that scale: the two plans' numbers mixed in proportion (their times in lambda), and each of the two as it is. The one
+whose largest error, relative to that of the best untuned setting, is least serves the scales between, if no untuned setting is better at
+any of the three; else there is no plan between.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +25,7 @@ from torch import Tensor
 from fewstep.artefacts import json_value, write_atomically
 from fewstep.errors import ArtefactError, FewstepError, PlanError
 from fewstep.guidance import ClassifierFree
+from fewstep.identity import identity
 from fewstep.plan import Plan
 from fewstep.tuners.auto import Tuned, prepare, tune
 from fewstep.tuners.draws import Draws
@@ -35,32 +36,36 @@ from fewstep.tuners.task import Candidate, Counted
 __all__ = ["Family", "Gap", "tune_family"]
 
 DOCUMENT = "family.json"
-MEAN, LOWER, UPPER = "mean", "lower", "upper"
+MIXED, LOWER, UPPER = "mixed", "lower", "upper"
+PLACES = (0.25, 0.5, 0.75)
+"""Where the candidates between two scales are judged."""
 
 
 @dataclass(frozen=True)
 class Gap:
-    """What was found in the middle of two neighbouring scales.
+    """What was found between two neighbouring scales.
 
     Attributes:
         nfe: number of calls.
         lower, upper: the scales.
-        errors: root mean square error of the candidates, ``"mean"`` (if the plans can be mixed), ``"lower"`` and ``"upper"``, at the
-            scale in the middle.
-        untuned: that of the best untuned setting there.
+        ratios: of the candidates, ``"mixed"`` (if the plans can be mixed), ``"lower"`` and ``"upper"``: the largest of their root mean
+            square errors over those of the best untuned settings, at a quarter, a half and three quarters of the way.
     """
 
     nfe: int
     lower: float
     upper: float
-    errors: Mapping[str, float]
-    untuned: float
+    ratios: Mapping[str, float]
+
+    @property
+    def best(self) -> str:
+        """The candidate whose ratio is least."""
+        return min(self.ratios, key=lambda name: self.ratios[name])
 
     @property
     def chosen(self) -> str | None:
         """The candidate that serves the scales between; None if no plan does."""
-        best = min(self.errors, key=lambda name: self.errors[name])
-        return best if self.errors[best] <= self.untuned else None
+        return self.best if self.ratios[self.best] <= 1.0 else None
 
 
 @dataclass(frozen=True)
@@ -97,10 +102,10 @@ class Family:
         if gap.chosen is None:
             raise FewstepError(
                 f"no plan serves guidance {guidance_scale:g} at {nfe} calls: between {gap.lower:g} and {gap.upper:g} the error would be "
-                f"{min(gap.errors.values()):.3g}, that of the best untuned setting is {gap.untuned:.3g}. Tune that scale too."
+                f"{gap.ratios[gap.best]:.3g} of the best untuned setting's. Tune that scale too."
             )
-        share = {MEAN: (guidance_scale - gap.lower) / (gap.upper - gap.lower), LOWER: 0.0, UPPER: 1.0}[gap.chosen]
-        guidance = {**self.guidance, "guidance_scale": float(guidance_scale)}
+        share = {MIXED: (guidance_scale - gap.lower) / (gap.upper - gap.lower), LOWER: 0.0, UPPER: 1.0}[gap.chosen]
+        guidance = None if guidance_scale == 1.0 else {**self.guidance, "guidance_scale": float(guidance_scale)}
         return _between(self.plans[nfe, gap.lower], self.plans[nfe, gap.upper], share, guidance)
 
     def save(self, folder: str | PathLike[str]) -> None:
@@ -209,23 +214,24 @@ def tune_family(
 
 
 def _gaps(denoiser: ClassifierFree, tuned: dict[float, Tuned], lower: float, upper: float, shared: dict[str, Any]) -> list[Gap]:
-    """What serves the middle of two scales, for every number of calls."""
-    guided = denoiser.with_scale((lower + upper) / 2.0)
-    counted = Counted(guided, shared["block"])
-    draw = Draws(counted, shared["noise"], dict(shared["cond"] or {}), shared["seed"] + 1)
-    told = tuned[lower].report["effort"]
+    """What serves the scales between two, for every number of calls."""
+    told, ratios = tuned[lower].report["effort"], {n: dict[str, float]() for n in tuned[lower].plans}
     effort = Effort(trajectories=1, held_out=told["held_out"], pool=told["pool"], reference_calls=told["reference_calls"])
-    task = prepare(counted, draw, effort, final=shared["final"], seed=shared["seed"])
-    found = []
-    for nfe, low in tuned[lower].plans.items():
-        high = tuned[upper].plans[nfe]
-        shares = {MEAN: 0.5, LOWER: 0.0, UPPER: 1.0}
-        errors = {}
-        for name, share in shares.items():
-            with contextlib.suppress(PlanError):
-                errors[name] = task.judge(name, _between(low, high, share, guided.guidance)).errors.rms
-        found.append(Gap(nfe, lower, upper, errors, task.untuned(nfe).errors.rms))
-    return found
+    for place in PLACES:
+        guided = denoiser.with_scale(lower + place * (upper - lower))
+        counted = Counted(guided, shared["block"])
+        draw = Draws(counted, shared["noise"], dict(shared["cond"] or {}), shared["seed"] + 1)
+        task = prepare(counted, draw, effort, final=shared["final"], seed=shared["seed"])
+        for nfe, low in tuned[lower].plans.items():
+            for name, share in {MIXED: place, LOWER: 0.0, UPPER: 1.0}.items():
+                try:
+                    plan = _between(low, tuned[upper].plans[nfe], share, identity(guided)["guidance"])
+                except PlanError:  # plans of other kinds than weights cannot be mixed
+                    continue
+                untuned = task.untuned(nfe).errors.rms
+                ratio = task.judge(name, plan).errors.rms / untuned if untuned > 0.0 else math.inf
+                ratios[nfe][name] = max(ratio, ratios[nfe].get(name, 0.0))
+    return [Gap(nfe, lower, upper, found) for nfe, found in ratios.items()]
 
 
 def _best_learned(tried: Sequence[Candidate]) -> Candidate | None:
@@ -233,7 +239,7 @@ def _best_learned(tried: Sequence[Candidate]) -> Candidate | None:
     return min(learned, key=lambda candidate: candidate.errors.rms, default=None)
 
 
-def _between(low: Plan, high: Plan, share: float, guidance: Mapping[str, Any]) -> Plan:
+def _between(low: Plan, high: Plan, share: float, guidance: Mapping[str, Any] | None) -> Plan:
     """The numbers of two plans, mixed; as made under this guidance.
 
     Raises:
@@ -253,7 +259,7 @@ def _between(low: Plan, high: Plan, share: float, guidance: Mapping[str, Any]) -
     return Numbers(tau, a.end, tuple(rows)).plan(schedule, _provenance(low, high, guidance, share))
 
 
-def _provenance(low: Plan, high: Plan, guidance: Mapping[str, Any], share: float) -> dict[str, Any]:
+def _provenance(low: Plan, high: Plan, guidance: Mapping[str, Any] | None, share: float) -> dict[str, Any]:
     """Of a plan between two."""
     told, other = json_value(low.provenance), json_value(high.provenance)
     made = told.get("tuned") or other.get("tuned")

@@ -92,6 +92,7 @@ class Matched:
         matrix = share * matrix + moved.flatten(1) @ moved.flatten(1).T / count
         return matrix, share * gradient + moved.flatten(1) @ residual.flatten() / count
 
+    @torch.no_grad()
     def _seen(self, samples: Tensor) -> Tensor:
         return flat(samples if self.features is None else self.features(samples))
 

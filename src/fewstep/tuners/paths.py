@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.errors import FewstepError
+from fewstep.grids import make_grid
 from fewstep.sampler import sample
 from fewstep.schedules import NoiseSchedule
 from fewstep.solvers import Adams
@@ -101,8 +103,28 @@ class Paths:
 
 
 def take_rows(cond: Mapping[str, Any], rows: Any) -> dict[str, Any]:
-    """The conditions of some samples: tensors that have one entry a sample, by row; the rest as it is."""
-    return {name: value[rows] if isinstance(value, Tensor) and value.ndim else value for name, value in cond.items()}
+    """The conditions of some samples: arrays that have one entry a sample by row, also inside dictionaries and lists; the rest as it is."""
+    return {name: _rows_of(value, rows) for name, value in cond.items()}
+
+
+def arrays_of(value: Any) -> list[Any]:
+    """The arrays that have a batch, in a condition."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return [value] if value.ndim else []
+    inner = list(value.values()) if isinstance(value, Mapping) else list(value) if type(value) in (list, tuple) else []
+    return [array for item in inner for array in arrays_of(item)]
+
+
+def _rows_of(value: Any, rows: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim else value
+    if isinstance(value, np.ndarray):
+        return value[rows.cpu().numpy() if isinstance(rows, Tensor) else rows] if value.ndim else value
+    if isinstance(value, Mapping):
+        return {name: _rows_of(item, rows) for name, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_rows_of(item, rows) for item in value)
+    return value
 
 
 @torch.no_grad()
@@ -133,21 +155,46 @@ def trace_paths(
     if calls < 8:
         raise ValueError(f"reference trajectories need at least 8 calls, got {calls}.")
     cond = dict(cond or {})
-    solver = Adams(order=3, prediction="flow", corrector="start")
-    run = sample(denoiser, noise, solver.plan(schedule, calls), cond=cond, trajectory=True)
-    times, states, target = np.asarray(run.times, np.float64), run.states, run.samples
+    grid = make_grid("auto", schedule, calls)
+    times, states, predictions, samples = _solved(denoiser, noise, schedule, grid, cond)
+    target = samples
     if float(schedule.sigma(times[-1])) == 0.0:
-        times, states, predictions = times[:-1], states[:-1], run.predictions
+        times, states = times[:-1], states[:-1]
     else:
-        predictions = torch.cat([run.predictions, denoiser(run.samples, float(times[-1]), **cond)[None]])
+        predictions = torch.cat([predictions, denoiser(samples, float(times[-1]), **cond)[None]])
         target = predictions[-1] if final == "zero" else target
     if not bool(torch.isfinite(target).all()):
         raise FewstepError("the reference trajectories are not finite: see fewstep.check for how the network is wrapped.")
     few = max(1, len(noise) // 8)
-    coarse = np.append(run.times[:-1:2], run.times[-1])
-    half = sample(denoiser, noise[:few], solver.plan(schedule, grid=coarse), cond=take_rows(cond, slice(few)))
-    error = float((half - run.samples[:few]).double().square().mean().sqrt())
+    coarse = np.append(grid[:-1:2], grid[-1])
+    half = _solved(denoiser, noise[:few], schedule, coarse, take_rows(cond, slice(few)))[-1]
+    error = float((half - samples[:few]).double().square().mean().sqrt())
     return Paths(schedule, times, states, predictions, target, cond, error)
+
+
+def _solved(
+    denoiser: DenoiserLike, noise: Tensor, schedule: NoiseSchedule, grid: Floats, cond: Mapping[str, Any]
+) -> tuple[Floats, Tensor, Tensor, Tensor]:
+    """Times, states, predictions of all but the last, and the last state, on a grid.
+
+    Where the prediction jumps there are two nodes, one with the prediction on either side, and the solver begins anew.
+    """
+    solver = Adams(order=3, prediction="flow", corrector="start")
+    jumps = sorted((t for t in getattr(denoiser, "jumps", ()) if grid[-1] < t < grid[0]), reverse=True)
+    ends, state = [float(grid[0]), *jumps, float(grid[-1])], noise
+    times, states, predictions = [], [], []
+    for begin, end in pairwise(ends):
+        part = np.array([begin, *(t for t in grid if end < t < begin), end])
+        run = sample(denoiser, state, solver.plan(schedule, grid=part), cond=cond, trajectory=True)
+        state = run.samples
+        here, visited, outputs = np.array(run.times, np.float64), run.states, run.predictions
+        if end == ends[-1]:
+            times, states, predictions = [*times, here], [*states, visited], [*predictions, outputs]
+        else:
+            here[-1] = np.nextafter(end, np.inf)
+            before = denoiser(state, float(here[-1]), **cond)[None]
+            times, states, predictions = [*times, here], [*states, visited], [*predictions, outputs, before]
+    return np.concatenate(times), torch.cat(states), torch.cat(predictions), state
 
 
 def _angles(schedule: NoiseSchedule, times: Floats) -> Floats:

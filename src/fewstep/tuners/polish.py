@@ -87,7 +87,7 @@ class Polisher:
 
     def _errors(self, numbers: Numbers, robust: float) -> Paired:
         samples = self.run(numbers, self.paths)[0][-1]
-        return Paired(self.paths.target, (robust * float(np.median(distances(samples, self.paths.target)))) ** 2)
+        return Paired(self.paths.target, max(robust * float(np.median(distances(samples, self.paths.target))), 1e-150) ** 2)
 
     def _steps_with(
         self, jacobian: Tensor, numbers: Numbers, samples: Tensor, loss: float, objective: Objective
@@ -126,7 +126,7 @@ class Polisher:
         paths, shape = self.paths, tuple(self.paths.noise.shape[1:])
         states, outputs = self.run(numbers, paths)
         errors = distances(states[-1], paths.target)
-        weights = torch.from_numpy(1.0 / (1.0 + errors**2 / (robust * np.median(errors)) ** 2)).to(states[-1].device)
+        weights = torch.from_numpy(1.0 / (1.0 + errors**2 / max(robust * np.median(errors), 1e-150) ** 2)).to(states[-1].device)
         basis = torch.stack(differences([flat(term) for term in (states[-2], *reversed(outputs))]))
         weighted, residual = basis * weights[:, None], flat(paths.target - states[-1])
         matrices = torch.einsum("pne,qne->epq", weighted, basis).cpu().numpy()
@@ -216,7 +216,8 @@ def from_differences(found: Floats) -> Floats:
 
 def damped(matrix: Floats, gradient: Floats, damping: float) -> Floats:
     """The solution of the normal equations, every unknown in units of its own size, with a ridge in these units."""
-    sizes = np.sqrt(np.diag(matrix)) + 1e-300
+    sizes = np.sqrt(np.diag(matrix))
+    sizes = np.where(sizes > 0.0, sizes, 1.0)  # a term that is zero for all samples gets no weight
     scaled = matrix / np.outer(sizes, sizes) + damping * np.eye(len(matrix))
     return np.linalg.lstsq(scaled, gradient / sizes, rcond=1e-15)[0] / sizes
 

@@ -35,6 +35,7 @@ def sliced_distance(first: Tensor, second: Tensor, weights: Floats | None = None
         >>> round(sliced_distance(x, x.flip(0) + 3.0), 6), round(sliced_distance(x, x + 3.0, np.arange(50.0)), 6)
         (3.0, 3.0)
     """
+    first, second = first.detach(), second.detach()
     if not bool(torch.isfinite(first).all()):
         return math.inf
     along = directions(first[0].numel()).to(first.device)

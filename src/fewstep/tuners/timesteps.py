@@ -18,6 +18,7 @@ entry from one parent or the other) and fills up with random candidates. Not as 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -153,8 +154,11 @@ def evolution(task: Task, begun: list[Floats], loss: Loss, left: Callable[[], in
     size = max(4, left() // GENERATIONS)
     population = breeder.first([breeder.nearest(times) for times in begun], size)
     losses: dict[Genes, float] = {}
-    while left() > 0 and population:
+    while left() > 0:
+        population = [genes for genes in population if genes not in losses]
         losses |= {genes: loss(breeder.times(genes)) for genes in population}
+        if len(losses) >= math.comb(len(breeder.table), breeder.count):
+            return  # all there are
         ranked = sorted(losses, key=lambda genes: losses[genes])
         task.report(f"times: {left()} trials left, loss {losses[ranked[0]]:.4g}")
         population = breeder.next(ranked[: max(2, round(KEPT * size))], size, losses)
