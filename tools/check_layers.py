@@ -40,7 +40,7 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("3", ("multistep", "plan", "recipes", "solver", "statistics")),
     ("4", ("solvers", "discrete")),
     ("5", ("noise", "sampler", "integrate", "likelihood", "restoration")),
-    ("5b", ("diffusers", "loading")),
+    ("5b", ("azula", "diffusers", "export", "kdiffusion", "loading")),
     ("6", ("data", "train")),
     ("7", ("evaluate",)),
     ("8", ("tuners", "distill", "steer", "adapt", "merge")),
@@ -74,6 +74,7 @@ CORE = {"torch", "numpy", "safetensors"}
 EXTRAS = {
     "PIL": ("demo", "pillow"),
     "accelerate": ("diffusers", "accelerate"),
+    "azula": ("azula", "azula"),
     "datasets": ("train", "datasets"),
     "cmaes": ("tune", "cmaes"),
     "diffusers": ("diffusers", "diffusers"),
