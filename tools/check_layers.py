@@ -104,7 +104,7 @@ NO_TORCH = {"fewstep.numerics"}
 EMPTY_NAMES = {"utils", "common", "helpers", "misc"}
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 PICKLING_CALLS = {("torch", "load"), ("torch", "save")}
-ALSO_CHECKED = ("tests", "tools", "examples", "benchmarks")
+ALSO_CHECKED = ("tests", "tools", "examples", "benchmarks", "integrations")
 MAY_PICKLE = {"tests"}
 """Tests write the hostile files that fewstep must refuse."""
 
