@@ -24,7 +24,7 @@ from fewstep.identity import check_identity
 from fewstep.noise import BrownianPath, check_seeds
 from fewstep.plan import Entry, Plan, Row, StartTransform
 
-__all__ = ["Hooks", "Trajectory", "sample"]
+__all__ = ["Hooks", "Step", "Trajectory", "check_fit", "prepare", "sample"]
 
 DenoiserLike = Callable[..., Tensor]
 Factor = float | Tensor
@@ -125,9 +125,10 @@ def sample(
         [[0.0, 0.0]]
     """
     x = _checked_noise(noise)
-    _check_fit(denoiser, plan, x, seeds)
+    if not torch.compiler.is_compiling():  # what is traced is checked before; see `fewstep.export`
+        check_fit(denoiser, plan, x, seeds)
     conditions = dict(cond or {})
-    check_conditions(denoiser, conditions, len(x))
+    check_conditions(denoiser, conditions, x.shape[0])
     hooks = hooks or Hooks()
     steps = _prepared(plan, x)
     path = BrownianPath(check_seeds(seeds, len(x)), x.shape[1:]) if plan.stochastic and seeds is not None else None
@@ -194,7 +195,12 @@ def _checked_noise(noise: Tensor) -> Tensor:
     return noise if noise.dtype in (torch.float32, torch.float64) else noise.float()
 
 
-def _check_fit(denoiser: DenoiserLike, plan: Plan, x: Tensor, seeds: Iterable[int] | Tensor | None) -> None:
+def check_fit(denoiser: DenoiserLike, plan: Plan, x: Tensor, seeds: Iterable[int] | Tensor | None) -> None:
+    """Refuse a plan of another schedule or model than the denoiser's, noise of another shape than the model's, and missing seeds.
+
+    Raises:
+        PlanError, TypeError: otherwise.
+    """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a fewstep.Plan, got {type(plan).__name__}. Make one with fewstep.make_plan or solver.plan.")
     schedule = getattr(denoiser, "schedule", None)
@@ -226,10 +232,15 @@ def _prepared(plan: Plan, x: Tensor) -> list[Step]:
     """The steps of a plan. Those of a plan without arrays are the same on every device, and kept with it."""
     known = plan.prepared.get(x.dtype)
     if known is None:
-        known = [_prepare(row, x) for row in plan.rows]
+        known = prepare(plan, x)
         if not any(isinstance(entry, np.ndarray) for row in plan.rows for entry in row.entries):
             plan.prepared[x.dtype] = known
     return known
+
+
+def prepare(plan: Plan, x: Tensor) -> list[Step]:
+    """The steps of a plan in the precision of x ``"batch *shape"``, arrays on its device."""
+    return [_prepare(row, x) for row in plan.rows]
 
 
 def _prepare(row: Row, x: Tensor) -> Step:

@@ -30,6 +30,7 @@ COMMANDS = {
     "train": "train a shipped model anew",
     "plan make": "plan a run and save it to a file",
     "plan show": "print a saved plan as a table",
+    "plan export": "write a saved plan as JSON, for other runtimes",
     "solvers": "list the solvers: order, cost, source",
     "check": "find out whether a model is wrapped right, on data",
 }
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     for command, summary in COMMANDS.items():
         *group, name = command.split()
         if group and group[0] not in places:
-            inner = places[""].add_parser(group[0], help="make and show plans")
+            inner = places[""].add_parser(group[0], help="make, show and export plans")
             places[group[0]] = inner.add_subparsers(metavar="COMMAND", title="commands", required=True)
         sub = places[group[0] if group else ""].add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         sub.set_defaults(command=command)

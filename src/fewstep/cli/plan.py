@@ -1,4 +1,4 @@
-"""``fewstep plan make`` and ``fewstep plan show``."""
+"""``fewstep plan make``, ``fewstep plan show`` and ``fewstep plan export``."""
 
 from __future__ import annotations
 
@@ -30,11 +30,22 @@ class ShowOptions:
     json: bool = option(False, "print the plan as JSON: provenance, times, dense coefficients")
 
 
-OPTIONS = {"plan make": MakeOptions, "plan show": ShowOptions}
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of ``fewstep plan export``."""
+
+    file: str = option(None, "a plan file", positional=True)
+    out: str = option(None, "the JSON file to write", positional=True)
+    shape: str = option("", "shape of one sample, e.g. 3,32,32: arrays are then written at full size")
+
+
+OPTIONS = {"plan make": MakeOptions, "plan show": ShowOptions, "plan export": ExportOptions}
 
 
 def run(options: Any) -> int:
-    """Make or show a plan."""
+    """Make, show or export a plan."""
+    if isinstance(options, ExportOptions):
+        return _export(options)
     return _show(options) if isinstance(options, ShowOptions) else _make(options)
 
 
@@ -76,6 +87,22 @@ def _schedule(name: str) -> Any:
         return load(name).schedule
     except UnknownNameError:
         raise UnknownNameError("schedule or model", name, [*known, *shipped_models()]) from None
+
+
+def _export(options: ExportOptions) -> int:
+    from pathlib import Path
+
+    from fewstep.export import table
+    from fewstep.plan import Plan
+
+    try:
+        shape = [int(size) for size in options.shape.split(",")] if options.shape else None
+    except ValueError:
+        raise ValueError(f"--shape takes whole numbers separated by commas, not {options.shape!r}.") from None
+    plan = Plan.load(options.file)
+    Path(options.out).write_text(json.dumps(table(plan, shape)) + "\n", encoding="utf-8")
+    print(f"{plan!r} written to {options.out}")
+    return 0
 
 
 def _show(options: ShowOptions) -> int:
