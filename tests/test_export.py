@@ -48,8 +48,8 @@ def plan_of(name):
     if name == "arrays":
         return arrays()
     if name == "teleport":
-        prior = fs.solvers.GaussianPrior(np.array([[0.2, 0.1]] * 3), np.eye(6) * 0.3)
-        return fs.solvers.Teleport(fs.solvers.UniPC(), prior, skip=0.2).plan(SCHEDULE, 4)
+        prior = fs.solvers.GaussianPrior(np.full(SHAPE, 0.2), np.eye(6).reshape(6, *SHAPE), np.linspace(0.1, 0.6, 6))
+        return fs.solvers.Teleport(fs.solvers.UniPC(), prior, to=0.7).plan(SCHEDULE, 4)
     return fs.make_plan(name, SCHEDULE, 7, final="zero")
 
 
@@ -65,7 +65,7 @@ def expected(plan):
     return fs.sample(denoiser, noise_of(plan), plan, seeds=SEEDS).numpy()
 
 
-@pytest.mark.parametrize("name", ["arrays", *cases.SOLVERS])
+@pytest.mark.parametrize("name", ["arrays", "teleport", *cases.SOLVERS])
 def test_the_runner_in_numpy(name):
     plan, scope = plan_of(name), {}
     exec(compile(runner("numpy"), "docs/export.md", "exec"), scope)
@@ -95,7 +95,7 @@ console.log(JSON.stringify(results));
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 def test_the_runner_in_javascript(tmp_path):
-    plans = {name: plan_of(name) for name in ("arrays", *cases.SOLVERS)}
+    plans = {name: plan_of(name) for name in ("arrays", "teleport", *cases.SOLVERS)}
     given = {
         name: {
             "plan": table(plan, SHAPE),
@@ -165,7 +165,7 @@ def model():
 
 
 LABEL = torch.tensor([0, 1, 2, 3])
-SOME = ["arrays", "ddim", "unipc", "auto", "edm_heun", "dpmpp_2m_sde", "dualfast"]
+SOME = ["arrays", "teleport", "ddim", "unipc", "auto", "edm_heun", "dpmpp_2m_sde", "dualfast"]
 
 
 def run(model, name):
@@ -178,7 +178,7 @@ def run(model, name):
     return plan, inputs, wanted
 
 
-@pytest.mark.parametrize("name", ["arrays", *cases.SOLVERS])
+@pytest.mark.parametrize("name", ["arrays", "teleport", *cases.SOLVERS])
 @torch.no_grad()
 def test_the_module_gives_the_samples_of_the_loop(model, name):
     plan, inputs, wanted = run(model, name)
@@ -255,7 +255,7 @@ def test_a_module_refuses(model):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA is not available")
-@pytest.mark.parametrize("name", [name for name in SOME if name != "arrays"])
+@pytest.mark.parametrize("name", [name for name in SOME if name not in ("arrays", "teleport")])
 @torch.no_grad()
 def test_captured_in_a_cuda_graph(name):
     model = fs.Denoiser(Network().cuda(), SCHEDULE, predicts="velocity")

@@ -194,6 +194,25 @@ def test_a_saved_plan_of_any_schedule(tmp_path, case, name):
     assert float(own[0]) == pytest.approx(sigma / alpha if space == "ve" else sigma / (sigma + alpha))
 
 
+def test_a_plan_that_transforms_the_noise():
+    schedule = fs.schedules.VPLinear()
+    prior = fs.solvers.GaussianPrior(MEANS.mean(0).numpy(), np.eye(2), np.array([1.1, 0.3]))
+    plan = fs.solvers.Teleport(fs.solvers.UniPC(), prior, to=0.7).plan(schedule, 6, "lambda", final="zero")
+
+    def network(x, t):
+        return data_prediction(x, float(schedule.alpha(float(t[0]))), float(schedule.sigma(float(t[0]))))
+
+    den = fs.Denoiser(network, schedule, predicts="data")
+    noise = fs.draw_noise((2,), range(8), plan, dtype=torch.float64)
+    sampler, model, calls = kdiffusion_sampler(plan), Model(), []
+    own = sampler.sigmas
+    assert float(own[0]) == pytest.approx(float(np.exp(-schedule.lam(schedule.t_start))))
+    found = sampler(model, noise * float(own[0]) / float(schedule.sigma(schedule.t_start)), own, None, calls.append, True)
+    torch.testing.assert_close(found, fs.sample(den, noise, plan), rtol=1e-9, atol=1e-9)
+    assert model.sigmas[0] == pytest.approx(float(np.exp(-schedule.lam(0.7))))
+    assert [call["i"] for call in calls] == list(range(6))
+
+
 def test_a_plan_refuses_other_levels():
     plan = fs.make_plan("unipc", fs.schedules.VPLinear(), 9, grid="lambda")
     sampler = kdiffusion_sampler(plan)

@@ -273,8 +273,8 @@ def _at_host(plan: Plan, times: Floats, space: str) -> tuple[Floats, Floats]:
 
 
 def _own_levels(plan: Plan, space: str) -> Floats:
-    """The host's noise levels at a plan's states, without those of stages that do not go on."""
-    levels, _ = _at_host(plan, plan.grid, space)
+    """The host's noise levels at a plan's states, without those of stages that do not go on; first that of the noise it starts from."""
+    levels, _ = _at_host(plan, np.array([plan.noise_time, *plan.grid[1:]]), space)
     lowest = np.minimum.accumulate(levels)
     return levels[np.concatenate([[True], levels[1:] < lowest[:-1]])]
 
