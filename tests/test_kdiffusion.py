@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
+import pickle
 import sys
 from pathlib import Path
 
@@ -255,6 +257,14 @@ def test_half_precision_states(dtype):
     assert set(seen) == {(dtype, dtype)}
     exact = kdiffusion_sampler("dpmpp_2m")(Model(), start(), LEVELS, disable=True)
     assert (out.double() - exact).abs().median() < 0.05
+
+
+def test_copies_do_the_same():
+    sampler = kdiffusion_sampler("dpmpp_2m_sde", eta=0.5)
+    for other in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
+        assert other.__name__ == sampler.__name__
+        runs = [each(Model(), start(), LEVELS, {"seed": 1}, disable=True) for each in (sampler, other)]
+        assert torch.equal(*runs)
 
 
 def test_bad_input():

@@ -72,6 +72,9 @@ class KDiffusionSampler:
     def __repr__(self) -> str:
         return f"KDiffusionSampler({self.solver if self.plan is None else self.plan!r}, space={self.space!r})"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KDiffusionSampler, (self.solver, self.plan, self.space, self.__name__.removeprefix("sample_"))
+
     @property
     def sigmas(self) -> Tensor | None:
         """The noise levels ``"K+1"`` that a saved plan wants from its host; None of a solver, which takes any."""
