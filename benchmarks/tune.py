@@ -2,8 +2,8 @@ r"""How much does tuning gain? ``python benchmarks/tune.py`` writes ``benchmarks
 
 On exact mixtures (dimension 2, 16 and 64; four noise schedules) and on the two models that come along, with and without guidance of scale
 3: the error of the plan that `fewstep.tune` makes, over the *least* error of any untuned setting at the same number of calls. The untuned
-settings are those of every peer that can be run (diffusers, azula, k-diffusion) on each of the field's grids, and fewstep's own. Start, end
-and the exact target are the same for all; the noise and the labels that are judged on were never used for tuning.
+settings are those of every peer that can be run (diffusers, azula, k-diffusion) on each of the field's grids, and eight of fewstep's own.
+Start, end and the exact target are the same for all; the noise and the labels that are judged on were never used for tuning.
 
 For every cell also: the median over samples, a distance of distributions, what the tuned plan costs in network calls, and how many calls
 the best untuned setting needs for the same error. The distance is that to exact samples: of mixtures, sliced Wasserstein to those of other

@@ -141,7 +141,9 @@ class Checkpoint:
         try:
             plans = [Plan.load(self.folder / f"calls-{nfe}-{k}.safetensors") for k in range(len(document["candidates"]))]
         except FileNotFoundError as error:
-            raise ArtefactError(f"{self.folder} is damaged: {Path(str(error.filename or error)).name} is missing. Begin anew.") from error
+            raise ArtefactError(
+                f"{self.folder} is damaged: {Path(str(error.filename or error)).name} is missing. Begin anew."
+            ) from error
         return [
             Candidate(told["name"], plan, Errors(told["rms"], told["median"]), told["distance"], told["gain"], told["tuned"])
             for told, plan in zip(document["candidates"], plans, strict=True)

@@ -48,10 +48,10 @@ class Effort:
         """As much more or less, in trajectories and trials."""
         return replace(
             self,
-            trajectories=max(16, round(factor * self.trajectories)),
+            trajectories=max(8, round(factor * self.trajectories)),
             held_out=max(32, round(factor * self.held_out)),
             trials=round(min(factor, 4.0) * self.trials),
-            trial_paths=max(16, round(factor * self.trial_paths)),
+            trial_paths=max(8, round(factor * self.trial_paths)),
             polish=max(1, round(min(factor, 5.0) * self.polish)),
         )
 

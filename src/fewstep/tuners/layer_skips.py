@@ -9,7 +9,7 @@ there:
   weight that the prediction has in the sample (the last row of the dense plan), is its damage. New skips are drawn by damage, the least
   most often, where the paper draws all alike.
 - Candidates are compared by the distance of their samples from the exact ones of the same noise, not by a Frechet distance, whose noise
-  in small sets is larger than the differences ranked; the best few once more on noise that the search did not see.
+  in small sets is larger than the differences ranked; the best few once more with noise that the search did not see among it.
 - Every candidate of a stage leaves out the same number. In the code it is at most that number.
 - The times of the calls stay as they are: those of a plan, which may have been tuned before.
 """
@@ -75,8 +75,8 @@ def layer_skips(
         denoiser: ``D(x, t, **cond)``, at whose core is a `fewstep.Denoiser` of a ``torch.nn.Module``; guided or not. The result serves
             this model under this guidance, and this plan, only.
         plan: without noise of its own.
-        paths: exact paths, see `fewstep.tuners.trace_paths`. On 9/16 of them candidates are compared, on 3/16 the finalists, and on
-            the rest the report is made.
+        paths: exact paths, see `fewstep.tuners.trace_paths`. On 9/16 of them candidates are compared, on 12/16, these included, the
+            finalists, and on the rest the report is made.
         share: of all blocks at all calls so many are left out, in (0, 1).
         blocks: names of modules that may be left out; the residual blocks when left out, see `skippable`.
         objective: of samples ``"batch *shape"``, less is better; the distance from the exact ones when left out.

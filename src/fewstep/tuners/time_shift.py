@@ -3,9 +3,9 @@ r"""The window and the cutoff of a time shift, and the factor of epsilon scaling
 Sources: "Alleviating Exposure Bias in Diffusion Models through Sampling with Shifted Time Steps" (arXiv 2305.15583), whose authors
 search both on a grid for every data set, solver and number of calls, by FID; "Elucidating the Exposure Bias in Diffusion Models" (arXiv
 2308.15321, section 5.1), whose authors do so with the factor. Here every choice is judged by the distance of the samples from the exact
-ones of the same noise, or by any function of the samples; the best few are compared on noise that the search did not see; and the choice
-is none if it does not do better than none on a third part, by more than a standard error of the gain. (Three times, because these
-corrections seldom gain much, and the best of many noisy figures is too good.)
+ones of the same noise, or by any function of the samples; the best few are compared once more, with noise that the search did not see
+among it; and the choice is none if it does not do better than none on a third part, for the distance by more than a standard error of
+the gain. (Three times, because these corrections seldom gain much, and the best of many noisy figures is too good.)
 
 Exact paths are those of the network itself, for which what is gained is discretisation error. The bias of a network shows against data
 only: pass ``objective``, or paths of a better network.
@@ -93,7 +93,7 @@ def time_shift(
         denoiser: ``D(x, t, **cond)``, which takes one time a sample.
         plan: without noise of its own.
         paths: exact paths, see `fewstep.tuners.trace_paths`, of at least 64 elements a sample. On 9/16 of them all choices are
-            compared, on 3/16 the best few and none, and the rest has the last word.
+            compared, on 12/16, these included, the best few and none, and the rest has the last word.
         windows, cutoffs: shares of the schedule's interval of time; each is tried with each.
         data_variance: mean over the data of the variance over a sample's elements, for the corrected criterion; left out, that of
             the exact samples. The paper's criterion is tried as well.

@@ -7,8 +7,8 @@ entry from one parent or the other) and fills up with random candidates. Not as 
 
 - Candidates are compared by the distance of their samples from the exact ones of the same noise (or by any function of the samples), which
   ranks them with a few dozen samples; the paper's Frechet distance needs thousands, and its noise is larger than the differences ranked.
-- The best few are compared once more, with noise that the search did not see: the best of many noisy figures is too good (the winner's
-  curse).
+- The best few are compared once more, with noise that the search did not see among it: the best of many noisy figures is too good (the
+  winner's curse).
 - A crossover that has an entry twice gets a random one instead. In the code it may keep it, and the candidate silently has fewer steps.
 - Candidates start from several grids, not only from the uniform one, and most mutations move an entry to a near one; in the paper, to any.
 - The table is that of the model if it has discrete times, else uniform in lambda. The first and the last time stay where they are.
