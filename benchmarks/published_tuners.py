@@ -32,8 +32,8 @@ import fewstep as fs
 from fewstep.solvers import Compensated, DPMSolverPP, DPMSolverV3, UniPC
 from fewstep.statistics import ModelStatistics
 from fewstep.tuners import Effort, Learned, compensation, model_statistics, trace_paths
-from fewstep.tuners.auto import prepare
 from fewstep.tuners.draws import Draws
+from fewstep.tuners.preparation import prepare
 from fewstep.tuners.search import search_recipe
 from fewstep.tuners.task import UNTUNED, Counted, Task, errors_of
 from fewstep.tuners.timesteps import search_times

@@ -11,8 +11,8 @@ import torch
 import fewstep as fs
 from fewstep.errors import MissingExtraError
 from fewstep.tuners import Effort
-from fewstep.tuners.auto import prepare
 from fewstep.tuners.draws import Draws
+from fewstep.tuners.preparation import prepare
 from fewstep.tuners.search import _Breeder, search_recipe
 from fewstep.tuners.task import UNTUNED, Counted, errors_of
 

@@ -8,8 +8,8 @@ import torch
 
 import fewstep as fs
 from fewstep.tuners import Effort
-from fewstep.tuners.auto import prepare
 from fewstep.tuners.draws import Draws
+from fewstep.tuners.preparation import prepare
 from fewstep.tuners.task import Counted, errors_of
 from fewstep.tuners.timesteps import search_times
 

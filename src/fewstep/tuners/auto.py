@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,36 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.artefacts import json_value
-from fewstep.errors import FewstepError, MissingExtraError, UnknownNameError
+from fewstep.errors import MissingExtraError, UnknownNameError
 from fewstep.identity import identity
 from fewstep.plan import Plan
-from fewstep.schedules import NoiseSchedule
 from fewstep.tuners.checkpoint import Checkpoint, Spending, check_savable
 from fewstep.tuners.compensation import compensation_candidates
-from fewstep.tuners.draws import Draws, seconds_of, sensitive
+from fewstep.tuners.draws import Draws, seconds_of
 from fewstep.tuners.effort import Effort, estimate, suitable
 from fewstep.tuners.learned import Learned
 from fewstep.tuners.numbers import Numbers
-from fewstep.tuners.paths import Paths, take_rows, trace_paths
+from fewstep.tuners.preparation import checked_denoiser, checked_starts, prepare, probe
 from fewstep.tuners.search import recipe
 from fewstep.tuners.statistics import statistics_candidates
 from fewstep.tuners.task import Candidate, Counted, Task
 from fewstep.tuners.teleport import teleport_candidates
-from fewstep.tuners.times import finite_ends
 from fewstep.tuners.timesteps import timesteps
 from fewstep.version import __version__
 
-__all__ = ["METHODS", "Tuned", "prepare", "tune"]
+__all__ = ["METHODS", "Tuned", "tune"]
 
 Floats = NDArray[np.float64]
-FIT_UNIFORM, HELD_OUT_UNIFORM = 0.3, 0.5
-"""Share of the noises that are chosen with equal probability: the more, the less the weights differ."""
-PATH_FILES = ("fit", "held-out")
 FIRST_SHARE = 0.7
 """Of a budget, for the method that is tried first."""
 ENOUGH = 0.8
@@ -157,9 +150,9 @@ def tune(
     if sum(given is not None for given in (minutes, evaluations, effort)) > 1:
         raise ValueError("give minutes, evaluations or effort, not several of them.")
     calls = [int(n) for n in calls]
-    counted = Counted(_checked_denoiser(denoiser, final), block)
+    counted = Counted(checked_denoiser(denoiser, final), block)
     draw = Draws(counted, noise, dict(cond or {}), seed)
-    kept, starts = None, _checked_starts(starts or {}, counted.schedule, final)
+    kept, starts = None, checked_starts(starts or {}, counted.schedule, final)
     if checkpoint is not None:
         check_savable(draw.cond)
         limits = {"minutes": minutes, "evaluations": evaluations, "effort": effort and asdict(effort)}
@@ -168,19 +161,23 @@ def tune(
         run |= {
             "fewstep": __version__,
             "cond": Checkpoint.key_of(**draw.cond),
-            "says": Checkpoint.key_of(says=_probe(counted, draw)),
+            "says": Checkpoint.key_of(says=probe(counted, draw)),
         }
         kept = Checkpoint(Path(checkpoint), Checkpoint.key_of(noise=draw.given, **run, **limits))
+    seconds = seconds_of(counted, draw)
     spending = kept.spending() if kept else None
     if spending is None:
-        spending = _spending(counted, draw, calls, method, minutes, evaluations, effort)
+        budget = evaluations if minutes is None else round(60.0 * minutes / seconds)
+        first = None if budget is None else round((FIRST_SHARE if method == "auto" else 1.0) * budget)
+        spending = Spending(effort or suitable(seconds, calls, draw.given.shape[1:], first), budget)
     if kept:
         kept.save_spending(spending)
     counted.evaluations = spending.evaluations
     shape = draw.given.shape[1:]
     total, memory = estimate(spending.effort, calls, shape)
     with _Bar(counted, spending.budget or total, progress, report) as bar:
-        bar.say(f"about {spending.budget or total} evaluations and {memory / 1e6:.0f} MB")
+        left = max(0, (spending.budget or total) - spending.evaluations)
+        bar.say(f"about {left} evaluations, {left * seconds / 60.0:.1f} minutes and {memory / 1e6:.0f} MB")
         task = prepare(counted, draw, spending.effort, final=final, seed=seed, kept=kept, report=bar.say)
         task.began -= spending.seconds
         task.starts.update(starts)
@@ -188,41 +185,6 @@ def tune(
         if kept:
             kept.save_spending(_spent(task, spending))
         return _run(task, calls, method, spending, kept)
-
-
-def _probe(counted: Counted, draw: Draws) -> Tensor:
-    """A few predictions, which tell models without a fingerprint apart."""
-    x = draw.scale * torch.linspace(-1.0, 1.0, 2 * math.prod(draw.given.shape[1:])).reshape(2, *draw.given.shape[1:]).to(draw.given)
-    cond = take_rows(draw.cond, torch.arange(2) % draw.rows if draw.rows else slice(None))
-    schedule = counted.schedule
-    middle = float(schedule.t_of_lam(np.mean(finite_ends(schedule, np.array([schedule.t_start, schedule.t_end])))))
-    return torch.stack([counted(x, t, **cond) for t in (schedule.t_start, middle)])
-
-
-def _checked_starts(starts: Mapping[int, Plan], schedule: NoiseSchedule, final: str) -> dict[int, Plan]:
-    """Refuse plans that learning cannot start from."""
-    for nfe, plan in starts.items():
-        Numbers.of(plan)
-        end = 0.0 if final == "zero" else float(schedule.sigma(schedule.t_end))
-        if plan.nfe != nfe or not schedule.same_noise(plan.schedule) or not math.isclose(float(schedule.sigma(plan.grid[-1])), end):
-            raise ValueError(f"starts: the plan for {nfe} calls has {plan.nfe}, another noise schedule or another end.")
-    return dict(starts)
-
-
-def _spending(
-    counted: Counted,
-    draw: Draws,
-    calls: list[int],
-    method: str,
-    minutes: float | None,
-    evaluations: int | None,
-    effort: Effort | None,
-) -> Spending:
-    """What a new run may spend."""
-    seconds = seconds_of(counted, draw)
-    budget = evaluations if minutes is None else round(60.0 * minutes / seconds)
-    first = None if budget is None else round((FIRST_SHARE if method == "auto" else 1.0) * budget)
-    return Spending(effort or suitable(seconds, calls, draw.given.shape[1:], first), budget)
 
 
 def _run(task: Task, calls: list[int], method: str, spending: Spending, kept: Checkpoint | None) -> Tuned:
@@ -359,38 +321,6 @@ def _tuned(task: Task, candidates: dict[int, list[Candidate]], denoiser: Any, me
     return Tuned(plans, candidates, report)
 
 
-# ---- noise and exact paths ---------------------------------------------------------------------------------------------------------
-
-
-def prepare(
-    counted: Counted,
-    draw: Draws,
-    effort: Effort,
-    *,
-    final: str,
-    seed: int,
-    kept: Checkpoint | None = None,
-    report: Callable[[str], None] = lambda line: None,
-) -> Task:
-    """The task that all methods share: noise drawn and chosen, exact paths computed, or taken from a checkpoint."""
-    began, schedule = time.perf_counter(), counted.schedule
-    fit, held_out = (kept.paths(name, schedule, draw.given) if kept else None for name in PATH_FILES)
-    if fit is None or held_out is None:
-        fit, held_out = _traced(counted, draw, effort, final, report)
-        if kept:
-            kept.save_paths(PATH_FILES[0], fit)
-            kept.save_paths(PATH_FILES[1], held_out)
-    return Task(counted, schedule, fit, held_out, final, seed, report, began)
-
-
-def _checked_denoiser(denoiser: Callable[..., Tensor], final: str) -> Callable[..., Tensor]:
-    if not isinstance(getattr(denoiser, "schedule", None), NoiseSchedule):
-        raise FewstepError("tune needs a denoiser with a noise schedule: wrap the network in fewstep.Denoiser.")
-    if final not in ("t_end", "zero"):
-        raise UnknownNameError("final", final, ("t_end", "zero"))
-    return denoiser
-
-
 class _Bar:
     """A progress bar over evaluations, and the lines that a caller wants to hear."""
 
@@ -413,15 +343,3 @@ class _Bar:
         self.bar.update(self.counted.evaluations - self.bar.n)
         if self.report:
             self.report(line)
-
-
-def _traced(counted: Counted, draw: Draws, effort: Effort, final: str, say: Callable[[str], None]) -> tuple[Paths, Paths]:
-    """The exact paths to fit to, and those to validate on."""
-    fit = sensitive(counted, draw, draw.pool(effort.pool * effort.trajectories), effort.trajectories, uniform=FIT_UNIFORM)
-    held_out = sensitive(counted, draw, draw(effort.pool * effort.held_out), effort.held_out, uniform=HELD_OUT_UNIFORM)
-    say(
-        f"exact paths of {len(fit.noise)} noises to fit to and {len(held_out.noise)} to validate on, {effort.reference_calls} calls each"
-    )
-    options = {"calls": effort.reference_calls, "final": final}
-    paths = [trace_paths(counted, chosen.noise, counted.schedule, cond=chosen.cond, **options) for chosen in (fit, held_out)]
-    return paths[0], replace(paths[1], weights=held_out.weights)

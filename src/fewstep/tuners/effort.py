@@ -89,4 +89,7 @@ def estimate(effort: Effort, nfe: Sequence[int], shape: Sequence[int]) -> tuple[
         polished = len(effort.robust) * effort.trajectories * (effort.polish * (columns + 10 * n) + 14 * n)
         total += n * (screened + fitted) + polished
     columns = max(n * (n + 3) // 2 + n for n in nfe)
-    return total, paths * size * 8 * effort.reference_calls + effort.trajectories * size * 8 * columns
+    return (
+        total,
+        paths * size * 8 * effort.reference_calls + 3 * effort.trajectories * size * 8 * columns,
+    )  # the Jacobian, weighted, and a copy

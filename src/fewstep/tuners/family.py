@@ -27,10 +27,11 @@ from fewstep.errors import ArtefactError, FewstepError, PlanError
 from fewstep.guidance import ClassifierFree
 from fewstep.identity import identity
 from fewstep.plan import Plan
-from fewstep.tuners.auto import Tuned, prepare, tune
+from fewstep.tuners.auto import Tuned, tune
 from fewstep.tuners.draws import Draws
 from fewstep.tuners.effort import Effort
 from fewstep.tuners.numbers import Numbers
+from fewstep.tuners.preparation import prepare
 from fewstep.tuners.task import Candidate, Counted
 
 __all__ = ["Family", "Gap", "tune_family"]

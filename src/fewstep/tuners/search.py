@@ -102,7 +102,7 @@ def search_recipe(
     """A recipe for a model and a number of calls.
 
     Args:
-        task: the model, with exact paths; see `fewstep.tuners.auto.prepare`.
+        task: the model, with exact paths; see `fewstep.tuners.preparation.prepare`.
         nfe: number of network calls.
         evaluations: how many recipes are judged. Each costs `nfe` calls on three quarters of the task's paths to fit to.
         seed: of the search; the task's when left out.
@@ -115,7 +115,7 @@ def search_recipe(
     Example:
         >>> import fewstep as fs
         >>> from fewstep.tuners import Effort
-        >>> from fewstep.tuners.auto import prepare
+        >>> from fewstep.tuners.preparation import prepare
         >>> from fewstep.tuners.draws import Draws
         >>> from fewstep.tuners.task import Counted
         >>> exact = fs.exact.GaussianMixture(fs.schedules.VPLinear(), [[-1.0, 0.0], [1.0, 0.5]], 0.05)

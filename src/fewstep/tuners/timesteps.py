@@ -80,7 +80,7 @@ def search_times(
     """Times for a solver, a model and a number of calls.
 
     Args:
-        task: the model, with exact paths; see `fewstep.tuners.auto.prepare`.
+        task: the model, with exact paths; see `fewstep.tuners.preparation.prepare`.
         nfe: number of network calls.
         solver: with one call a step.
         method: ``"evolution"`` or ``"continuous"``.
@@ -96,7 +96,7 @@ def search_times(
     Example:
         >>> import fewstep as fs
         >>> from fewstep.tuners import Effort
-        >>> from fewstep.tuners.auto import prepare
+        >>> from fewstep.tuners.preparation import prepare
         >>> from fewstep.tuners.draws import Draws
         >>> from fewstep.tuners.task import Counted
         >>> exact = fs.exact.GaussianMixture(fs.schedules.VPLinear(), [[-1.0, 0.0], [1.0, 0.5]], 0.05)
