@@ -20,7 +20,7 @@ from fewstep.denoisers import Denoiser
 from fewstep.errors import PlanError
 from fewstep.noise import BrownianPath, check_seeds
 from fewstep.plan import Entry, Plan
-from fewstep.sampler import Hooks, Step, check_fit, prepare, sample
+from fewstep.sampler import Hooks, Step, check_fit, sample, steps_of
 
 __all__ = ["Unrolled", "draws", "table", "unrolled"]
 
@@ -143,9 +143,9 @@ class Unrolled(torch.nn.Module):
         network = getattr(denoiser, "network", None)
         self.network = network if isinstance(network, torch.nn.Module) else None
         self.plan = dataclasses.replace(plan, rows=tuple(dataclasses.replace(row, noise=None) for row in plan.rows), provenance={})
-        self.plan.prepared[like.dtype] = [_with_numbers(step) for step in prepare(self.plan, like)]
+        self.plan.prepared[like.dtype] = [_with_numbers(step) for step in steps_of(self.plan, like)]
         assert not self.plan.stochastic  # asked for once: a property that is not yet cached cannot be traced, for its lock
-        self._noise = [step.noise and step.noise[0] for step in prepare(plan, like)]
+        self._noise = [step.noise and step.noise[0] for step in steps_of(plan, like)]
         self._denoiser = _Straight(denoiser, plan) if isinstance(denoiser, Denoiser) else denoiser
 
     def forward(self, noise: Tensor, xi: Tensor | None = None, cond: dict[str, Any] | None = None) -> Tensor:

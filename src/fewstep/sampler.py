@@ -24,10 +24,12 @@ from fewstep.identity import check_identity
 from fewstep.noise import BrownianPath, check_seeds
 from fewstep.plan import Entry, Plan, Row, StartTransform
 
-__all__ = ["Hooks", "Step", "Trajectory", "check_fit", "prepare", "sample"]
+__all__ = ["Hooks", "Step", "Trajectory", "advance", "check_fit", "open_memory", "prepare", "sample", "steps_of", "transform_start"]
 
 DenoiserLike = Callable[..., Tensor]
 Factor = float | Tensor
+Terms = tuple[tuple[bool, int, Factor | None], ...]
+"""(is it a stored output?, how many steps back, factor); None is a factor of 1 of the first term."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,11 @@ class Trajectory(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A row of a plan, ready for the loop. Terms are (is it a stored output?, how many steps back, factor)."""
+    """A row of a plan, ready for the loop."""
 
     tau: float
-    gains: tuple[tuple[bool, int, Factor], ...] | None
-    terms: tuple[tuple[bool, int, Factor], ...]
+    gains: Terms | None
+    terms: Terms
     offset: Factor | None
     noise: tuple[Factor, float, float] | None
 
@@ -130,11 +132,9 @@ def sample(
     conditions = dict(cond or {})
     check_conditions(denoiser, conditions, x.shape[0])
     hooks = hooks or Hooks()
-    steps = _prepared(plan, x)
+    steps = prepare(plan, x)
     path = BrownianPath(check_seeds(seeds, len(x)), x.shape[1:]) if plan.stochastic and seeds is not None else None
-    x = x if plan.start is None else _transform(plan.start, x)
-    reach = max(len(row.carry) for row in plan.rows)
-    states, outputs = deque([x], max(1, reach)), deque(maxlen=_output_reach(plan))
+    states, outputs = open_memory(plan, transform_start(plan, x))
     record: tuple[list[Tensor], list[Tensor]] | None = ([x], []) if trajectory else None
     memory = (0, 0)
     for i, step in enumerate(_with_bar(steps, progress)):
@@ -156,14 +156,7 @@ def sample(
         if hooks.prediction is not None:
             d = hooks.prediction(i, step.tau, d)
             _check_hook("prediction", i, d.shape, x.shape)
-        outputs.appendleft(d)
-        if step.gains is not None:
-            outputs[0] = _combine(step.gains, states, outputs)
-        x = _combine(step.terms, states, outputs)
-        if step.offset is not None:
-            x = x + step.offset
-        if step.noise is not None and path is not None:
-            x = _add_noise(x, path, *step.noise)
+        x = advance(step, states, outputs, d, None if step.noise is None or path is None else _normal(path, step.noise, x))
         if hooks.state is not None:
             x = hooks.state(i, float(plan.grid[i + 1]), x)
             _check_hook("state", i, x.shape, states[0].shape)
@@ -228,18 +221,18 @@ def _brief(schedule: object) -> str:
     return text if len(text) < 120 else f"{text[:100]}..."
 
 
-def _prepared(plan: Plan, x: Tensor) -> list[Step]:
-    """The steps of a plan. Those of a plan without arrays are the same on every device, and kept with it."""
+def prepare(plan: Plan, x: Tensor) -> list[Step]:
+    """The steps of a plan, for states like x. Those of a plan without arrays are the same on every device, and kept with it."""
     known = plan.prepared.get(x.dtype)
     if known is None:
-        known = prepare(plan, x)
+        known = steps_of(plan, x)
         if not any(isinstance(entry, np.ndarray) for row in plan.rows for entry in row.entries):
             plan.prepared[x.dtype] = known
     return known
 
 
-def prepare(plan: Plan, x: Tensor) -> list[Step]:
-    """The steps of a plan in the precision of x ``"batch *shape"``, arrays on its device."""
+def steps_of(plan: Plan, x: Tensor) -> list[Step]:
+    """The steps of a plan in the precision of x ``"batch *shape"``, arrays on its device; made anew."""
     return [_prepare(row, x) for row in plan.rows]
 
 
@@ -247,6 +240,7 @@ def _prepare(row: Row, x: Tensor) -> Step:
     gains = None
     if row.memory or not (_is_number(row.state_gain, 0.0) and _is_number(row.output_gain, 1.0)):
         own = [(False, 0, row.state_gain), (True, 0, row.output_gain)]
+        own = own[::-1] if _is_number(row.output_gain, 1.0) else own
         gains = _terms([*own, *((True, k, r) for k, r in enumerate(row.memory, start=1))], x)
     terms = [(False, k, c) for k, c in enumerate(row.carry)] + [(True, k, w) for k, w in enumerate(row.weights)]
     offset = None if isinstance(row.offset, float) and row.offset == 0.0 else _factor(row.offset, x)
@@ -254,13 +248,14 @@ def _prepare(row: Row, x: Tensor) -> Step:
     return Step(row.tau, gains, _terms(terms, x), offset, noise)
 
 
-def _terms(terms: list[tuple[bool, int, Entry]], x: Tensor) -> tuple[tuple[bool, int, Factor], ...]:
+def _terms(terms: list[tuple[bool, int, Entry]], x: Tensor) -> Terms:
     used = [(stored, k, _factor(f, x)) for stored, k, f in terms if not (isinstance(f, float) and f == 0.0)]
-    if used and isinstance(
-        used[0][2], float
-    ):  # a 0-dimensional tensor on the host: half the dispatch of a number, the same product
-        used[0] = (*used[0][:2], torch.tensor(used[0][2], dtype=x.dtype, device="cpu"))
-    return tuple(used)
+    if not used or not isinstance(used[0][2], float):
+        return tuple(used)
+    if len(used) > 1 and used[0][2] == 1.0 and isinstance(used[1][2], float):
+        return ((*used[0][:2], None), *used[1:])  # x + b y: one operation
+    # a 0-dimensional tensor on the host: half the dispatch of a number, the same product
+    return ((*used[0][:2], torch.tensor(used[0][2], dtype=x.dtype, device="cpu")), *used[1:])
 
 
 def _is_number(entry: Entry, value: float) -> bool:
@@ -282,6 +277,11 @@ def _factor(entry: Entry, x: Tensor) -> Factor:
     return torch.from_numpy(entry.copy()).to(x.dtype).to(x.device)
 
 
+def transform_start(plan: Plan, x: Tensor) -> Tensor:
+    """z_0, what the plan makes of x_T: x_T itself without a start transform."""
+    return x if plan.start is None else _transform(plan.start, x)
+
+
 def _transform(start: StartTransform, x: Tensor) -> Tensor:
     moved = x * _factor(start.scale, x) + _factor(start.shift, x)
     if start.basis is None or start.gains is None:
@@ -300,23 +300,51 @@ def _output_reach(plan: Plan) -> int:
 # ---- in the loop -------------------------------------------------------------------------------------------------------------------
 
 
-def _combine(terms: tuple[tuple[bool, int, Factor], ...], states: deque[Tensor], outputs: deque[Tensor]) -> Tensor:
+def open_memory(plan: Plan, x: Tensor) -> tuple[deque[Tensor], deque[Tensor]]:
+    """What a run remembers, newest first: the states, so far x alone, and the stored outputs, none yet."""
+    reach = max(len(row.carry) for row in plan.rows)
+    return deque([x], max(1, reach)), deque(maxlen=_output_reach(plan))
+
+
+def advance(step: Step, states: deque[Tensor], outputs: deque[Tensor], d: Tensor, xi: Tensor | None = None) -> Tensor:
+    """One row of a plan: store what call i gave, and return the next state, in new memory. It is not among the states yet.
+
+    Args:
+        step: of `prepare`.
+        states, outputs: of `open_memory`.
+        d: ``"batch *shape"``, the data prediction at ``states[0]``.
+        xi: the normal noise of a row that has some.
+    """
+    outputs.appendleft(d)
+    if step.gains is not None:
+        outputs[0] = _combine(step.gains, states, outputs)
+    x = _combine(step.terms, states, outputs)
+    if step.offset is not None:
+        x = x + step.offset
+    return x if xi is None or step.noise is None else x + step.noise[0] * xi
+
+
+def _combine(terms: Terms, states: deque[Tensor], outputs: deque[Tensor]) -> Tensor:
     """A linear combination of stored tensors. The first term makes the result, the others are added in place."""
     total: Tensor | None = None
+    one: Tensor | None = None  # a first term of factor 1, which joins the second
     for stored, k, factor in terms:
         source = outputs[k] if stored else states[k]
         if total is None:
-            total = torch.mul(source, factor)
+            if factor is None:
+                one = source
+            else:
+                total = torch.mul(source, factor) if one is None else torch.add(one, source, alpha=factor)  # type: ignore[arg-type]
         elif isinstance(factor, (float, int)):
             total.add_(source, alpha=factor)
         else:
-            total.addcmul_(source, factor)
+            total.addcmul_(source, factor)  # type: ignore[arg-type]
     return torch.zeros_like(states[0]) if total is None else total
 
 
-def _add_noise(x: Tensor, path: BrownianPath, scale: Factor, begin: float, end: float) -> Tensor:
-    xi = torch.from_numpy(path.normalised(begin, end)).to(x.dtype).to(x.device, non_blocking=True)
-    return x + scale * xi
+def _normal(path: BrownianPath, noise: tuple[Factor, float, float], x: Tensor) -> Tensor:
+    _, begin, end = noise
+    return torch.from_numpy(path.normalised(begin, end)).to(x.dtype).to(x.device, non_blocking=True)
 
 
 def _check_memory(i: int, d: Tensor, before: tuple[int, int]) -> tuple[int, int]:
