@@ -80,6 +80,7 @@ EXTRAS = {
     "diffusers": ("diffusers", "diffusers"),
     "fastapi": ("serve", "fastapi"),
     "gymnasium": ("act", "gymnasium"),
+    "huggingface_hub": ("diffusers", "diffusers"),
     "matplotlib": ("demo", "matplotlib"),
     "mujoco": ("act", "mujoco"),
     "optuna": ("tune", "optuna"),

@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Any
 from fewstep.version import __version__
 
 if TYPE_CHECKING:
-    from fewstep import denoisers, evaluate, exact, grids, guidance, recipes, schedules, solvers, statistics, train, tuners
+    from fewstep import (
+        denoisers,
+        diffusers,
+        evaluate,
+        exact,
+        grids,
+        guidance,
+        recipes,
+        schedules,
+        solvers,
+        statistics,
+        train,
+        tuners,
+    )
     from fewstep.denoisers import Denoiser, ModelInfo
     from fewstep.errors import FewstepError
     from fewstep.integrate import adaptive, invert, reference
@@ -34,6 +47,7 @@ __all__ = [
     "add_noise",
     "check",
     "denoisers",
+    "diffusers",
     "draw_noise",
     "evaluate",
     "exact",

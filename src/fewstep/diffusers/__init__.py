@@ -1,0 +1,639 @@
+"""Plans in diffusers pipelines: `PlanScheduler`, a diffusers scheduler that runs the plan of any solver, or of a tuner.
+
+    pipe.scheduler = fs.diffusers.PlanScheduler.from_config(pipe.scheduler.config, solver="unipc")
+
+The host owns the loop: it calls the network and hands the output to `step`. A step is a row of a plan. The conversion of the network's
+output to the data prediction, a x + b f, is folded into the rows when the plan is made: a row stores o = p z + q d = (p + q a) z + q b f,
+and, divided by q b, one operation makes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from fewstep.denoisers import Clipped, DynamicThreshold
+from fewstep.diffusers.config import PREDICTS, betas_of, check_config, is_flow, is_flow_match, same_noise, schedule_of, times_of
+from fewstep.diffusers.rows import Run, plan_on, tail, version, working
+from fewstep.errors import ArtefactError, MissingExtraError, PlanError
+from fewstep.grids import grid_names
+from fewstep.plan import Plan
+from fewstep.sampler import advance, transform_start
+from fewstep.schedules import Flow, FromAlphasCumprod, FromBetas, NoiseSchedule
+from fewstep.solvers import SOLVERS, make_solver
+
+try:
+    from diffusers.configuration_utils import ConfigMixin, register_to_config
+    from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
+except ImportError as missing:
+    raise MissingExtraError("diffusers", "diffusers", "fewstep.diffusers") from missing
+
+__all__ = ["PlanScheduler"]
+
+Floats = NDArray[np.float64]
+PLAN_FILE = "plan.safetensors"
+"""The plan's file, beside the scheduler's JSON."""
+KNOWN: WeakValueDictionary[str, Plan] = WeakValueDictionary()
+"""Plans of living schedulers by their digest, so that a config, which is JSON, can name one."""
+NEAR = 1e-6
+"""Relative difference below which two lists of times are the same."""
+DEFAULT_SOLVER = "dpmpp_2m"
+ANCESTRAL = ("ddim", "ddpm")
+"""Solvers whose "leading" times and last noise level are those of diffusers' DDIM and DDPM."""
+
+
+class PlanScheduler(SchedulerMixin, ConfigMixin):
+    """A diffusers scheduler that runs a fewstep plan.
+
+    Make one with `from_config`, from the config of any other scheduler, or with `from_plan`; the arguments are those that diffusers'
+    schedulers share, under their names, and the ones below. States have the scale of DPM-Solver++ in diffusers: alpha x_0 + sigma eps, with
+    alpha^2 + sigma^2 = 1 or, for flows, alpha + sigma = 1. `init_noise_sigma` is 1 for every model.
+
+    Args:
+        solver: a name of `fewstep.solver_names`.
+        solver_options: of the solver, JSON values; `from_config` takes them as arguments of their own.
+        grid: a name of `fewstep.grids.grid_names`; left out, the times are where `timestep_spacing`, `use_karras_sigmas` and so on put
+            them.
+        plan: a `fewstep.Plan` or the path of its file. It runs when asked for its own number of steps; the solver plans any other number.
+            In the saved config this is the plan's digest, and the plan lies beside it.
+        timestep_spacing: ``"linspace"``, ``"leading"`` or ``"trailing"``; left out, ``"leading"`` for DDIM and DDPM, ``"linspace"`` else,
+            as with diffusers' own.
+        final_sigmas_type: ``"zero"`` or ``"sigma_min"``; left out, ``"zero"``, but for DDIM and DDPM with `set_alpha_to_one` False.
+        clip_sample, thresholding: limit the data prediction, for models of pixels. They cost one more operation a step.
+
+    Raises:
+        UnknownNameError: for a name that does not exist.
+        PlanError: for a plan of another noise schedule, or a config that cannot be served.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import DDIMScheduler
+        >>> scheduler = PlanScheduler.from_config(DDIMScheduler(clip_sample=False).config, solver="unipc", order=2)
+        >>> scheduler.set_timesteps(4)
+        >>> scheduler.timesteps.tolist()
+        [800, 600, 400, 200]
+        >>> x = torch.randn(1, 3, 8, 8)
+        >>> for t in scheduler.timesteps:
+        ...     x = scheduler.step(0.1 * x, t, x).prev_sample
+    """
+
+    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]  # noqa: RUF012  (diffusers reads a list)
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        prediction_type: str = "epsilon",
+        solver: str = DEFAULT_SOLVER,
+        solver_options: dict[str, Any] | None = None,
+        grid: str | None = None,
+        plan: Plan | str | None = None,
+        timestep_spacing: str | None = None,
+        steps_offset: int = 0,
+        final_sigmas_type: str | None = None,
+        set_alpha_to_one: bool = True,
+        rescale_betas_zero_snr: bool = False,
+        lambda_min_clipped: float = -float("inf"),
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        use_lu_lambdas: bool = False,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        shift: float | None = None,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+        shift_terminal: float | None = None,
+        base_shift: float = 0.5,
+        max_shift: float = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        variance_type: str | None = None,
+    ):
+        check_config(self.config)
+        self._solver = make_solver(solver, **(solver_options or {}))
+        if grid is not None and grid not in grid_names():
+            raise PlanError(f"there is no grid {grid!r}. Known: {', '.join(grid_names())}.")
+        self._schedule = schedule_of(self.config)
+        self._fitted = None if plan is None else _plan_of(plan)
+        if self._fitted is not None:
+            self.register_to_config(plan=self._fitted.digest)
+        self._predicts = PREDICTS["flow_prediction" if use_flow_sigmas and prediction_type == "epsilon" else prediction_type]
+        self._limit = _limit_of(self.config)
+        self._plans: dict[Any, Plan] = {}
+        self._warned = False
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps: int | None = None
+        self._plan: Plan | None = None
+        self._run: Run | None = None
+        self._begin_index: int | None = None
+        self.betas = torch.from_numpy(betas_of(self.config)).float()
+        self.alphas = 1.0 - self.betas
+        self.alphas_cumprod = torch.cumprod(self.alphas.double(), 0).float()
+        times = (np.arange(len(self.betas))[::-1] + 1.0) / len(self.betas)
+        self._told, self._host_steps = self._times_told(times)
+        self.timesteps = torch.from_numpy(self._told)
+        self.sigmas = self._ratios(times)
+
+    # ---- making one ----------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A scheduler from the config of any other.
+
+        Args:
+            config: ``pipe.scheduler.config``.
+            return_unused_kwargs: as in diffusers.
+            **kwargs: `solver` and its options (``order=3``; ``solver_order=3`` is the same), `grid`, `plan`, or anything of the config to
+                change.
+
+        Example:
+            >>> from diffusers import FlowMatchEulerDiscreteScheduler
+            >>> flow = PlanScheduler.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config, solver="unipc", solver_order=3)
+            >>> flow.config.prediction_type, flow.config.solver_options
+            ('flow_prediction', {'order': 3})
+        """
+        if not isinstance(config, dict):
+            raise TypeError(
+                f"from_config takes a config, e.g. pipe.scheduler.config, got {type(config).__name__}. See from_pretrained."
+            )
+        options = _take_options(cls._get_init_keys(cls), config, kwargs)
+        if options is not None:
+            kwargs["solver_options"] = options
+        if "solver" in kwargs:
+            kwargs.setdefault("plan", None)
+        if is_flow({**config, **kwargs}):
+            kwargs.setdefault("prediction_type", config.get("prediction_type", "flow_prediction"))
+        if is_flow_match(config):
+            kwargs.setdefault("shift", config.get("shift", 1.0))
+        check_config({**config, **kwargs})
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_plan(cls, plan: Plan | str | PathLike[str], config: Mapping[str, Any] | None = None, **kwargs: Any) -> PlanScheduler:
+        """A scheduler that runs a plan.
+
+        Args:
+            plan: a plan, or the path of its file.
+            config: of the pipeline's scheduler. Left out, it says what the plan's schedule says; give `prediction_type` then.
+            **kwargs: of `from_config`. `solver` and `grid` are for other numbers of steps than the plan's; left out, they are those that
+                the plan was made from.
+
+        Example:
+            >>> import fewstep as fs
+            >>> plan = fs.make_plan("unipc", fs.schedules.Flow(t_end=0.0), nfe=5, grid="lambda")
+            >>> PlanScheduler.from_plan(plan).config.prediction_type
+            'flow_prediction'
+        """
+        plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+        settings = dict(_config_of(plan.schedule) if config is None else config)
+        settings.pop("plan", None)
+        solver, options = _solver_of(plan)
+        if "solver" not in kwargs:
+            kwargs = {"solver": solver, "solver_options": options, **kwargs}
+        named = plan.provenance.get("grid")
+        if "grid" not in kwargs and named in grid_names():
+            kwargs["grid"] = named
+        made = cls.from_config(settings, plan=plan, **kwargs)
+        made._check_fitted(plan)
+        return made
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any = None,
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """A scheduler from a folder, or an id of the hub, that holds any scheduler's config; with the plan beside it, if it has one.
+
+        Args:
+            pretrained_model_name_or_path, subfolder, return_unused_kwargs: as in diffusers.
+            **kwargs: of `from_config`, and those of diffusers.
+
+        Raises:
+            ArtefactError: if the plan beside it is not the one that the config names.
+            FileNotFoundError: if it is missing.
+        """
+        config, kwargs = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder, return_unused_kwargs=True, **kwargs)
+        if config.get("plan") is not None and "plan" not in kwargs and "solver" not in kwargs:
+            kwargs["plan"] = _plan_beside(pretrained_model_name_or_path, subfolder, config["plan"])
+        return cls.from_config(config, return_unused_kwargs, **kwargs)
+
+    def save_config(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write the JSON and, beside it, the plan. What `save_pretrained` calls."""
+        if self._fitted is not None:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            self._fitted.save(Path(save_directory) / PLAN_FILE)
+        super().save_config(save_directory, push_to_hub, **kwargs)
+
+    # ---- the times -----------------------------------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: ArrayLike | None = None,
+        sigmas: ArrayLike | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Plan a run, and forget the one before.
+
+        Args:
+            num_inference_steps: number of network calls.
+            device: where `timesteps` go.
+            timesteps: instead, what the network is told at every call. Nothing is rounded or shifted; the last call ends at
+                `final_sigmas_type`.
+            sigmas: instead, sigma / alpha of all states, the last included. For a flow model, as its pipelines have it, those before the
+                shift and without the last, which is 0.
+            mu: logarithm of the shift, for `use_dynamic_shifting`.
+
+        Raises:
+            ValueError: if the arguments do not fit each other or the model.
+        """
+        if timesteps is not None or sigmas is not None:
+            length = len(timesteps if sigmas is None else sigmas)  # type: ignore[arg-type]
+            if num_inference_steps is not None and num_inference_steps != length:
+                raise ValueError(f"num_inference_steps={num_inference_steps}, but there are {length} times. Leave it out.")
+            num_inference_steps = None
+        self._plan = plan = self._planned(num_inference_steps, timesteps, sigmas, mu)
+        self._run = None
+        self._begin_index = None
+        self._told, self._host_steps = self._times_told(plan.tau)
+        self.timesteps = torch.from_numpy(self._told).to(device=device)
+        self.sigmas = self._ratios(plan.grid)
+        self._levels = self._schedule_alpha_sigma(plan.grid)
+        self.num_inference_steps = plan.nfe
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """At which of the timesteps the host begins."""
+        self._begin_index = begin_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """What `set_begin_index` was told."""
+        return self._begin_index
+
+    @property
+    def step_index(self) -> int | None:
+        """The next step; None before the first."""
+        return None if self._run is None else self._run.index
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the last `set_timesteps`."""
+        return self._plan
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """What the network is given: the sample itself, but for the first call of a plan with a start transform."""
+        if self._plan is None or self._plan.start is None or self._run is not None or self._begin_index not in (None, 0):
+            return sample
+        return transform_start(self._plan, working(sample)).to(sample.dtype)
+
+    # ---- the step ------------------------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """The next sample.
+
+        Args:
+            model_output: what the network said of `sample`.
+            timestep: of the first step only is it looked at, and only if nobody said `set_begin_index`; after that, steps are counted.
+            sample: ``"batch *shape"``. As long as it is the tensor that the last step returned, half precision loses nothing: the state is
+                kept in single precision.
+            generator: of the noise of stochastic solvers.
+            variance_noise: that noise itself, of unit variance.
+            eta: of pipelines for DDIM: 0. An eta is an option of the solver.
+            use_clipped_model_output: not used; the step is consistent with the limited prediction in any case.
+            return_dict: return a `SchedulerOutput`, or a tuple.
+
+        Returns:
+            The next sample, in the precision of `sample`.
+
+        Raises:
+            ValueError: before `set_timesteps`, after the last step, or for an eta.
+        """
+        run = self._run
+        if run is None:
+            run = self._begin(timestep, sample, eta)
+        states = run.states
+        x = states[0] if sample is run.returned and version(sample) == run.version else run.take(sample)
+        i = run.index - run.first
+        if i >= len(run.steps):
+            raise ValueError(f"all {run.index} steps are done. Call set_timesteps before the next run.")
+        step = run.steps[i]
+        if model_output.shape != x.shape:
+            model_output = self._mean(model_output, x)
+        f = model_output if model_output.dtype is x.dtype else model_output.to(x.dtype)
+        if run.limited is not None:
+            a, b = run.limited[i]
+            f = self._limit(torch.mul(f, b).add_(x, alpha=a))
+        elif step.gains is None:
+            f = f.clone() if f is model_output else f  # it is remembered, and the network may write over its own
+        xi = None if step.noise is None else run.noise(i, x, generator, variance_noise)
+        x = advance(step, states, run.outputs, f, xi)
+        states.appendleft(x)
+        run.index += 1
+        run.returned = x if x.dtype is sample.dtype else x.to(sample.dtype)
+        run.version = version(run.returned)
+        return SchedulerOutput(prev_sample=run.returned) if return_dict else (run.returned,)
+
+    def _begin(self, timestep: Any, sample: Tensor, eta: float) -> Run:
+        if self._plan is None:
+            raise ValueError("call set_timesteps before the first step.")
+        if eta:
+            raise ValueError(
+                f"eta={eta:g} is an option of the solver: PlanScheduler.from_config(config, solver='ddim', eta={eta:g})."
+            )
+        first = self._begin_index if self._begin_index is not None else self._index_of(timestep)
+        plan, x = self._plan_from(first), working(sample)
+        if plan.start is not None:
+            x = transform_start(plan, x)
+        self._run = run = Run(plan, x, first, self._predicts, limited=self._limit is not None)
+        run.returned, run.version = sample, version(sample)
+        return run
+
+    def _mean(self, output: Tensor, x: Tensor) -> Tensor:
+        """The prediction without the variance that some networks give as further channels."""
+        if output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1] and output.shape[2:] == x.shape[2:]:
+            return output[:, : x.shape[1]]
+        raise PlanError(f"the network returned shape {tuple(output.shape)} for a sample of shape {tuple(x.shape)}.")
+
+    def _index_of(self, timestep: Any) -> int:
+        """Which of the timesteps this is; the nearest. A view of `timesteps` says its place without being read."""
+        if isinstance(timestep, Tensor):
+            if timestep.numel() == 1 and timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr():
+                return timestep.storage_offset() - self.timesteps.storage_offset()
+            timestep = timestep.flatten()[0].item()
+        return int(np.argmin(np.abs(self._told - float(timestep))))
+
+    # ---- noising -------------------------------------------------------------------------------------------------------------------
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Clean data noised, alpha x_0 + sigma eps, at the noise level of the timesteps; during a run, at that of the run."""
+        alpha, sigma = self._level_at(timesteps, original_samples)
+        return alpha * original_samples + sigma * noise
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """`add_noise`, as flow-matching pipelines call it."""
+        return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The velocity alpha eps - sigma x_0, the target of v-prediction."""
+        alpha, sigma = self._level_at(timesteps, sample)
+        return alpha * noise - sigma * sample
+
+    def _level_at(self, timesteps: Tensor, like: Tensor) -> tuple[Any, Any]:
+        if self._plan is not None and self._begin_index is not None:
+            index = self._begin_index if self._run is None else self._run.index
+            return float(self._levels[0][index]), float(self._levels[1][index])
+        told = torch.as_tensor(timesteps).detach().double().cpu().numpy().reshape(-1)
+        times = self._times_of_told(told)
+        if self._plan is not None:  # the exact level of a timestep that was rounded for the network
+            nearest = np.abs(told[:, None] - self._told[None]).argmin(1)
+            times = np.where(np.abs(told - self._told[nearest]) <= NEAR * np.abs(told), self._plan.grid[nearest], times)
+        shape = (-1, *[1] * (like.ndim - 1))
+        dtype = torch.promote_types(like.dtype, torch.float32) if like.dtype is torch.float64 else like.dtype
+        alpha, sigma = (torch.from_numpy(v).to(dtype).to(like.device).reshape(shape) for v in self._schedule_alpha_sigma(times))
+        return alpha, sigma
+
+    def __len__(self) -> int:
+        return self.config["num_train_timesteps"]
+
+    # ---- planning ------------------------------------------------------------------------------------------------------------------
+
+    def _planned(self, nfe: int | None, timesteps: ArrayLike | None, sigmas: ArrayLike | None, mu: float | None) -> Plan:
+        own_times = timesteps is not None or (sigmas is not None and not _is_default_flow(self._schedule, sigmas))
+        count = nfe if nfe is not None else len(timesteps if sigmas is None else sigmas)  # type: ignore[arg-type]
+        if self._fitted is not None:
+            if count == self._fitted.nfe and (not own_times or self._are_fitted(timesteps)):
+                self._check_fitted(self._fitted)
+                return self._fitted
+            self._warn(f"the plan has {self._fitted.nfe} calls at its own times")
+        if self.config["grid"] is not None and not own_times:
+            key: Any = (count,)
+            if key not in self._plans:
+                self._plans[key] = self._solver.plan(self._schedule, count, self.config["grid"], final=self._final_of_grid())
+            return self._plans[key]
+        times = times_of(
+            self.config,
+            self._schedule,
+            nfe,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            mu=mu,
+            final=self._final(),
+            ancestral=self.config["solver"] in ANCESTRAL,
+        )
+        key = tuple(times.tolist())
+        if key not in self._plans:
+            self._plans[key] = plan_on(self._solver, self._schedule, times)
+        return self._plans[key]
+
+    def _final(self) -> str:
+        if self.config["final_sigmas_type"] is not None:
+            return self.config["final_sigmas_type"]
+        return "sigma_min" if self.config["solver"] in ANCESTRAL and not self.config["set_alpha_to_one"] else "zero"
+
+    def _final_of_grid(self) -> str:
+        return "zero" if self._final() == "zero" else "t_end"
+
+    def _are_fitted(self, timesteps: ArrayLike | None) -> bool:
+        if timesteps is None or self._fitted is None:
+            return False
+        mine, _ = self._times_told(self._fitted.tau)
+        theirs = np.asarray(timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps, np.float64)
+        return theirs.shape == mine.shape and bool(np.allclose(theirs, mine, rtol=NEAR))
+
+    def _warn(self, what: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"{what}; here its base solver, {self.config['solver']!r}, plans instead.", stacklevel=4)
+
+    def _plan_from(self, first: int) -> Plan:
+        """The plan of a run that begins at step `first`."""
+        plan = self._plan
+        assert plan is not None
+        if not 0 <= first < plan.nfe:
+            raise PlanError(f"there are {plan.nfe} steps, so a run cannot begin at step {first}.")
+        if first == 0:
+            return plan
+        key = ("from", first, plan.digest)
+        if key not in self._plans:
+            solver = self._solver
+            if plan is self._fitted:
+                self._warn(f"the plan begins at its first call, but the run at call {first}")
+                solver = solver if solver.stages == 1 else make_solver(DEFAULT_SOLVER)
+            if solver.stages == 1:
+                rest = solver.plan(plan.schedule, grid=plan.grid[first:])
+                rows = tuple(dataclasses.replace(row, tau=tau) for row, tau in zip(rest.rows, plan.tau[first:], strict=True))
+                self._plans[key] = dataclasses.replace(rest, rows=rows)
+            else:
+                self._plans[key] = tail(plan, first)
+        return self._plans[key]
+
+    def _check_fitted(self, plan: Plan) -> None:
+        if not same_noise(plan.schedule, self._schedule):
+            raise PlanError(
+                f"the plan was made for {type(plan.schedule).__name__}, the noise levels of which are not those of this config. Plan for "
+                f"the model's own schedule."
+            )
+
+    def _times_told(self, times: ArrayLike) -> tuple[NDArray[Any], list[float]]:
+        """What the network is told at these times: whole indices into a table, or sigma times N."""
+        times = np.asarray(times, np.float64)
+        if isinstance(self._schedule, Flow):
+            sigma = self._schedule_alpha_sigma(times)[1]
+            told = (sigma * self.config["num_train_timesteps"]).astype(np.float32)
+        else:
+            count = len(self.betas)
+            told = np.clip(np.rint(times * count - 1.0), 0, count - 1).astype(np.int64)
+        return told, told.tolist()
+
+    def _times_of_told(self, told: Floats) -> Floats:
+        if isinstance(self._schedule, Flow):
+            return self._own(told / self.config["num_train_timesteps"])
+        return (told + 1.0) / len(self.betas)
+
+    def _own(self, sigma: Floats) -> Floats:
+        """Times of the plan's flow, which may have a shift of its own, at these sigmas."""
+        schedule = self._schedule if self._plan is None else self._plan.schedule
+        with np.errstate(divide="ignore"):
+            return schedule.t_of_lam(np.log1p(-sigma) - np.log(sigma))
+
+    def _schedule_alpha_sigma(self, times: Floats) -> tuple[Floats, Floats]:
+        schedule = self._schedule if self._plan is None else self._plan.schedule
+        return schedule.alpha(times), schedule.sigma(times)
+
+    def _ratios(self, times: Floats) -> Tensor:
+        """The attribute `sigmas`: sigma / alpha, or sigma for flows."""
+        alpha, sigma = self._schedule_alpha_sigma(np.asarray(times, np.float64))
+        if isinstance(self._schedule, Flow):
+            return torch.from_numpy(sigma).float()
+        with np.errstate(divide="ignore"):
+            return torch.from_numpy(sigma / alpha).float()
+
+
+def _limit_of(config: Mapping[str, Any]) -> Any:
+    if config["thresholding"]:
+        ceiling = float(config["sample_max_value"])
+        return DynamicThreshold(_nothing, config["dynamic_thresholding_ratio"], ceiling=ceiling)._limit
+    reach = float(config["clip_sample_range"])
+    return Clipped(_nothing, -reach, reach)._limit if config["clip_sample"] else None
+
+
+def _nothing(x: Tensor, t: float) -> Tensor:
+    return x
+
+
+def _is_default_flow(schedule: NoiseSchedule, sigmas: ArrayLike) -> bool:
+    """Whether these are the sigmas that flow pipelines hand to every scheduler when nobody gave any."""
+    values = np.asarray(sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas, np.float64)
+    return isinstance(schedule, Flow) and bool(np.allclose(values, np.linspace(1.0, 1.0 / len(values), len(values)), atol=NEAR))
+
+
+# ---- plans and configs -------------------------------------------------------------------------------------------------------------
+
+
+def _take_options(init: set[str], config: Mapping[str, Any], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The options of the solver out of the arguments of `from_config`; None if they stay as the config has them."""
+    name = kwargs.get("solver", config.get("solver", DEFAULT_SOLVER))
+    solver = type(make_solver(name))
+    fields = {field.name for field in dataclasses.fields(solver)}  # type: ignore[arg-type]
+    given = dict(kwargs.pop("solver_options", None) or {})
+    if "solver_order" in kwargs:
+        given["order"] = kwargs.pop("solver_order")
+    for key in [key for key in kwargs if key in fields and key not in init]:
+        given[key] = kwargs.pop(key)
+    if unknown := [key for key in kwargs if key not in init and not key.startswith("_") and key not in config]:
+        known = ", ".join(sorted(fields)) or "none"
+        raise TypeError(
+            f"{unknown[0]} is neither a setting of the scheduler nor an option of the solver {name!r}, which has: {known}."
+        )
+    if "solver" in kwargs:
+        return given or None
+    return {**(config.get("solver_options") or {}), **given} if given else None
+
+
+def _plan_of(plan: Any) -> Plan:
+    if isinstance(plan, str) and plan in KNOWN:
+        return KNOWN[plan]
+    if not isinstance(plan, Plan):
+        if not Path(plan).is_file():
+            raise FileNotFoundError(
+                f"there is no plan {plan}. A config says its plan by a digest only; load it with PlanScheduler.from_pretrained, or give "
+                f"plan=, a fewstep.Plan or the path of its file."
+            )
+        plan = Plan.load(plan)
+    return KNOWN.setdefault(plan.digest, plan)
+
+
+def _plan_beside(source: Any, subfolder: str | None, digest: str) -> Plan:
+    path = Path(source) / (subfolder or "") / PLAN_FILE
+    if not path.is_file():
+        if Path(source).is_dir() or Path(source).is_file():
+            raise FileNotFoundError(f"the scheduler has a plan, but {path} is missing. Give plan=, or another solver=.")
+        from huggingface_hub import hf_hub_download
+
+        path = hf_hub_download(str(source), PLAN_FILE, subfolder=subfolder)
+    plan = Plan.load(path)
+    if plan.digest != digest:
+        raise ArtefactError(f"{path} is not the plan that the scheduler's config names. Save both again with save_pretrained.")
+    return plan
+
+
+def _solver_of(plan: Plan) -> tuple[str, dict[str, Any]]:
+    """Name and options of the solver that a plan was made by, or the one that is good for anything."""
+    told = plan.provenance.get("solver")
+    if isinstance(told, Mapping):
+        options = dict(told.get("options") or {})
+        options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
+        for name, (solver, _) in SOLVERS.items():
+            simple = not any(isinstance(value, (Mapping, list)) for value in options.values())
+            if solver.__name__ == told.get("name") and simple:
+                return name, options
+    return DEFAULT_SOLVER, {}
+
+
+def _config_of(schedule: NoiseSchedule) -> dict[str, Any]:
+    if isinstance(schedule, Flow):
+        return {"prediction_type": "flow_prediction"}
+    if isinstance(schedule, FromBetas):
+        return {"trained_betas": list(schedule.betas), "num_train_timesteps": len(schedule.betas)}
+    if isinstance(schedule, FromAlphasCumprod):
+        bars = np.asarray(schedule.alphas_cumprod)
+        betas = 1.0 - np.concatenate([bars[:1], bars[1:] / bars[:-1]])
+        return {"trained_betas": betas.tolist(), "num_train_timesteps": len(betas)}
+    raise PlanError(f"a plan for {type(schedule).__name__} needs config=, that of the pipeline's scheduler.")

@@ -1,0 +1,331 @@
+"""What a diffusers scheduler's config says: its noise schedule, and the times at which it calls the network.
+
+A config is a mapping with the names that diffusers' schedulers share. Everything here is float64 on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fewstep.errors import GridError, MissingExtraError, PlanError, UnknownNameError
+from fewstep.schedules import Flow, FromAlphasCumprod, FromBetas, NoiseSchedule
+
+__all__ = ["PREDICTS", "betas_of", "check_config", "is_flow", "is_flow_match", "same_noise", "schedule_of", "times_of"]
+
+Floats = NDArray[np.float64]
+PREDICTS = {"epsilon": "noise", "sample": "data", "v_prediction": "velocity", "flow_prediction": "flow"}
+"""diffusers' names of the predictions, and ours."""
+ALMOST_ZERO = 2.0**-24
+"""What diffusers puts in place of a last alpha_cumprod of 0; here only for a noise prediction, which says nothing there."""
+LARGEST_BETA = 0.999
+SPACINGS = ("linspace", "leading", "trailing")
+FINALS = ("zero", "sigma_min")
+RHO, BETA = 7.0, 0.6
+"""The exponent of Karras sigmas, and both parameters of the Beta distribution of "beta" sigmas."""
+ENOUGH_ALIKE = 1e-3
+"""By how much lambda of two tables may differ that are the same but for rounding to single precision."""
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether this is the config of a rectified-flow model."""
+    asked = bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == "flow_prediction"
+    return asked or is_flow_match(config)
+
+
+def is_flow_match(config: Mapping[str, Any]) -> bool:
+    """Whether this is the config of a FlowMatch scheduler, which is for flows alone and has no need to say so."""
+    named = str(config.get("_class_name", "")).startswith("FlowMatch")
+    return named or ("base_image_seq_len" in config and "beta_schedule" not in config)
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse what cannot be served, or does not exist.
+
+    Raises:
+        PlanError: for schedulers whose networks are of another kind.
+        UnknownNameError: for a name that does not exist.
+        ValueError: for settings that exclude each other.
+    """
+    if "sigma_data" in config and "beta_schedule" not in config:
+        raise PlanError(
+            "this is the config of a scheduler for EDM-preconditioned networks. Wrap such a network in fewstep.Denoiser with "
+            "fewstep.schedules.EDM, and use fewstep.sample."
+        )
+    if config.get("timestep_type") == "continuous":
+        raise PlanError(
+            'timestep_type="continuous" is not supported: the network takes log(sigma) / 4 as its time, not a table\'s index.'
+        )
+    if config.get("invert_sigmas"):
+        raise PlanError("invert_sigmas=True is not supported: such a model runs from sigma = 0 to 1.")
+    for name, known in (
+        ("prediction_type", tuple(PREDICTS)),
+        ("timestep_spacing", (*SPACINGS, None)),
+        ("final_sigmas_type", (*FINALS, None)),
+        ("time_shift_type", ("exponential", "linear")),
+    ):
+        if name in config and config[name] not in known:
+            raise UnknownNameError(name, config[name], [known_name for known_name in known if known_name])
+    chosen = [name for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if config.get(name)]
+    if len(chosen) > 1:
+        raise ValueError(f"only one of {', '.join(chosen)} can be used.")
+
+
+# ---- the noise schedule ------------------------------------------------------------------------------------------------------------
+
+
+def schedule_of(config: Mapping[str, Any]) -> NoiseSchedule:
+    """The noise schedule of a config.
+
+    Example:
+        >>> float(schedule_of({"beta_schedule": "linear"}).alpha(1.0)).__round__(6)
+        0.006353
+    """
+    if is_flow(config):
+        return Flow(t_end=0.0)
+    table = np.cumprod(1.0 - betas_of(config))
+    if table[-1] <= 0.0:
+        table[-1] = ALMOST_ZERO if config.get("prediction_type", "epsilon") == "epsilon" else 0.0
+    return FromAlphasCumprod(table.tolist())
+
+
+def betas_of(config: Mapping[str, Any]) -> Floats:
+    """The table of betas ``"num_train_timesteps"``.
+
+    Raises:
+        UnknownNameError: for a beta_schedule that does not exist.
+    """
+    count = int(config.get("num_train_timesteps", 1000))
+    low, high = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+    given, name = config.get("trained_betas"), config.get("beta_schedule", "linear")
+    if given is not None:
+        betas = np.asarray(given, np.float64)
+    elif name in CURVES:
+        bars = np.array([CURVES[name](i / count) for i in range(count + 1)])
+        betas = np.minimum(1.0 - bars[1:] / bars[:-1], LARGEST_BETA)
+    elif name in RAMPS:
+        betas = RAMPS[name](low, high, count)
+    else:
+        raise UnknownNameError("beta_schedule", name, [*RAMPS, *CURVES])
+    return _zero_snr(betas) if config.get("rescale_betas_zero_snr") else betas
+
+
+def _cosine(t: float) -> float:
+    return math.cos((t + 0.008) / 1.008 * math.pi / 2.0) ** 2
+
+
+def _laplace(t: float) -> float:
+    lam = -0.5 * math.copysign(1.0, 0.5 - t) * math.log(1.0 - 2.0 * abs(0.5 - t) + 1e-6)
+    return math.sqrt(1.0 / (1.0 + math.exp(-lam)))
+
+
+CURVES: dict[str, Callable[[float], float]] = {
+    "squaredcos_cap_v2": _cosine,
+    "exp": lambda t: math.exp(-12.0 * t),
+    "laplace": _laplace,
+}
+"""Schedules that are given by alpha_cumprod as a function of t in [0, 1]."""
+RAMPS: dict[str, Callable[[float, float, int], Floats]] = {
+    "linear": lambda low, high, count: np.linspace(low, high, count),
+    "scaled_linear": lambda low, high, count: np.linspace(low**0.5, high**0.5, count) ** 2,
+    "sigmoid": lambda low, high, count: low + (high - low) / (1.0 + np.exp(-np.linspace(-6.0, 6.0, count))),
+}
+"""Schedules that are given by beta."""
+
+
+def _zero_snr(betas: Floats) -> Floats:
+    """Betas whose last alpha_cumprod is 0 ("Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891, alg. 1)."""
+    root = np.sqrt(np.cumprod(1.0 - betas))
+    bars = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return 1.0 - np.concatenate([bars[:1], bars[1:] / bars[:-1]])
+
+
+def same_noise(a: NoiseSchedule, b: NoiseSchedule) -> bool:
+    """Whether both have the same noise levels, as far as a network can tell: tables up to single precision; flows whatever their shift.
+
+    Example:
+        >>> same_noise(Flow(shift=3.0), Flow())
+        True
+    """
+    if isinstance(a, Flow) and isinstance(b, Flow):
+        return True  # the network is told sigma
+    tables = [len(s.network_table) for s in map(_Table, (a, b)) if s.network_table is not None]
+    if len(tables) == 2 and tables[0] == tables[1]:
+        times = (np.arange(tables[0]) + 1.0) / tables[0]
+        with np.errstate(invalid="ignore"):
+            return bool(np.all((np.abs(a.lam(times) - b.lam(times)) < ENOUGH_ALIKE) | (a.lam(times) == b.lam(times))))
+    return a.same_noise(b)
+
+
+class _Table:
+    """The entries of a schedule that has some."""
+
+    def __init__(self, schedule: NoiseSchedule):
+        self.network_table: Sequence[float] | None = None
+        if isinstance(schedule, FromBetas):
+            self.network_table = schedule.betas
+        elif isinstance(schedule, FromAlphasCumprod):
+            self.network_table = schedule.alphas_cumprod
+
+
+# ---- the times of the calls --------------------------------------------------------------------------------------------------------
+
+
+def times_of(
+    config: Mapping[str, Any],
+    schedule: NoiseSchedule,
+    nfe: int | None = None,
+    *,
+    timesteps: ArrayLike | None = None,
+    sigmas: ArrayLike | None = None,
+    mu: float | None = None,
+    final: str = "zero",
+    ancestral: bool = False,
+) -> Floats:
+    """The times ``"nfe+1"`` of the states, noisiest first, where a diffusers scheduler of this config has them.
+
+    Args:
+        config, schedule: the config and its `schedule_of`.
+        nfe, timesteps, sigmas: one of them. `timesteps` are what the network is told. `sigmas` are sigma / alpha of all states, the last
+            included, or for a flow model those before the shift, the last (0) left out; as diffusers has it.
+        mu: logarithm of the shift of flow models with dynamic shifting. Pipelines hand it to others as well, which ignore it.
+        final: ``"zero"``, or ``"sigma_min"`` for the least noisy entry of the table.
+        ancestral: "leading" times are spaced as for DDIM and DDPM, by N // nfe instead of N // (nfe + 1), and are the default.
+
+    Raises:
+        ValueError: if not one of the three is given, or `mu` is missing.
+
+    Example:
+        >>> config = {"timestep_spacing": "trailing"}
+        >>> schedule = schedule_of(config)
+        >>> (times_of(config, schedule, 4) * 1000 - 1).round(3).tolist()
+        [999.0, 749.0, 499.0, 249.0, -0.98]
+    """
+    if sum(value is not None for value in (nfe, timesteps, sigmas)) != 1:
+        raise ValueError("give exactly one of num_inference_steps, timesteps and sigmas.")
+    if nfe is not None and (isinstance(nfe, bool) or int(nfe) != nfe or nfe < 1):
+        raise GridError(f"num_inference_steps must be a whole number of at least 1, got {nfe!r}.")
+    chosen = [
+        name for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas") if config.get(name)
+    ]
+    if timesteps is not None and chosen:
+        raise ValueError(f"timesteps cannot be set with {chosen[0]}=True, which places them itself.")
+    given = None if timesteps is None and sigmas is None else _floats(timesteps if sigmas is None else sigmas)  # type: ignore[arg-type]
+    if isinstance(schedule, Flow):
+        return _flow_times(config, nfe, given, sigmas is None, mu, final)
+    return _table_times(config, schedule, nfe, given, sigmas is None, final, ancestral)
+
+
+def _table_times(
+    config: Mapping[str, Any],
+    schedule: NoiseSchedule,
+    nfe: int | None,
+    given: Floats | None,
+    are_timesteps: bool,
+    final: str,
+    ancestral: bool,
+) -> Floats:
+    count = len(_Table(schedule).network_table or ())
+    if given is not None and not are_timesteps:
+        return _times_of_sigmas(schedule, given)
+    end = schedule.t_zero if final == "zero" else 1.0 / count
+    if nfe is not None and _curved(config):
+        ratios = np.exp(-schedule.lam(np.array([count - _clipped(config, schedule, count), 1.0]) / count))
+        high, low = (config.get(name) or value for name, value in zip(("sigma_max", "sigma_min"), ratios, strict=True))
+        nodes = nfe + (final == "sigma_min")
+        times = _times_of_sigmas(schedule, _curve(config, float(high), float(low), nodes))
+        return times if final == "sigma_min" else np.append(times, end)
+    indices = given if given is not None else _indices(config, count, int(nfe or 0), _clipped(config, schedule, count), ancestral)
+    times = (np.clip(indices, 0, count - 1) + 1.0) / count
+    # a last call at the least noisy entry already cannot end there: it goes on to zero
+    return np.append(times, schedule.t_zero if times[-1] <= end else end)
+
+
+def _indices(config: Mapping[str, Any], count: int, nfe: int, clipped: int, ancestral: bool) -> Floats:
+    """The table's entries that are called."""
+    spacing = config.get("timestep_spacing") or ("leading" if ancestral else "linspace")
+    offset, last = int(config.get("steps_offset") or 0), count - clipped
+    if spacing == "linspace":
+        return np.rint(np.linspace(0.0, last - 1, nfe + 1))[::-1][:-1]
+    if spacing == "trailing":
+        return np.rint(last - np.arange(nfe) * (count / nfe)) - 1.0
+    if ancestral:
+        return np.arange(nfe, dtype=np.float64)[::-1] * (last // nfe) + offset
+    return np.arange(1, nfe + 1, dtype=np.float64)[::-1] * (last // (nfe + 1)) + offset
+
+
+def _clipped(config: Mapping[str, Any], schedule: NoiseSchedule, count: int) -> int:
+    """How many of the noisiest entries are left out because lambda is below lambda_min_clipped."""
+    least = float(config.get("lambda_min_clipped") or -math.inf)
+    return int((schedule.lam((np.arange(count) + 1.0) / count) < least).sum())
+
+
+def _times_of_sigmas(schedule: NoiseSchedule, sigmas: Floats) -> Floats:
+    with np.errstate(divide="ignore"):
+        return schedule.t_of_lam(-np.log(sigmas))
+
+
+def _flow_times(
+    config: Mapping[str, Any], nfe: int | None, given: Floats | None, are_timesteps: bool, mu: float | None, final: str
+) -> Floats:
+    count, shift = int(config.get("num_train_timesteps", 1000)), _shift(config, mu)
+    if given is not None and are_timesteps:
+        sigmas = given / count
+    else:
+        sigmas = shift(_plain_sigmas(config, int(nfe or 0), count) if given is None else given)
+        if terminal := config.get("shift_terminal"):
+            sigmas = 1.0 - (1.0 - sigmas) * (1.0 - terminal) / (1.0 - sigmas[-1])
+        if _curved(config):
+            sigmas = _curve(config, float(sigmas[0]), float(sigmas[-1]), len(sigmas))
+    end = 0.0 if final == "zero" else float(shift(np.array([1.0 / count]))[0])
+    return sigmas if sigmas[-1] == 0.0 else np.append(sigmas, end if sigmas[-1] > end else 0.0)
+
+
+def _plain_sigmas(config: Mapping[str, Any], nfe: int, count: int) -> Floats:
+    """Before the shift: FlowMatchEuler's, which end at the shifted 1/N; or those of the multistep schedulers."""
+    if config.get("shift") is None:
+        return np.linspace(1.0, 1.0 / count, nfe + 1)[:-1]
+    shift = 1.0 if config.get("use_dynamic_shifting") else float(config["shift"])
+    return np.linspace(1.0, _shifted(np.array(1.0 / count), shift), nfe)
+
+
+def _shift(config: Mapping[str, Any], mu: float | None) -> Callable[[Floats], Floats]:
+    if config.get("use_dynamic_shifting"):
+        if mu is None:
+            raise ValueError("mu must be given when use_dynamic_shifting is True: the logarithm of the shift, for this resolution.")
+        factor = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+    else:
+        factor = (config.get("flow_shift") or 1.0) if config.get("shift") is None else config["shift"]
+    return lambda sigmas: _shifted(sigmas, float(factor))
+
+
+def _shifted(sigmas: Floats, shift: float) -> Floats:
+    return shift * sigmas / (1.0 + (shift - 1.0) * sigmas)
+
+
+def _curved(config: Mapping[str, Any]) -> bool:
+    return any(config.get(name) for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"))
+
+
+def _curve(config: Mapping[str, Any], high: float, low: float, nodes: int) -> Floats:
+    """Sigmas ``"nodes"`` from `high` to `low`; a single one is `high`."""
+    share: Floats = np.linspace(0.0, 1.0, nodes, dtype=np.float64)
+    if config.get("use_karras_sigmas"):
+        return (high ** (1.0 / RHO) + share * (low ** (1.0 / RHO) - high ** (1.0 / RHO))) ** RHO
+    if config.get("use_beta_sigmas"):
+        try:
+            from scipy.stats import beta
+        except ImportError as error:
+            raise MissingExtraError("scipy", "tune", "use_beta_sigmas") from error
+        return low + (high - low) * np.asarray(beta.ppf(1.0 - share, BETA, BETA), np.float64)
+    return np.exp(math.log(high) + share * math.log(low / high))
+
+
+def _floats(values: ArrayLike) -> Floats:
+    if hasattr(values, "detach"):  # a tensor, on any device
+        values = values.detach().cpu().double().numpy()  # type: ignore[union-attr]
+    return np.array(values, np.float64)
