@@ -282,6 +282,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self._plan = plan = self._planned(num_inference_steps, timesteps, sigmas, mu)
         self._run = None
         self._begin_index = None
+        self._transformed = False
         self._told, self._host_steps = self._times_told(plan.tau)
         self.timesteps = torch.from_numpy(self._told).to(device=device)
         self.sigmas = self._ratios(plan.grid)
@@ -307,10 +308,16 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         """The plan of the last `set_timesteps`."""
         return self._plan
 
+    @property
+    def plan_schedule(self) -> NoiseSchedule:
+        """The noise schedule of the config, to make plans for."""
+        return self._schedule
+
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """What the network is given: the sample itself, but for the first call of a plan with a start transform."""
         if self._plan is None or self._plan.start is None or self._run is not None or self._begin_index not in (None, 0):
             return sample
+        self._transformed = True
         return transform_start(self._plan, working(sample)).to(sample.dtype)
 
     # ---- the step ------------------------------------------------------------------------------------------------------------------
@@ -380,6 +387,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         first = self._begin_index if self._begin_index is not None else self._index_of(timestep)
         plan, x = self._plan_from(first), working(sample)
         if plan.start is not None:
+            if not self._transformed:
+                raise PlanError(
+                    "this plan transforms the noise before the first call, in scale_model_input, which this pipeline does not ask."
+                )
             x = transform_start(plan, x)
         self._run = run = Run(plan, x, first, self._predicts, limited=self._limit is not None)
         run.returned, run.version = sample, version(sample)
@@ -395,7 +406,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         """Which of the timesteps this is; the nearest. A view of `timesteps` says its place without being read."""
         if isinstance(timestep, Tensor):
             if timestep.numel() == 1 and timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr():
-                return timestep.storage_offset() - self.timesteps.storage_offset()
+                return int(timestep.storage_offset() - self.timesteps.storage_offset())
             timestep = timestep.flatten()[0].item()
         return int(np.argmin(np.abs(self._told - float(timestep))))
 

@@ -250,12 +250,18 @@ def _indices(config: Mapping[str, Any], count: int, nfe: int, clipped: int, ance
     spacing = config.get("timestep_spacing") or ("leading" if ancestral else "linspace")
     offset, last = int(config.get("steps_offset") or 0), count - clipped
     if spacing == "linspace":
-        return np.rint(np.linspace(0.0, last - 1, nfe + 1))[::-1][:-1]
+        return _whole(np.linspace(0.0, last - 1.0, nfe + 1)[::-1][:-1])
     if spacing == "trailing":
-        return np.rint(last - np.arange(nfe) * (count / nfe)) - 1.0
-    if ancestral:
-        return np.arange(nfe, dtype=np.float64)[::-1] * (last // nfe) + offset
-    return np.arange(1, nfe + 1, dtype=np.float64)[::-1] * (last // (nfe + 1)) + offset
+        return _whole(last - np.arange(nfe) * (count / nfe)) - 1.0
+    parts = nfe if ancestral else nfe + 1
+    places = np.arange(parts, dtype=np.float64)[::-1][:nfe]
+    return places * (last // parts or last / parts) + offset
+
+
+def _whole(indices: Floats) -> Floats:
+    """Rounded, unless that repeats one: then there are more calls than entries, and the times lie between them."""
+    rounded = np.rint(indices)
+    return rounded if (np.diff(rounded) < 0.0).all() else indices
 
 
 def _clipped(config: Mapping[str, Any], schedule: NoiseSchedule, count: int) -> int:

@@ -1,0 +1,612 @@
+"""`PlanScheduler` alone: its configs, its steps, and what diffusers' tests ask of a scheduler (their own are run by `test_common.py`)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+diffusers = pytest.importorskip("diffusers")
+
+import fewstep as fs
+from fewstep.diffusers import PlanScheduler
+from fewstep.diffusers.config import betas_of, schedule_of, times_of
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # theirs
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+SHAPE = (2, 3, 4, 4)
+MIX = 0.2 * torch.randn(48, 48, generator=torch.Generator().manual_seed(3))
+SOLVERS = [
+    "ddim",
+    "dpmpp_2m",
+    "dpmpp_3m",
+    "dpmpp_2m_sde",
+    "dpmpp_2s_sde",
+    "unipc",
+    "deis",
+    "dpmpp_3s",
+    "edm_heun",
+    "rho_rk4",
+    "ipndm",
+    "auto",
+]
+
+
+def noise(seed=0, dtype=torch.float32):
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def network(x, t):
+    """Not linear, and it knows the time."""
+    return (torch.tanh(x.flatten(1) @ MIX.to(x.dtype)) * (1.0 + float(t) / 2000)).reshape(x.shape)
+
+
+def loop(scheduler, x, *, net=network, first=0, **options):
+    generator = torch.Generator().manual_seed(1)
+    for t in scheduler.timesteps[first:]:
+        x = scheduler.step(net(x, t), t, x, generator=generator, return_dict=False, **options)[0]
+    return x
+
+
+def made(solver="dpmpp_2m", config=None, **options):
+    return PlanScheduler.from_config({} if config is None else config, solver=solver, **options)
+
+
+def peer_loop(scheduler, n, x):
+    scheduler.set_timesteps(n)
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t), t, x, return_dict=False)[0]
+    return x
+
+
+# ---- beside the peers --------------------------------------------------------------------------------------------------------------
+
+TWO = {"solver": "dpmpp_2m", "lower_order_final": 15}
+PEERS = {
+    "DDIM": (diffusers.DDIMScheduler, {"clip_sample": False}, {"solver": "ddim"}),
+    "DDIM, no zero": (
+        diffusers.DDIMScheduler,
+        {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1},
+        {"solver": "ddim"},
+    ),
+    "DDIM trailing": (diffusers.DDIMScheduler, {"clip_sample": False, "timestep_spacing": "trailing"}, {"solver": "ddim"}),
+    "2M": (diffusers.DPMSolverMultistepScheduler, {}, TWO),
+    "2M sigma_min": (diffusers.DPMSolverMultistepScheduler, {"final_sigmas_type": "sigma_min"}, TWO),
+    "2M leading": (diffusers.DPMSolverMultistepScheduler, {"timestep_spacing": "leading", "steps_offset": 1}, TWO),
+    "2M trailing": (diffusers.DPMSolverMultistepScheduler, {"timestep_spacing": "trailing"}, TWO),
+    "2M Karras": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}, TWO),
+    "2M lambda": (diffusers.DPMSolverMultistepScheduler, {"use_lu_lambdas": True}, TWO),
+    "2M v": (diffusers.DPMSolverMultistepScheduler, {"prediction_type": "v_prediction", "beta_schedule": "scaled_linear"}, TWO),
+    "2M sample, cosine": (
+        diffusers.DPMSolverMultistepScheduler,
+        {"prediction_type": "sample", "beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1},
+        TWO,
+    ),
+    "2M threshold": (diffusers.DPMSolverMultistepScheduler, {"thresholding": True}, TWO),
+    "2M zero SNR": (diffusers.DPMSolverMultistepScheduler, {"rescale_betas_zero_snr": True}, TWO),
+    "UniPC bh2": (diffusers.UniPCMultistepScheduler, {}, {"solver": "unipc_2", "lower_order_final": True}),
+    "UniPC bh2 v": (
+        diffusers.UniPCMultistepScheduler,
+        {"prediction_type": "v_prediction"},
+        {"solver": "unipc_2", "lower_order_final": True},
+    ),
+    "flow": (diffusers.FlowMatchEulerDiscreteScheduler, {}, {"solver": "ddim"}),
+    "flow shift": (diffusers.FlowMatchEulerDiscreteScheduler, {"shift": 3.0}, {"solver": "flow_euler"}),
+    "flow terminal": (diffusers.FlowMatchEulerDiscreteScheduler, {"shift": 3.0, "shift_terminal": 0.1}, {"solver": "flow_euler"}),
+    "flow Karras": (diffusers.FlowMatchEulerDiscreteScheduler, {"use_karras_sigmas": True}, {"solver": "flow_euler"}),
+}
+
+
+@pytest.mark.parametrize(("peer", "config", "options"), PEERS.values(), ids=PEERS)
+def test_agrees_with_diffusers(peer, config, options):
+    host = peer(**config)
+    ours = PlanScheduler.from_config(host.config, **options)
+    for n in (1, 4, 10, 20):
+        wanted = peer_loop(host, n, noise())
+        ours.set_timesteps(n)
+        assert torch.allclose(ours.timesteps.double(), host.timesteps.double(), atol=1e-3)
+        found = loop(ours, noise())
+        assert float((found - wanted).abs().max()) < 1e-4 * max(1.0, float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"])
+def test_betas(name):
+    theirs = diffusers.DDPMScheduler(beta_schedule=name)
+    np.testing.assert_allclose(betas_of(theirs.config), theirs.betas.double().numpy(), rtol=2e-4, atol=1e-7)
+    assert made(config=theirs.config).alphas_cumprod.shape == (1000,)
+
+
+def test_betas_of_the_exponential():
+    theirs = diffusers.HeunDiscreteScheduler(beta_schedule="exp")
+    np.testing.assert_allclose(betas_of(theirs.config), theirs.betas.double().numpy(), rtol=1e-5)
+
+
+def test_zero_snr_starts_at_no_signal():
+    scheduler = made(config={"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"})
+    scheduler.set_timesteps(5)
+    assert float(scheduler.plan.schedule.alpha(scheduler.plan.grid[0])) == 0.0
+    assert bool(torch.isfinite(loop(scheduler, noise())).all())
+
+
+@pytest.mark.parametrize("name", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"])
+def test_sigmas(name):
+    """Theirs exactly with "zero". With "sigma_min" theirs spends the last call on a step of length 0; ours has n steps."""
+    host = diffusers.DPMSolverMultistepScheduler(**{name: True})
+    host.set_timesteps(8)
+    ours = made(config=host.config)
+    ours.set_timesteps(8)
+    np.testing.assert_allclose(ours.sigmas.numpy(), host.sigmas.numpy(), rtol=2e-4, atol=1e-6)
+    ours = made(config=host.config, final_sigmas_type="sigma_min")
+    ours.set_timesteps(8)
+    assert bool((ours.sigmas.diff() < 0).all())
+    assert float(ours.sigmas[-1]) == pytest.approx(float(host.sigmas[-2]), rel=1e-4)
+
+
+def test_dynamic_shift():
+    config = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).config
+    host, ours = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config), made(config=config)
+    for kind in ("exponential", "linear"):
+        host = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, time_shift_type=kind)
+        ours = made(config=config, time_shift_type=kind)
+        for arguments in ({"num_inference_steps": 6}, {"sigmas": np.linspace(1.0, 1 / 6, 6)}):
+            host.set_timesteps(**arguments, mu=0.8)
+            ours.set_timesteps(**arguments, mu=0.8)
+            np.testing.assert_allclose(ours.timesteps.numpy(), host.timesteps.numpy(), rtol=1e-5)
+    with pytest.raises(ValueError, match="mu must be given"):
+        ours.set_timesteps(6)
+
+
+def test_flow_by_the_multistep_convention():
+    """Where diffusers' UniPC puts the timesteps, but for its truncation to whole numbers and its 1e-6 at the start."""
+    host = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
+    host.set_timesteps(6)
+    ours = made("unipc_2", host.config)
+    ours.set_timesteps(6)
+    np.testing.assert_allclose(ours.sigmas.numpy(), host.sigmas.numpy(), atol=2e-6)
+    assert float((ours.timesteps - host.timesteps).abs().max()) < 1.0
+
+
+# ---- configs -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_options_of_the_solver():
+    host = diffusers.DPMSolverMultistepScheduler(solver_order=3)
+    assert made("unipc", host.config).config.solver_options is None  # their solver_order is not ours
+    assert made("unipc", host.config, solver_order=2).config.solver_options == {"order": 2}
+    assert made("unipc", host.config, order=2).config.solver_options == {"order": 2}
+    changed = PlanScheduler.from_config(made("unipc", host.config, order=2).config, corrector=False)
+    assert changed.config.solver_options == {"order": 2, "corrector": False}
+    assert PlanScheduler.from_config(changed.config, solver="ddim").config.solver_options is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"solver": "dpmm"}, ValueError, "unknown solver"),
+        ({"ordr": 2}, TypeError, "ordr is neither a setting"),
+        ({"grid": "karas"}, ValueError, "karas"),
+        ({"timestep_spacing": "trailin"}, ValueError, "trailing"),
+        ({"prediction_type": "eps"}, ValueError, "epsilon"),
+        ({"beta_schedule": "quadratic"}, ValueError, "scaled_linear"),
+        ({"use_karras_sigmas": True, "use_beta_sigmas": True}, ValueError, "only one"),
+        ({"plan": "nowhere.safetensors"}, FileNotFoundError, "no plan nowhere"),
+    ],
+)
+def test_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        PlanScheduler.from_config({}, **arguments)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        diffusers.EDMEulerScheduler,
+        lambda: diffusers.EulerDiscreteScheduler(timestep_type="continuous"),
+        lambda: diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+    ],
+)
+def test_refuses_networks_of_another_kind(host):
+    with pytest.raises(fs.FewstepError):
+        made(config=host().config)
+
+
+def test_a_json_round_trip(tmp_path):
+    scheduler = made("unipc", diffusers.PNDMScheduler(steps_offset=1).config, order=2, grid="lambda")
+    scheduler.save_pretrained(tmp_path)
+    again = PlanScheduler.from_pretrained(tmp_path)
+    assert {k: v for k, v in scheduler.config.items() if k != "_use_default_values"} == dict(again.config)
+    assert diffusers.DDIMScheduler.from_pretrained(tmp_path).config.steps_offset == 1  # and back to theirs
+    changed = PlanScheduler.from_pretrained(tmp_path, solver="ddim")
+    assert changed.config.solver == "ddim"
+
+
+def test_another_grid():
+    scheduler = made("unipc", grid="lambda")
+    scheduler.set_timesteps(7)
+    lams = scheduler.plan.schedule.lam(scheduler.plan.grid)
+    assert np.ptp(np.diff(lams[:-1])) < 1e-6
+
+
+# ---- steps -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction", "flow_prediction"])
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if "sde" not in name])
+def test_is_sample(solver, kind):
+    """The loop of the host gives what `fewstep.sample` gives."""
+    scheduler = made(solver, prediction_type=kind)
+    scheduler.set_timesteps(9)
+    told = dict(zip(scheduler.plan.tau.tolist(), scheduler.timesteps, strict=True))
+    predicts = {"epsilon": "noise", "sample": "data", "v_prediction": "velocity", "flow_prediction": "flow"}[kind]
+    den = fs.Denoiser(
+        lambda x, t: network(x, t[0]), scheduler.plan.schedule, predicts, network_time=lambda t: float(told[float(t)])
+    )
+    wanted = fs.sample(den, noise(dtype=torch.float64), scheduler.plan)
+    found = loop(scheduler, noise(dtype=torch.float64))
+    assert float((found - wanted).abs().max()) < 1e-10 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_every_number_of_steps(solver, n):
+    scheduler = made(solver)
+    scheduler.set_timesteps(n)
+    assert len(scheduler.timesteps) == n
+    assert len(scheduler.sigmas) == n + 1
+    assert bool(torch.isfinite(loop(scheduler, noise())).all())
+    with pytest.raises(ValueError, match="steps are done"):
+        scheduler.step(noise(), 0, noise())
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_begins_anywhere(solver):
+    """Constant data are reached from every step, at its noise level, whatever the solver."""
+    data = torch.full(SHAPE, 0.3, dtype=torch.float64)
+    for first in range(9):
+        scheduler = made(solver, prediction_type="sample")
+        scheduler.set_timesteps(9)
+        scheduler.set_begin_index(first)
+        x = scheduler.add_noise(data, noise(dtype=torch.float64), scheduler.timesteps[first : first + 1])
+        assert scheduler.step_index is None
+        out = loop(scheduler, x, net=lambda x, t: data, first=first)
+        assert scheduler.step_index == 9
+        assert float((out - data).abs().max()) < 1e-9
+
+
+def test_the_first_step_is_found_without_begin_index():
+    scheduler = made("unipc")
+    scheduler.set_timesteps(8)
+    scheduler.set_begin_index(3)
+    wanted = loop(scheduler, noise(), first=3)
+    for told in (lambda t: t, lambda t: t.clone(), int):
+        scheduler.set_timesteps(8)
+        x = noise()
+        for t in scheduler.timesteps[3:]:
+            x = scheduler.step(network(x, t), told(t), x).prev_sample
+        assert torch.equal(x, wanted)
+
+
+def test_half_precision_keeps_a_single_precision_state():
+    """Rounding of the returned samples does not add up: the error is that of the network's inputs and outputs alone."""
+
+    def net(x, t):  # a network that does not see the rounding of its input
+        return seen[int(t)].to(x.dtype)
+
+    scheduler = made("unipc")
+    seen = {int(t): noise(int(t)).bfloat16().float() for t in range(1000)}
+    scheduler.set_timesteps(30)
+    start = noise().bfloat16()
+    wanted = loop(scheduler, start.float(), net=net)
+    scheduler.set_timesteps(30)
+    found = loop(scheduler, start, net=net)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, wanted.bfloat16())
+    scheduler.set_timesteps(30)
+    x = start
+    for t in scheduler.timesteps:
+        x = scheduler.step(net(x, t), t, x.clone(), return_dict=False)[0]
+    assert not torch.equal(x, wanted.bfloat16())  # a host that hands back another tensor counts
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_the_host_changes_counts(dtype):
+    """In place, and by another tensor."""
+
+    def run(change):
+        scheduler = made("dpmpp_2m")
+        scheduler.set_timesteps(6)
+        x = noise().to(dtype)
+        for i, t in enumerate(scheduler.timesteps):
+            x = scheduler.step(network(x, t), t, x, return_dict=False)[0]
+            x = change(x) if i == 2 else x
+        return x
+
+    other = run(lambda x: x * 0.5)
+    assert torch.equal(run(lambda x: x.mul_(0.5)), other)
+    assert not torch.equal(run(lambda x: x), other)
+
+
+def test_output_forms_and_shapes():
+    scheduler = made()
+    scheduler.set_timesteps(4)
+    output = scheduler.step(noise(), scheduler.timesteps[0], noise())
+    assert isinstance(output, diffusers.schedulers.scheduling_utils.SchedulerOutput)
+    assert output.prev_sample.shape == SHAPE
+    scheduler.set_timesteps(4)
+    (as_tuple,) = scheduler.step(noise(), scheduler.timesteps[0], noise(), return_dict=False)
+    assert torch.equal(as_tuple, output.prev_sample)
+    scheduler.set_timesteps(4)
+    with_variance = torch.cat([noise(), noise(1)], 1)
+    assert torch.equal(scheduler.step(with_variance, scheduler.timesteps[0], noise())[0], as_tuple)
+    with pytest.raises(fs.FewstepError, match="shape"):
+        scheduler.step(noise()[:, :1], scheduler.timesteps[1], noise())
+    with pytest.raises(ValueError, match="set_timesteps"):
+        made().step(noise(), 1, noise())
+
+
+def test_eta_is_an_option_of_the_solver():
+    scheduler = made("ddim")
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="option of the solver"):
+        scheduler.step(noise(), scheduler.timesteps[0], noise(), eta=1.0)
+    assert made("ddim", eta=0.5).config.solver_options == {"eta": 0.5}
+
+
+# ---- noise -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m_sde", "dpmpp_2s_sde", "dpmpp_3s_sde", "sa", "edm_heun"])
+def test_noise_of_the_generator(solver):
+    """Reproducible, and of the variance that the model has: data of one Gaussian, whose exact denoiser is known."""
+    options = {"s_churn": 10.0} if solver == "edm_heun" else {}
+    scheduler = made(solver, prediction_type="sample", final_sigmas_type="sigma_min", **options)
+    scheduler.set_timesteps(60)
+    plan = scheduler.plan
+    assert plan.stochastic
+    levels = {
+        int(t): (float(plan.schedule.alpha(tau)), float(plan.schedule.sigma(tau)))
+        for t, tau in zip(scheduler.timesteps, plan.tau, strict=True)
+    }
+
+    def exact(x, t):  # data of standard deviation 0.5
+        alpha, sigma = levels[int(t)]
+        return 0.25 * alpha * x / (0.25 * alpha**2 + sigma**2)
+
+    x = torch.randn(4000, 2, generator=torch.Generator().manual_seed(5))
+    first = loop(scheduler, x, net=exact)
+    scheduler.set_timesteps(60)
+    assert torch.equal(loop(scheduler, x, net=exact), first)
+    assert float(first.std()) == pytest.approx(0.5, abs=0.02)  # 3 sigmas of the estimate are 0.012; the rest is the steps'
+
+
+def test_noise_that_is_given():
+    """Zero noise is the drift alone; and a list of generators is one a sample."""
+    scheduler = made("dpmpp_2m_sde")
+    scheduler.set_timesteps(5)
+    x = noise()
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t), t, x, variance_noise=torch.zeros_like(x)).prev_sample
+    assert bool(torch.isfinite(x).all())
+    scheduler.set_timesteps(5)
+    scheduler.step(noise(), scheduler.timesteps[0], noise(), generator=[torch.Generator().manual_seed(k) for k in range(2)])
+
+
+def test_noise_of_overlapping_intervals_is_one_path():
+    """Single-step SDE stages share a part of the clock; what they share is drawn once."""
+    scheduler = made("dpmpp_2s_sde")
+    scheduler.set_timesteps(6)
+    rows = [row.noise for row in scheduler.plan.rows]
+    run_noise, drawn = {}, noise()
+    scheduler.step(drawn, scheduler.timesteps[0], drawn)
+    run = scheduler._run
+    generator = torch.Generator().manual_seed(0)
+    x = torch.zeros(20000, 1)
+    for i, interval in enumerate(rows):
+        if interval is not None:
+            run_noise[i] = run.noise(i, x, generator, None)
+    pairs = 0
+    for i, xi in run_noise.items():
+        for j, other in run_noise.items():
+            shared = max(0.0, min(rows[i].end, rows[j].end) - max(rows[i].begin, rows[j].begin))
+            wanted = shared / np.sqrt((rows[i].end - rows[i].begin) * (rows[j].end - rows[j].begin))
+            assert float((xi * other).mean()) == pytest.approx(wanted, abs=0.04)  # 4 sigmas
+            pairs += i != j and wanted > 0
+    assert pairs > 0
+
+
+def test_add_noise_and_velocity():
+    host = diffusers.DDPMScheduler()
+    ours = made(config=host.config)
+    data, eps, times = noise(1), noise(2), torch.tensor([3, 871])
+    assert torch.allclose(ours.add_noise(data, eps, times), host.add_noise(data, eps, times), atol=1e-5)
+    assert torch.allclose(ours.get_velocity(data, eps, times), host.get_velocity(data, eps, times), atol=1e-5)
+    ours.set_timesteps(5)
+    level = ours.plan.schedule.sigma(ours.plan.grid[2])
+    noised = ours.add_noise(torch.zeros_like(data), eps, ours.timesteps[2:3])
+    assert torch.allclose(noised, float(level) * eps, atol=1e-6)
+    flow = made(config=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).config)
+    flow.set_timesteps(4)
+    sigma = flow.sigmas[1]
+    assert torch.allclose(flow.scale_noise(data, flow.timesteps[1:2], eps), (1 - sigma) * data + sigma * eps, atol=1e-6)
+
+
+# ---- plans -------------------------------------------------------------------------------------------------------------------------
+
+
+def fitted(nfe=5, solver="dpmpp_3m", grid="lambda"):
+    return fs.make_plan(solver, schedule_of({}), nfe=nfe, grid=grid, final="zero")
+
+
+def test_a_plan_at_its_own_number_of_steps_and_at_others():
+    scheduler = PlanScheduler.from_plan(fitted())
+    assert scheduler.config.solver == "dpmpp_3m"
+    assert scheduler.config.grid == "lambda"
+    scheduler.set_timesteps(5)
+    assert scheduler.plan == fitted()
+    with pytest.warns(UserWarning, match="base solver, 'dpmpp_3m', plans"):
+        scheduler.set_timesteps(8)
+    assert scheduler.plan == fitted(8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.set_timesteps(9)  # said once
+
+
+def test_a_plan_from_the_middle_is_its_base_solvers():
+    scheduler = PlanScheduler.from_plan(fitted(6))
+    scheduler.set_timesteps(6)
+    scheduler.set_begin_index(2)
+    with pytest.warns(UserWarning, match="begins at its first call"):
+        out = loop(scheduler, noise(), first=2)
+    assert bool(torch.isfinite(out).all())
+
+
+def test_a_plan_in_files(tmp_path):
+    fitted().save(tmp_path / "tuned.safetensors")
+    scheduler = PlanScheduler.from_plan(tmp_path / "tuned.safetensors", diffusers.DDPMScheduler(clip_sample=False).config)
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    assert json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())["plan"] == fitted().digest
+    script = (
+        "import sys, torch; from fewstep.diffusers import PlanScheduler; s = PlanScheduler.from_pretrained(sys.argv[1]);"
+        "s.set_timesteps(5); print(s.plan.digest)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "scheduler"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == fitted().digest
+    fitted(6).save(tmp_path / "scheduler" / "plan.safetensors")
+    with pytest.raises(fs.FewstepError, match="not the plan"):
+        PlanScheduler.from_pretrained(tmp_path / "scheduler")
+    (tmp_path / "scheduler" / "plan.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        PlanScheduler.from_pretrained(tmp_path / "scheduler")
+    assert PlanScheduler.from_pretrained(tmp_path / "scheduler", solver="unipc").config.plan is None
+
+
+def test_a_plan_of_other_noise_levels_is_refused():
+    with pytest.raises(fs.FewstepError, match="noise levels"):
+        PlanScheduler.from_plan(fitted(), {"beta_schedule": "scaled_linear"})
+    with pytest.raises(fs.FewstepError, match="needs config"):
+        PlanScheduler.from_plan(fs.make_plan("ddim", fs.schedules.VPLinear(), nfe=3))
+
+
+def test_a_flow_plan():
+    """Made for a flow with a shift of its own; the network is told sigma."""
+    plan = fs.make_plan("unipc", fs.schedules.Flow(shift=3.0, t_end=0.0), nfe=5, grid="time")
+    scheduler = PlanScheduler.from_plan(plan)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.2, 5))  # what flow pipelines hand to every scheduler
+    assert scheduler.plan == plan
+    np.testing.assert_allclose(scheduler.timesteps.numpy(), 1000 * plan.schedule.sigma(plan.tau), rtol=1e-6)
+    data = torch.full(SHAPE, 0.3)
+    scheduler.set_begin_index(0)
+    x = scheduler.scale_noise(data, scheduler.timesteps[:1], noise())
+    assert torch.equal(x, noise())
+    x = loop(scheduler, x, net=lambda x, t: noise() - data)
+    assert torch.allclose(x, data, atol=1e-5)
+
+
+def test_a_start_transform():
+    schedule = schedule_of({})
+    prior = fs.solvers.GaussianPrior(mean=torch.full((48,), 0.2, dtype=torch.float64).reshape(3, 4, 4), variance=0.3)
+    plan = fs.solvers.Teleport(fs.solvers.DPMSolverPP(), prior, to=0.6).plan(schedule, nfe=5, final="zero")
+    assert plan.start is not None
+    scheduler = PlanScheduler.from_plan(plan, prediction_type="v_prediction")
+    scheduler.set_timesteps(5)
+    den = fs.Denoiser(lambda x, t: network(x, t[0]), schedule, "velocity", integer_time=True)
+    x = noise()
+    wanted = fs.sample(den, x, plan)
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(scheduler.scale_model_input(x, t), t), t, x, return_dict=False)[0]
+    assert torch.allclose(x, wanted, atol=1e-5)
+    scheduler.set_timesteps(5)
+    with pytest.raises(fs.FewstepError, match="scale_model_input"):
+        scheduler.step(noise(), scheduler.timesteps[0], noise())
+
+
+# ---- apart, and quiet --------------------------------------------------------------------------------------------------------------
+
+
+def test_runs_do_not_share_state():
+    first = made("unipc")
+    first.set_timesteps(6)
+    wanted = loop(first, noise())
+    first.set_timesteps(6)
+    x = first.step(network(noise(), first.timesteps[0]), first.timesteps[0], noise(), return_dict=False)[0]
+    second = copy.deepcopy(first)
+    second.set_timesteps(4)
+    loop(second, noise(2))
+    for t in first.timesteps[1:]:
+        x = first.step(network(x, t), t, x, return_dict=False)[0]
+    assert torch.equal(x, wanted)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that read a value, and all others."""
+
+    NAMES = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "_to_copy")
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "unipc", "dpmpp_3s", "deis"])
+def test_steps_read_nothing(solver):
+    scheduler = made(solver)
+    scheduler.set_timesteps(10)
+    times = list(scheduler.timesteps)
+    with Reads() as reads:
+        x = noise()
+        before = len(reads.seen)
+        for t in times:
+            x = scheduler.step(x, t, x, return_dict=False)[0]
+    seen = reads.seen[before:]
+    assert not set(seen) & set(Reads.NAMES), set(seen)
+    assert len(seen) < 8 * 10
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator: synchronisations cannot be forbidden")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_synchronisation_on_an_accelerator(dtype):
+    for solver in ("dpmpp_2m", "unipc", "dpmpp_2m_sde", "dpmpp_2s_sde"):
+        scheduler = made(solver)
+        scheduler.set_timesteps(10, device="cuda")
+        x = torch.randn(SHAPE, device="cuda", dtype=dtype)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for t in scheduler.timesteps:
+                x = scheduler.step(0.1 * x, t, x, return_dict=False)[0]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert bool(torch.isfinite(x).all())
+
+
+def test_needs_diffusers():
+    script = "import sys; sys.modules['diffusers'] = None\nimport fewstep\nfewstep.diffusers"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert 'pip install "fewstep[diffusers]"' in done.stderr
+
+
+def test_times_need_one_argument():
+    with pytest.raises(ValueError, match="exactly one"):
+        times_of({}, schedule_of({}))
+    with pytest.raises(ValueError, match="at least 1"):
+        made().set_timesteps(0)
+    with pytest.raises(ValueError, match="there are 2 times"):
+        made().set_timesteps(5, timesteps=[500, 20])
+    with pytest.raises(ValueError, match="places them itself"):
+        made(use_karras_sigmas=True).set_timesteps(timesteps=[500, 20])
+    scheduler = made()
+    scheduler.set_timesteps(sigmas=[14.0, 3.0, 0.5, 0.0])
+    np.testing.assert_allclose(scheduler.sigmas.numpy(), [14.0, 3.0, 0.5, 0.0], rtol=1e-6)
+    assert len(scheduler) == 1000
