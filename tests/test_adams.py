@@ -93,7 +93,7 @@ def test_lms_step_for_step(order):
     plan = Adams(order, corrector="none").plan(schedule, 10, grid="karras")
     ours = fs.sample(denoiser, x, plan, trajectory=True).states
     torch.testing.assert_close(ours, linear_multistep(denoiser, schedule, plan.grid, x, order), rtol=0, atol=1e-10)
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", minversion="0.32")
     scheduler = diffusers.LMSDiscreteScheduler()
     scheduler.set_timesteps(plan.nfe)
     scheduler.sigmas, scheduler.is_scale_input_called = torch.tensor(schedule.sigma(plan.grid)), True

@@ -162,7 +162,7 @@ def run_scheduler(scheduler, plan, schedule, denoiser, x):
 @pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_diffusers_deis_step_for_step(order):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", minversion="0.32")
     schedule = fs.schedules.VPLinear()
     denoiser, x = mixture(schedule), noise(schedule)
     scheduler = diffusers.DEISMultistepScheduler(solver_order=order, lower_order_final=False)
@@ -175,7 +175,7 @@ def test_diffusers_deis_step_for_step(order):
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
 def test_diffusers_ipndm_step_for_step():
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", minversion="0.32")
     sigmas = np.float32(
         [0.984375, 0.96875, 0.9375, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
     )  # its own table: sigma, in float32

@@ -175,7 +175,7 @@ def test_dynamic_thresholding_is_per_sample_and_takes_every_size_and_precision(m
 
 @pytest.mark.filterwarnings("ignore")  # their own
 def test_dynamic_thresholding_as_diffusers():
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", minversion="0.32")
     d = 2.0 * torch.randn(5, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for ceiling in (1.0, 2.5):
         theirs = diffusers.DPMSolverMultistepScheduler(sample_max_value=ceiling)._threshold_sample(d)

@@ -172,7 +172,7 @@ def test_a_corrected_first_step_does_not_overshoot():
 
 def diffusers_run(kind, denoiser, schedule, x, nfe, **config):
     """A run of a diffusers scheduler with its noise levels in float64, no noise drawn; the states' times."""
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", minversion="0.32")
     scheduler = getattr(diffusers, kind)(
         trained_betas=BETAS, prediction_type="sample", final_sigmas_type="sigma_min", lower_order_final=True, **config
     )

@@ -89,7 +89,7 @@ def test_euler_without_churn_is_ddim(name, final):
 
 @pytest.mark.filterwarnings("ignore")  # their own
 def test_heun_as_diffusers():
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", minversion="0.32")
     schedule = SCHEDULES["betas"]
     denoiser = mixture(schedule)
     scheduler = diffusers.HeunDiscreteScheduler(trained_betas=BETAS, prediction_type="sample", timestep_spacing="linspace")

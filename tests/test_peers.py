@@ -13,7 +13,7 @@ import torch
 import fewstep as fs
 from fewstep.noise import BrownianPath
 
-diffusers = pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers", minversion="0.32")
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # theirs
 TOLERANCE = 1e-5

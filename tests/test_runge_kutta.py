@@ -99,7 +99,7 @@ def test_flow_heun_takes_two_calls_from_pure_noise():
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_diffusers_flow_match_euler_step_for_step(shift):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", minversion="0.32")
     schedule = fs.schedules.Flow(t_end=0.0)
     denoiser, x = mixture(schedule), noise(schedule)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
@@ -115,7 +115,7 @@ def test_diffusers_flow_match_euler_step_for_step(shift):
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
 def test_diffusers_flow_match_heun_step_for_step():
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", minversion="0.32")
     schedule = fs.schedules.Flow(t_end=0.0)
     denoiser, x = mixture(schedule), noise(schedule)
     scheduler = diffusers.FlowMatchHeunDiscreteScheduler()

@@ -132,7 +132,7 @@ def test_every_compat_is_finite_at_the_ends(name, final, compat):
 @pytest.mark.parametrize(("predictor", "corrector"), [(2, 2), (3, 4), (1, 2), (4, 3)])
 @pytest.mark.parametrize("tau", [1.0, 0.5])
 def test_diffusers_step_for_step(predictor, corrector, tau, monkeypatch):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", minversion="0.32")
     schedule, seeds = fs.schedules.VPLinear(), range(8)
     denoiser, x = mixture(schedule), noise(schedule, 8)
     plan = SASolver(predictor, corrector, tau, compat="diffusers").plan(schedule, 9, grid="lambda")

@@ -126,7 +126,7 @@ def test_the_papers_algorithm(order, shortcut, prediction):
 @pytest.mark.parametrize("prediction", ["data", "noise"])
 def test_step_for_step_with_diffusers(order, shortcut, prediction):
     """Every state, to 1e-6, with their sigmas as our grid. Their bh1 is NaN in the last step, into sigma = 0: there ours is finite."""
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", minversion="0.32")
     peer = diffusers.UniPCMultistepScheduler(
         solver_order=order, solver_type=shortcut, disable_corrector=[1], predict_x0=prediction == "data", final_sigmas_type="zero"
     )

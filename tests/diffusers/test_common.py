@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", minversion="0.32")
 
 import fewstep as fs
 from fewstep.diffusers import PlanScheduler

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-diffusers = pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers", minversion="0.32")
 
-import fewstep as fs
-from fewstep.diffusers import PlanScheduler
+import fewstep as fs  # noqa: E402
+from fewstep.diffusers import PlanScheduler  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # theirs

@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-diffusers = pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers", minversion="0.32")
 
-import fewstep as fs
-from fewstep.diffusers import PlanScheduler
-from fewstep.diffusers.config import betas_of, schedule_of, times_of
+import fewstep as fs  # noqa: E402
+from fewstep.diffusers import PlanScheduler  # noqa: E402
+from fewstep.diffusers.config import betas_of, schedule_of, times_of  # noqa: E402
+from fewstep.diffusers.rows import Run  # noqa: E402
+from fewstep.plan import Interval, Row  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # theirs
@@ -92,7 +94,7 @@ PEERS = {
         TWO,
     ),
     "2M threshold": (diffusers.DPMSolverMultistepScheduler, {"thresholding": True}, TWO),
-    "2M zero SNR": (diffusers.DPMSolverMultistepScheduler, {"rescale_betas_zero_snr": True}, TWO),
+    "2M zero SNR": (diffusers.DPMSolverMultistepScheduler, {"rescale_betas_zero_snr": True, "beta_schedule": "scaled_linear"}, TWO),
     "UniPC bh2": (diffusers.UniPCMultistepScheduler, {}, {"solver": "unipc_2", "lower_order_final": True}),
     "UniPC bh2 v": (
         diffusers.UniPCMultistepScheduler,
@@ -110,7 +112,7 @@ PEERS = {
 def test_agrees_with_diffusers(peer, config, options):
     host = peer(**config)
     ours = PlanScheduler.from_config(host.config, **options)
-    for n in (1, 4, 10, 20):
+    for n in (4, 10, 20) if "shift_terminal" in config else (1, 4, 10, 20):  # theirs divides 0 by 0 at one step
         wanted = peer_loop(host, n, noise())
         ours.set_timesteps(n)
         assert torch.allclose(ours.timesteps.double(), host.timesteps.double(), atol=1e-3)
@@ -172,7 +174,7 @@ def test_flow_by_the_multistep_convention():
     ours = made("unipc_2", host.config)
     ours.set_timesteps(6)
     np.testing.assert_allclose(ours.sigmas.numpy(), host.sigmas.numpy(), atol=2e-6)
-    assert float((ours.timesteps - host.timesteps).abs().max()) < 1.0
+    assert float((ours.timesteps - host.timesteps).abs().max()) <= 1.0
 
 
 # ---- configs -----------------------------------------------------------------------------------------------------------------------
@@ -366,26 +368,30 @@ def test_eta_is_an_option_of_the_solver():
 
 @pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m_sde", "dpmpp_2s_sde", "dpmpp_3s_sde", "sa", "edm_heun"])
 def test_noise_of_the_generator(solver):
-    """Reproducible, and of the variance that the model has: data of one Gaussian, whose exact denoiser is known."""
+    """Reproducible, and of the law of `fewstep.sample`: the same deviations of the samples, within 5 sigmas of the estimate."""
     options = {"s_churn": 10.0} if solver == "edm_heun" else {}
     scheduler = made(solver, prediction_type="sample", final_sigmas_type="sigma_min", **options)
-    scheduler.set_timesteps(60)
+    scheduler.set_timesteps(15)
     plan = scheduler.plan
     assert plan.stochastic
     levels = {
-        int(t): (float(plan.schedule.alpha(tau)), float(plan.schedule.sigma(tau)))
-        for t, tau in zip(scheduler.timesteps, plan.tau, strict=True)
+        t: (plan.schedule.alpha(tau), plan.schedule.sigma(tau))
+        for t, tau in zip(scheduler.timesteps.tolist(), plan.tau, strict=True)
     }
 
     def exact(x, t):  # data of standard deviation 0.5
         alpha, sigma = levels[int(t)]
-        return 0.25 * alpha * x / (0.25 * alpha**2 + sigma**2)
+        return x * float(0.25 * alpha / (0.25 * alpha**2 + sigma**2))
 
-    x = torch.randn(4000, 2, generator=torch.Generator().manual_seed(5))
+    count = 20_000
+    x = torch.randn(count, 2, generator=torch.Generator().manual_seed(5))
     first = loop(scheduler, x, net=exact)
-    scheduler.set_timesteps(60)
+    scheduler.set_timesteps(15)
     assert torch.equal(loop(scheduler, x, net=exact), first)
-    assert float(first.std()) == pytest.approx(0.5, abs=0.02)  # 3 sigmas of the estimate are 0.012; the rest is the steps'
+    told = dict(zip(plan.tau.tolist(), scheduler.timesteps.tolist(), strict=True))
+    ours = fs.sample(lambda x, t: exact(x, told[t]), x, plan, seeds=range(count))
+    assert float(first.std() / ours.std()) == pytest.approx(1.0, abs=5 / (2 * count) ** 0.5)
+    assert not torch.allclose(first, ours, atol=0.1)
 
 
 def test_noise_that_is_given():
@@ -401,26 +407,21 @@ def test_noise_that_is_given():
 
 
 def test_noise_of_overlapping_intervals_is_one_path():
-    """Single-step SDE stages share a part of the clock; what they share is drawn once."""
-    scheduler = made("dpmpp_2s_sde")
-    scheduler.set_timesteps(6)
-    rows = [row.noise for row in scheduler.plan.rows]
-    run_noise, drawn = {}, noise()
-    scheduler.step(drawn, scheduler.timesteps[0], drawn)
-    run = scheduler._run
+    """Where rows share a part of the clock, what they share is drawn once, and kept for as long as it is needed."""
+    intervals = [(0.5, 1.0), (0.2, 1.0), (0.2, 0.6), (0.0, 0.2)]
+    rows = tuple(
+        Row(tau, (1.0,), (), noise=Interval(1.0, *interval)) for tau, interval in zip((0.9, 0.8, 0.7, 0.6), intervals, strict=True)
+    )
+    plan = fs.Plan(fs.schedules.VPLinear(), [0.9, 0.8, 0.7, 0.6, 0.5], rows)
+    x = torch.zeros(40_000, 1)
+    run = Run(plan, x, 0, "data", limited=False)
     generator = torch.Generator().manual_seed(0)
-    x = torch.zeros(20000, 1)
-    for i, interval in enumerate(rows):
-        if interval is not None:
-            run_noise[i] = run.noise(i, x, generator, None)
-    pairs = 0
-    for i, xi in run_noise.items():
-        for j, other in run_noise.items():
-            shared = max(0.0, min(rows[i].end, rows[j].end) - max(rows[i].begin, rows[j].begin))
-            wanted = shared / np.sqrt((rows[i].end - rows[i].begin) * (rows[j].end - rows[j].begin))
-            assert float((xi * other).mean()) == pytest.approx(wanted, abs=0.04)  # 4 sigmas
-            pairs += i != j and wanted > 0
-    assert pairs > 0
+    drawn = [run.noise(i, x, generator, None) for i in range(4)]
+    assert not run.drawn
+    for i, (begin, end) in enumerate(intervals):
+        for j, (low, high) in enumerate(intervals):
+            shared = max(0.0, min(end, high) - max(begin, low)) / ((end - begin) * (high - low)) ** 0.5
+            assert float((drawn[i] * drawn[j]).mean()) == pytest.approx(shared, abs=0.035)  # 5 sigmas
 
 
 def test_add_noise_and_velocity():
@@ -513,7 +514,7 @@ def test_a_flow_plan():
 
 def test_a_start_transform():
     schedule = schedule_of({})
-    prior = fs.solvers.GaussianPrior(mean=torch.full((48,), 0.2, dtype=torch.float64).reshape(3, 4, 4), variance=0.3)
+    prior = fs.solvers.GaussianPrior(np.full((3, 4, 4), 0.2), np.eye(48)[:2].reshape(2, 3, 4, 4), np.array([0.5, 0.2]), rest=0.3)
     plan = fs.solvers.Teleport(fs.solvers.DPMSolverPP(), prior, to=0.6).plan(schedule, nfe=5, final="zero")
     assert plan.start is not None
     scheduler = PlanScheduler.from_plan(plan, prediction_type="v_prediction")

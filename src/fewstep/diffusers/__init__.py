@@ -179,9 +179,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             raise TypeError(
                 f"from_config takes a config, e.g. pipe.scheduler.config, got {type(config).__name__}. See from_pretrained."
             )
-        options = _take_options(cls._get_init_keys(cls), config, kwargs)
-        if options is not None:
-            kwargs["solver_options"] = options
+        _take_options(cls._get_init_keys(cls), config, kwargs)
         if "solver" in kwargs:
             kwargs.setdefault("plan", None)
         if is_flow({**config, **kwargs}):
@@ -578,11 +576,10 @@ def _is_default_flow(schedule: NoiseSchedule, sigmas: ArrayLike) -> bool:
 # ---- plans and configs -------------------------------------------------------------------------------------------------------------
 
 
-def _take_options(init: set[str], config: Mapping[str, Any], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """The options of the solver out of the arguments of `from_config`; None if they stay as the config has them."""
+def _take_options(init: set[str], config: Mapping[str, Any], kwargs: dict[str, Any]) -> None:
+    """Gather the options of the solver among the arguments of `from_config`. Another solver starts from its own defaults."""
     name = kwargs.get("solver", config.get("solver", DEFAULT_SOLVER))
-    solver = type(make_solver(name))
-    fields = {field.name for field in dataclasses.fields(solver)}  # type: ignore[arg-type]
+    fields = {field.name for field in dataclasses.fields(make_solver(name))}  # type: ignore[arg-type]
     given = dict(kwargs.pop("solver_options", None) or {})
     if "solver_order" in kwargs:
         given["order"] = kwargs.pop("solver_order")
@@ -593,9 +590,8 @@ def _take_options(init: set[str], config: Mapping[str, Any], kwargs: dict[str, A
         raise TypeError(
             f"{unknown[0]} is neither a setting of the scheduler nor an option of the solver {name!r}, which has: {known}."
         )
-    if "solver" in kwargs:
-        return given or None
-    return {**(config.get("solver_options") or {}), **given} if given else None
+    kept = {} if "solver" in kwargs else config.get("solver_options") or {}
+    kwargs["solver_options"] = {**kept, **given} or None
 
 
 def _plan_of(plan: Any) -> Plan:
@@ -628,14 +624,17 @@ def _plan_beside(source: Any, subfolder: str | None, digest: str) -> Plan:
 def _solver_of(plan: Plan) -> tuple[str, dict[str, Any]]:
     """Name and options of the solver that a plan was made by, or the one that is good for anything."""
     told = plan.provenance.get("solver")
-    if isinstance(told, Mapping):
-        options = dict(told.get("options") or {})
-        options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
-        for name, (solver, _) in SOLVERS.items():
-            simple = not any(isinstance(value, (Mapping, list)) for value in options.values())
-            if solver.__name__ == told.get("name") and simple:
-                return name, options
-    return DEFAULT_SOLVER, {}
+    if not isinstance(told, Mapping):
+        return DEFAULT_SOLVER, {}
+    options = {
+        key: value for key, value in dict(told.get("options") or {}).items() if not isinstance(value, (Mapping, list, tuple))
+    }
+    of_class = [name for name, (solver, _) in SOLVERS.items() if solver.__name__ == told.get("name")]
+    if not of_class or len(options) < len(told.get("options") or {}):
+        return DEFAULT_SOLVER, {}
+    made = make_solver(of_class[0], **options)
+    plain = [name for name in of_class if make_solver(name) == made]
+    return (plain[0], {}) if plain else (of_class[0], options)
 
 
 def _config_of(schedule: NoiseSchedule) -> dict[str, Any]:

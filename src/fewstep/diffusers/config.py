@@ -89,7 +89,7 @@ def schedule_of(config: Mapping[str, Any]) -> NoiseSchedule:
         return Flow(t_end=0.0)
     table = np.cumprod(1.0 - betas_of(config))
     if table[-1] <= 0.0:
-        table[-1] = ALMOST_ZERO if config.get("prediction_type", "epsilon") == "epsilon" else 0.0
+        table[-1] = min(ALMOST_ZERO, 0.9 * table[-2]) if config.get("prediction_type", "epsilon") == "epsilon" else 0.0
     return FromAlphasCumprod(table.tolist())
 
 
@@ -283,7 +283,8 @@ def _flow_times(
         sigmas = given / count
     else:
         sigmas = shift(_plain_sigmas(config, int(nfe or 0), count) if given is None else given)
-        if terminal := config.get("shift_terminal"):
+        terminal = config.get("shift_terminal")
+        if terminal and sigmas[-1] < 1.0:  # a single call has no other sigma to stretch to
             sigmas = 1.0 - (1.0 - sigmas) * (1.0 - terminal) / (1.0 - sigmas[-1])
         if _curved(config):
             sigmas = _curve(config, float(sigmas[0]), float(sigmas[-1]), len(sigmas))
