@@ -213,6 +213,7 @@ def test_refuses(arguments, error, message):
     [
         diffusers.EDMEulerScheduler,
         lambda: diffusers.EulerDiscreteScheduler(timestep_type="continuous"),
+        lambda: diffusers.EulerDiscreteScheduler(interpolation_type="log_linear"),
         lambda: diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
     ],
 )
@@ -495,6 +496,16 @@ def test_a_plan_of_other_noise_levels_is_refused():
         PlanScheduler.from_plan(fitted(), {"beta_schedule": "scaled_linear"})
     with pytest.raises(fs.FewstepError, match="needs config"):
         PlanScheduler.from_plan(fs.make_plan("ddim", fs.schedules.VPLinear(), nfe=3))
+
+
+def test_times_between_the_entries_of_the_table():
+    plan = fitted()
+    for fractional in (False, True):
+        scheduler = PlanScheduler.from_plan(plan, fractional_timesteps=fractional)
+        scheduler.set_timesteps(5)
+        assert scheduler.timesteps.is_floating_point() == fractional
+        exact = 1000 * plan.tau - 1
+        np.testing.assert_allclose(scheduler.timesteps.numpy(), exact if fractional else np.rint(exact), rtol=1e-6)
 
 
 def test_a_flow_plan():

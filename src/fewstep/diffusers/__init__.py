@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fewstep.denoisers import Clipped, DynamicThreshold
-from fewstep.diffusers.config import PREDICTS, betas_of, check_config, is_flow, is_flow_match, same_noise, schedule_of, times_of
+from fewstep.diffusers.config import PREDICTS, betas_of, check_config, is_flow_match, same_noise, schedule_of, times_of
 from fewstep.diffusers.rows import Run, plan_on, tail, version, working
 from fewstep.errors import ArtefactError, MissingExtraError, PlanError
 from fewstep.grids import grid_names
@@ -69,6 +69,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         timestep_spacing: ``"linspace"``, ``"leading"`` or ``"trailing"``; left out, ``"leading"`` for DDIM and DDPM, ``"linspace"`` else,
             as with diffusers' own.
         final_sigmas_type: ``"zero"`` or ``"sigma_min"``; left out, ``"zero"``, but for DDIM and DDPM with `set_alpha_to_one` False.
+        fractional_timesteps: tell the network of a table the exact time, which may lie between two entries, instead of the nearest one: for
+            plans that were fitted so.
         clip_sample, thresholding: limit the data prediction, for models of pixels. They cost one more operation a step.
 
     Raises:
@@ -81,7 +83,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         >>> scheduler = PlanScheduler.from_config(DDIMScheduler(clip_sample=False).config, solver="unipc", order=2)
         >>> scheduler.set_timesteps(4)
         >>> scheduler.timesteps.tolist()
-        [800, 600, 400, 200]
+        [999, 749, 500, 250]
         >>> x = torch.randn(1, 3, 8, 8)
         >>> for t in scheduler.timesteps:
         ...     x = scheduler.step(0.1 * x, t, x).prev_sample
@@ -131,6 +133,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
         variance_type: str | None = None,
+        fractional_timesteps: bool = False,
     ):
         check_config(self.config)
         self._solver = make_solver(solver, **(solver_options or {}))
@@ -140,7 +143,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self._fitted = None if plan is None else _plan_of(plan)
         if self._fitted is not None:
             self.register_to_config(plan=self._fitted.digest)
-        self._predicts = PREDICTS["flow_prediction" if use_flow_sigmas and prediction_type == "epsilon" else prediction_type]
+        self._predicts = PREDICTS[prediction_type]
         self._limit = _limit_of(self.config)
         self._plans: dict[Any, Plan] = {}
         self._warned = False
@@ -182,9 +185,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         _take_options(cls._get_init_keys(cls), config, kwargs)
         if "solver" in kwargs:
             kwargs.setdefault("plan", None)
-        if is_flow({**config, **kwargs}):
-            kwargs.setdefault("prediction_type", config.get("prediction_type", "flow_prediction"))
         if is_flow_match(config):
+            kwargs.setdefault("prediction_type", config.get("prediction_type", "flow_prediction"))
             kwargs.setdefault("shift", config.get("shift", 1.0))
         check_config({**config, **kwargs})
         return super().from_config(config, return_unused_kwargs, **kwargs)
@@ -434,8 +436,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             nearest = np.abs(told[:, None] - self._told[None]).argmin(1)
             times = np.where(np.abs(told - self._told[nearest]) <= NEAR * np.abs(told), self._plan.grid[nearest], times)
         shape = (-1, *[1] * (like.ndim - 1))
-        dtype = torch.promote_types(like.dtype, torch.float32) if like.dtype is torch.float64 else like.dtype
-        alpha, sigma = (torch.from_numpy(v).to(dtype).to(like.device).reshape(shape) for v in self._schedule_alpha_sigma(times))
+        alpha, sigma = (
+            torch.from_numpy(v).to(like.dtype).to(like.device).reshape(shape) for v in self._schedule_alpha_sigma(times)
+        )
         return alpha, sigma
 
     def __len__(self) -> int:
@@ -528,7 +531,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             told = (sigma * self.config["num_train_timesteps"]).astype(np.float32)
         else:
             count = len(self.betas)
-            told = np.clip(np.rint(times * count - 1.0), 0, count - 1).astype(np.int64)
+            told = np.clip(times * count - 1.0, 0, count - 1)
+            told = told.astype(np.float32) if self.config["fractional_timesteps"] else np.rint(told).astype(np.int64)
         return told, told.tolist()
 
     def _times_of_told(self, told: Floats) -> Floats:

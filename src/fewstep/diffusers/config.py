@@ -62,6 +62,8 @@ def check_config(config: Mapping[str, Any]) -> None:
         )
     if config.get("invert_sigmas"):
         raise PlanError("invert_sigmas=True is not supported: such a model runs from sigma = 0 to 1.")
+    if config.get("interpolation_type") == "log_linear":
+        raise PlanError('interpolation_type="log_linear" is not supported. Drop it, or use use_exponential_sigmas=True.')
     for name, known in (
         ("prediction_type", tuple(PREDICTS)),
         ("timestep_spacing", (*SPACINGS, None)),
@@ -203,7 +205,7 @@ def times_of(
         >>> config = {"timestep_spacing": "trailing"}
         >>> schedule = schedule_of(config)
         >>> (times_of(config, schedule, 4) * 1000 - 1).round(3).tolist()
-        [999.0, 749.0, 499.0, 249.0, -0.98]
+        [999.0, 749.0, 499.0, 249.0, -0.834]
     """
     if sum(value is not None for value in (nfe, timesteps, sigmas)) != 1:
         raise ValueError("give exactly one of num_inference_steps, timesteps and sigmas.")
@@ -252,7 +254,7 @@ def _indices(config: Mapping[str, Any], count: int, nfe: int, clipped: int, ance
     if spacing == "linspace":
         return _whole(np.linspace(0.0, last - 1.0, nfe + 1)[::-1][:-1])
     if spacing == "trailing":
-        return _whole(last - np.arange(nfe) * (count / nfe)) - 1.0
+        return _whole(last - np.arange(nfe, dtype=np.float64) * (count / nfe)) - 1.0
     parts = nfe if ancestral else nfe + 1
     places = np.arange(parts, dtype=np.float64)[::-1][:nfe]
     return places * (last // parts or last / parts) + offset
