@@ -232,6 +232,22 @@ def test_a_json_round_trip(tmp_path):
     assert changed.config.solver == "ddim"
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"solver": "dpmpp_2m_sde", "timestep_spacing": "leading"}, {"prediction_type": "flow_prediction"}]
+)
+def test_there_and_back(options):
+    """Through the config of every compatible scheduler, nothing of ours is lost."""
+    scheduler = PlanScheduler(**options)
+    tried = 0
+    for other in scheduler.compatibles:
+        if other.__module__.startswith("diffusers.utils"):
+            continue  # stands for one that needs a library that is not there
+        back = PlanScheduler.from_config(other.from_config(scheduler.config).config)
+        assert {key: back.config[key] for key in scheduler.config} == dict(scheduler.config), other
+        tried += 1
+    assert tried > 8
+
+
 def test_another_grid():
     scheduler = made("unipc", grid="lambda")
     scheduler.set_timesteps(7)

@@ -89,7 +89,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         ...     x = scheduler.step(0.1 * x, t, x).prev_sample
     """
 
-    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]  # noqa: RUF012  (diffusers reads a list)
+    # all but the one for networks of another kind
+    _compatibles = [known.name for known in KarrasDiffusionSchedulers if known.name != "EDMEulerScheduler"]  # noqa: RUF012
     order = 1
 
     @register_to_config
@@ -595,7 +596,9 @@ def _take_options(init: set[str], config: Mapping[str, Any], kwargs: dict[str, A
             f"{unknown[0]} is neither a setting of the scheduler nor an option of the solver {name!r}, which has: {known}."
         )
     kept = {} if "solver" in kwargs else config.get("solver_options") or {}
-    kwargs["solver_options"] = {**kept, **given} or None
+    options = {**kept, **given} or None
+    if options != config.get("solver_options"):
+        kwargs["solver_options"] = options
 
 
 def _plan_of(plan: Any) -> Plan:
