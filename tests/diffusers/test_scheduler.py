@@ -514,6 +514,27 @@ def test_a_plan_of_other_noise_levels_is_refused():
         PlanScheduler.from_plan(fs.make_plan("ddim", fs.schedules.VPLinear(), nfe=3))
 
 
+def test_a_tuned_plan(tmp_path):
+    """Fitted to a model, saved, loaded in another scheduler: the samples of `fewstep.sample`."""
+    config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    schedule = schedule_of(config)
+    exact = fs.exact.GaussianMixture(schedule, torch.tensor([[1.0, 0.5], [-1.0, -0.3]]), 0.1)
+
+    def net(x, t):
+        at = (float(t.flatten()[0]) + 1.0) / 1000
+        alpha, sigma = float(schedule.alpha(at)), float(schedule.sigma(at))
+        return (x - alpha * exact(x, at)) / sigma
+
+    den = fs.Denoiser(net, schedule, "noise", integer_time=True)
+    x = fs.draw_noise((2,), range(64))
+    plan = fs.tune(den, nfe=3, noise=x, method="learned", seed=0).plan
+    PlanScheduler.from_plan(plan, config).save_pretrained(tmp_path)
+    scheduler = PlanScheduler.from_pretrained(tmp_path)
+    scheduler.set_timesteps(3)
+    assert scheduler.plan == plan
+    assert torch.allclose(loop(scheduler, x, net=net), fs.sample(den, x, plan), atol=1e-4)
+
+
 def test_times_between_the_entries_of_the_table():
     plan = fitted()
     for fractional in (False, True):
