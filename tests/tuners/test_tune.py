@@ -79,10 +79,23 @@ def test_one_call_is_exact_for_a_round_gaussian():
 def test_too_few_paths_never_make_it_worse():
     denoiser = mixture()
     effort = Effort(trajectories=1, held_out=64, pool=1, reference_calls=32, trials=12, polish=8)
-    tuned = fs.tune(denoiser, nfe=8, noise=start(denoiser, 1), effort=effort)
+    tuned = fs.tune(denoiser, nfe=8, noise=start(denoiser, 1), method="learned", effort=effort)
     told = tuned.report["plans"]["8"]
     assert told["rms"] <= told["untuned_rms"]
     assert any(candidate["rms"] > told["untuned_rms"] for candidate in told["candidates"])  # it was over-fitted
+
+
+def test_eight_paths_hardly_ever_make_it_worse_on_other_noise():
+    ratios = []
+    for seed in range(4):
+        denoiser, fresh = mixture(shift=0.2 * seed), start(mixture(), 1024, first=9000)
+        effort = Effort(trajectories=8, held_out=128, pool=8, trial_paths=8)
+        tuned = fs.tune(denoiser, nfe=5, noise=start(denoiser, 8), method="learned", seed=seed, effort=effort)
+        exact = trace_paths(denoiser, fresh, denoiser.schedule, calls=100).target
+        mine, base = (errors_of(fs.sample(denoiser, fresh, p), exact) for p in (tuned.plan, tuned.candidates[5][0].plan))
+        ratios.append(mine.rms / base.rms)
+    assert max(ratios) < 1.25
+    assert np.exp(np.mean(np.log(ratios))) <= 1.0
 
 
 def test_same_seed_same_plan_whatever_the_blocks():
