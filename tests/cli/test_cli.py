@@ -415,6 +415,16 @@ def test_tune_writes_plans_that_sample_takes(tiny, tmp_path, capsys):
         assert "was tuned for no guidance, but the denoiser has classifier-free guidance of scale 3" in error
 
 
+def test_tune_writes_the_page_of_any_plan(tiny, tmp_path, capsys):
+    options = ("--nfe", 3, "--label", "1", "--trajectories", 8, "--final", "zero", "--method", "compensation")
+    status, _, error = run(capsys, "tune", tiny, *options, "--out", tmp_path / "c")
+    assert (status, "Traceback" in error) == (0, False)
+    sampled = ("sample", tiny, "--plan", tmp_path / "c", "--count", 1, "--label", "1", "--out", tmp_path / "s")
+    assert run(capsys, *sampled, "--nfe", 3)[0] == 0
+    status, _, error = run(capsys, *sampled, "--nfe", 4)
+    assert (status, len(error.splitlines()), "no plan for 4 calls (--nfe): plan-3.safetensors" in error) == (2, 1, True)
+
+
 def test_tune_makes_a_family_over_guidance_scales(tiny, tmp_path, capsys):
     out = tmp_path / "family"
     options = ("--nfe", 3, "--label", "each", "--guidance", "3,2", "--trajectories", 16, "--out", out)
@@ -427,7 +437,7 @@ def test_tune_makes_a_family_over_guidance_scales(tiny, tmp_path, capsys):
     sampled = ("sample", tiny, "--plan", out, "--count", 2, "--label", "1", "--out", tmp_path / "s")
     assert run(capsys, *sampled, "--nfe", 3, "--guidance", 3)[0] == 0
     status, _, error = run(capsys, *sampled, "--nfe", 3, "--guidance", 5)
-    assert (status, error.count("tuned were [3] calls at [2.0, 3.0]")) == (2, 1)
+    assert (status, error.count("tuned were [3] calls at [2.0, 3.0]"), "should not happen" in error) == (2, 1, False)
     status, _, error = run(capsys, "tune", tiny, "--guidance", "3,x", "--out", tmp_path / "y")
     assert (status, len(error.splitlines())) == (2, 1)
 

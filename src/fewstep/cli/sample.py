@@ -20,7 +20,7 @@ class SampleOptions(Common):
     solver: str = option("auto", "name of the solver; see `fewstep solvers`")
     grid: str = option("auto", "name of the time grid")
     final: str = final_option()
-    plan: str = option("", "a plan file, instead of nfe, solver, grid and final; or a folder of plans for several guidance scales")
+    plan: str = option("", "a plan file, instead of nfe, solver, grid and final; or a folder that `fewstep tune` wrote, and --nfe")
     skips: str = option("", "a file of fewstep.tuners.layer_skips: blocks of the network to leave out at every call of this plan")
     count: int = option(16, "how many samples")
     seed: str = option("0", "seed of the first sample, or a range like 0-63, or a list like 3,5,8")
@@ -36,9 +36,7 @@ OPTIONS = {"sample": SampleOptions}
 def run(options: SampleOptions) -> int:
     """Draw samples and write them."""
     from fewstep.cli.setup import ask_for, guided, new_folder, open_model, parse_labels, parse_seeds
-    from fewstep.plan import Plan
     from fewstep.solvers import make_plan
-    from fewstep.tuners import Family
 
     if options.count < 1 or options.batch < 1:
         raise ValueError(f"--count and --batch must be at least 1, got {options.count} and {options.batch}.")
@@ -46,8 +44,7 @@ def run(options: SampleOptions) -> int:
     denoiser = open_model(options.model, options)
     shape, labels = ask_for(denoiser.info.shape, denoiser.info.name), parse_labels(options.label, denoiser, len(seeds))
     if options.plan:
-        whole = Path(options.plan).is_dir()
-        plan = Family.load(options.plan).plan(options.nfe, options.guidance) if whole else Plan.load(options.plan)
+        plan = _load(Path(options.plan), options)
     else:
         plan = make_plan(options.solver, denoiser.schedule, options.nfe, grid=options.grid, final=options.final)
     model = guided(denoiser, options.guidance, labels)
@@ -67,6 +64,23 @@ def run(options: SampleOptions) -> int:
     elif not options.quiet:
         print(f"{len(seeds)} samples of {denoiser.info.name}, {plan.nfe} network calls each: {options.out}")
     return 0
+
+
+def _load(path: Path, options: SampleOptions) -> Any:
+    """A plan file, or what serves this number of calls and this guidance in a folder that `fewstep tune` wrote."""
+    from fewstep.errors import PlanError
+    from fewstep.plan import Plan
+    from fewstep.tuners import Family
+
+    if not path.is_dir():
+        return Plan.load(path)
+    if (path / "family.json").exists():
+        return Family.load(path).plan(options.nfe, options.guidance)
+    one = path / f"plan-{options.nfe}.safetensors"
+    if not one.exists():
+        found = sorted(file.name for file in path.glob("plan-*.safetensors"))
+        raise PlanError(f"{path} has no plan for {options.nfe} calls (--nfe): {', '.join(found) or 'there are no plans in it'}.")
+    return Plan.load(one)
 
 
 def _samples(model: Any, plan: Any, shape: tuple[int, ...], seeds: list[int], labels: Any, options: SampleOptions) -> Any:

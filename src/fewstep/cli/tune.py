@@ -257,16 +257,21 @@ def _add_pictures(page: Any, tuned: Any, model: Any, denoiser: Any, options: Tun
 
 def _add_plan(page: Any, nfe: int, plan: Any, candidates: list[Any]) -> None:
     """What was tried, and the numbers of the plan."""
+    import numpy as np
+
     page.heading(f"{nfe} calls")
     tried = [[c.name, f"{c.errors.rms:.3g}", f"{c.errors.median:.3g}", f"{c.distance:.3g}"] for c in candidates]
     page.table(["tried", "error", "median error", "distance of distributions"], tried)
     page.heading("The plan", 3)
     lams = plan.schedule.lam(plan.tau)
-    head = ["call", "time", "lambda", "weight of the state", *(f"of prediction {j}" for j in range(nfe))]
-    rows = []
-    for i, row in enumerate(plan.rows):
-        weights = [f"{w:.4g}" for w in reversed(row.weights)] if all(isinstance(w, float) for w in row.weights) else ["arrays"]
-        first = f"{row.carry[0]:.4g}" if isinstance(row.carry[0], float) else "array"
-        filled = [*[""] * (i + 1 - len(weights)), *weights, *[""] * (nfe - i - 1)]
-        rows.append([str(i), f"{row.tau:.4g}", f"{lams[i]:.3g}", first, *filled])
+    head = ["call", "time", "lambda", "weight of the noise", *(f"of prediction {j}" for j in range(nfe))]
+    rows, dense = [], plan.dense()
+    for i in range(nfe):
+        shares = [dense.A[i + 1], *dense.B[i + 1][: i + 1]]
+        told = [
+            f"{float(share):.4g}" if share.ndim == 0 else f"{share.min():.3g} to {share.max():.3g}"
+            for share in map(np.asarray, shares)
+        ]
+        rows.append([str(i), f"{plan.tau[i]:.4g}", f"{lams[i]:.3g}", *told, *[""] * (nfe - i - 1)])
+    page.text("Every state as a sum of the noise and the predictions so far; the last is the sample.", note=True)
     page.table(head, rows)

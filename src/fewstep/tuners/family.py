@@ -23,7 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from fewstep.artefacts import json_value, write_atomically
-from fewstep.errors import ArtefactError, FewstepError, PlanError
+from fewstep.errors import ArtefactError, PlanError
 from fewstep.guidance import ClassifierFree
 from fewstep.identity import identity
 from fewstep.plan import Plan
@@ -89,7 +89,7 @@ class Family:
         """The plan for a number of calls and a guidance scale.
 
         Raises:
-            FewstepError: if there is none; it says which there are.
+            PlanError: if there is none; it says which there are.
         """
         for (calls, scale), plan in self.plans.items():
             if calls == nfe and math.isclose(scale, guidance_scale):
@@ -97,11 +97,11 @@ class Family:
         gap = next((gap for gap in self.gaps if gap.nfe == nfe and gap.lower < guidance_scale < gap.upper), None)
         if gap is None:
             calls, scales = (sorted({key[k] for key in self.plans}) for k in (0, 1))
-            raise FewstepError(
+            raise PlanError(
                 f"there is no plan for {nfe} calls and guidance {guidance_scale:g}: tuned were {calls} calls at {scales}."
             )
         if gap.chosen is None:
-            raise FewstepError(
+            raise PlanError(
                 f"no plan serves guidance {guidance_scale:g} at {nfe} calls: between {gap.lower:g} and {gap.upper:g} the error would be "
                 f"{gap.ratios[gap.best]:.3g} of the best untuned setting's. Tune that scale too."
             )
@@ -142,7 +142,9 @@ class Family:
                 told["file"] for told in document["plans"] if plans[told["nfe"], told["guidance_scale"]].digest != told["digest"]
             ]
         except FileNotFoundError as error:
-            raise ArtefactError(f"{folder} holds no whole family of plans: {Path(error.filename).name} is missing.") from error
+            raise ArtefactError(
+                f"{folder} holds no whole family of plans: {Path(str(error.filename or error)).name} is missing."
+            ) from error
         except (KeyError, TypeError, ValueError) as error:
             raise ArtefactError(f"{path} is damaged: {error}.") from error
         if changed:
