@@ -134,7 +134,8 @@ def sample(
     hooks = hooks or Hooks()
     steps = prepare(plan, x)
     path = BrownianPath(check_seeds(seeds, len(x)), x.shape[1:]) if plan.stochastic and seeds is not None else None
-    states, outputs = open_memory(plan, transform_start(plan, x))
+    x = transform_start(plan, x)
+    states, outputs = open_memory(plan, x)
     record: tuple[list[Tensor], list[Tensor]] | None = ([x], []) if trajectory else None
     memory = (0, 0)
     for i, step in enumerate(_with_bar(steps, progress)):
