@@ -13,23 +13,13 @@ import cases
 import numpy as np
 import pytest
 import torch
+from two_gaussians import MEANS, data_prediction
 
 import fewstep as fs
 from fewstep.kdiffusion import kdiffusion_sampler
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-MEANS = torch.tensor([[1.0, 0.5], [-1.0, -0.3]], dtype=torch.float64)
-SCALES = torch.tensor([0.4, 0.3], dtype=torch.float64)
 LEVELS = torch.tensor([*np.geomspace(14.6, 0.03, 10).tolist(), 0.0], dtype=torch.float64)
-
-
-def data_prediction(x, alpha, sigma):
-    """E[x_0 | x] for two isotropic Gaussians."""
-    variance = alpha**2 * SCALES**2 + sigma**2
-    away = x[:, None] - alpha * MEANS
-    share = torch.softmax(-0.5 * away.square().sum(-1) / variance - torch.log(variance), 1)
-    means = MEANS + (alpha * SCALES**2 / variance)[:, None] * away
-    return (share[..., None] * means).sum(1)
 
 
 class Model:

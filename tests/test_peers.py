@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from two_gaussians import data_prediction
 
 import fewstep as fs
 from fewstep.noise import BrownianPath
@@ -19,18 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 TOLERANCE = 1e-5
 BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
 SCHEDULE = fs.schedules.FromBetas(BETAS.tolist())
-MEANS = torch.tensor([[1.0, 0.5], [-1.0, -0.3]], dtype=torch.float64)
-SCALES = torch.tensor([0.4, 0.3], dtype=torch.float64)
 SEEDS = range(8)
-
-
-def data_prediction(x, alpha, sigma):
-    """E[x_0 | x] for two isotropic Gaussians."""
-    variance = alpha**2 * SCALES**2 + sigma**2
-    away = x[:, None] - alpha * MEANS
-    share = torch.softmax(-0.5 * away.square().sum(-1) / variance - torch.log(variance), 1)
-    means = MEANS + (alpha * SCALES**2 / variance)[:, None] * away
-    return (share[..., None] * means).sum(1)
 
 
 def denoiser(schedule):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.artefacts import json_value
@@ -34,7 +33,6 @@ from fewstep.version import __version__
 
 __all__ = ["METHODS", "Tuned", "tune"]
 
-Floats = NDArray[np.float64]
 FIRST_SHARE = 0.7
 """Of a budget, for the method that is tried first."""
 ENOUGH = 0.8

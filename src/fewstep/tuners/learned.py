@@ -17,8 +17,8 @@ Errors are not squared as they are but capped, see `fewstep.tuners.objectives`. 
 weights of its own for every channel or element, and, as another candidate, the distance between all samples and all exact samples is made
 smaller (`Matched`).
 
-The noises that are fitted to are chosen where a small change of the noise makes a large change of the sample (`draw_paths`): samples that
-lie between modes are few, make most of the root mean square error, and tell most about what a plan does wrong.
+The noises that are fitted to are chosen where a small change of the noise makes a large change of the sample (`fewstep.tuners.draws`):
+samples that lie between modes are few, make most of the root mean square error, and tell most about what a plan does wrong.
 """
 
 from __future__ import annotations

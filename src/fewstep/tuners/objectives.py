@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.tuners.numbers import flat
@@ -26,7 +25,6 @@ from fewstep.tuners.task import distances
 
 __all__ = ["Features", "Matched", "Paired"]
 
-Floats = NDArray[np.float64]
 Features = Callable[[Tensor], Tensor]
 PAIRED_SHARE = 0.1
 """Weight of the errors of the pairs beside the squared distance of the distributions."""

@@ -160,7 +160,7 @@ class Task:
 
     Attributes:
         denoiser: counts.
-        fit: paths to fit to; not a fair sample of the noise, see `fewstep.tuners.draw_paths`.
+        fit: paths to fit to; not a fair sample of the noise, see `fewstep.tuners.draws.sensitive`.
         held_out: paths of noise that nothing is fitted to, with weights that make them a fair sample.
         final: where plans end, ``"t_end"`` or ``"zero"``.
         seed: of whatever is drawn at random.
@@ -188,15 +188,16 @@ class Task:
     def judge(self, name: str, plan: Plan, *, tuned: bool = True) -> Candidate:
         """Run a plan on the validation noise."""
         samples, exact, weights = self.run(plan, self.held_out), self.held_out.target, self.held_out.weights
+        each = distances(samples, exact)
         seen = self.features or (lambda images: images)
         distance = sliced_distance(seen(samples), seen(exact), weights)
-        gain = self._gain(distances(samples, exact), plan.nfe) if tuned else 0.0
         if not tuned:
-            self._squares[id(plan)] = distances(samples, exact) ** 2
+            self._squares[id(plan)] = each**2
+        gain = self._gain(each, plan.nfe) if tuned else 0.0
         return Candidate(name, plan, errors_of(samples, exact, weights), distance, gain, tuned)
 
     def _gain(self, errors: np.ndarray, nfe: int) -> float:
-        """Of a plan with these errors over the best untuned one; half of it hangs on one sample where it is 1."""
+        """Of a plan with these errors over the best untuned one; one sample alone can make it 1."""
         base = self._squares[id(self.untuned(nfe).plan)]
         weights = np.ones(len(errors)) if self.held_out.weights is None else self.held_out.weights
         gains = weights * (base - errors**2)
