@@ -11,6 +11,7 @@ models of pixels; latents have no range.
 from __future__ import annotations
 
 import abc
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -216,6 +217,23 @@ class _Limited(abc.ABC):
             raise AttributeError(name)
         return getattr(self.denoiser, name)
 
+    def with_scale(self, guidance_scale: float) -> Any:
+        """The same limits around the denoiser with guidance of another scale.
+
+        Raises:
+            TypeError: if it has no guidance.
+        """
+        if not hasattr(self.denoiser, "with_scale"):
+            raise TypeError(f"{self.denoiser!r} has no guidance, whose scale could be another.")
+        changed = copy.copy(self)
+        changed.denoiser = self.denoiser.with_scale(guidance_scale)  # type: ignore[attr-defined]
+        return changed
+
+    @property
+    @abc.abstractmethod
+    def limits(self) -> dict[str, Any]:
+        """What tells these limits from others, as JSON values."""
+
     @abc.abstractmethod
     def _limit(self, d: Tensor) -> Tensor:
         """The limited data prediction, ``"batch *shape"``."""
@@ -246,6 +264,11 @@ class Clipped(_Limited):
 
     def __repr__(self) -> str:
         return f"Clipped({self.denoiser!r}, {self.low:g}, {self.high:g})"
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What tells these limits from others, as JSON values."""
+        return {"kind": "clipped", "low": self.low, "high": self.high}
 
     def _limit(self, d: Tensor) -> Tensor:
         return d.clamp(self.low, self.high)
@@ -284,6 +307,12 @@ class DynamicThreshold(_Limited):
 
     def __repr__(self) -> str:
         return f"DynamicThreshold({self.denoiser!r}, {self.quantile:g}, limit={self.limit:g}, ceiling={self.ceiling:g})"
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What tells these limits from others, as JSON values."""
+        ceiling = self.ceiling if math.isfinite(self.ceiling) else None
+        return {"kind": "dynamic threshold", "quantile": self.quantile, "limit": self.limit, "ceiling": ceiling}
 
     def _limit(self, d: Tensor) -> Tensor:
         flat = d.flatten(1)

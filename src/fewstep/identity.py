@@ -34,7 +34,8 @@ def identity(denoiser: object) -> dict[str, Any]:
 
     Returns:
         ``name``, ``fingerprint`` (None if the model has no weights and no fingerprint of its own), ``predicts`` (what the network's output
-        is taken for, None for other denoisers) and ``guidance`` (None for none, and for scale 1, which is none).
+        is taken for, None for other denoisers), ``guidance`` (None for none, and for scale 1, which is none) and ``limits`` (of the
+        prediction, None for none).
 
     Example:
         >>> from fewstep.exact import Gaussian
@@ -42,19 +43,30 @@ def identity(denoiser: object) -> dict[str, Any]:
         >>> identity(Gaussian(Flow(), [0.0], 1.0)) == identity(Gaussian(Flow(), [0.0], 2.0))
         False
     """
-    guidance, inner = [], denoiser
+    guidance, limits, inner = [], [], denoiser
     while True:
-        own = inspect.getattr_static(inner, "guidance", None) is not None  # not that of the denoiser within
-        settings = getattr(inner, "guidance", None) if own else None
+        settings = _own(inner, "guidance")
         if settings is not None and settings.get("guidance_scale") != 1.0:
             guidance.append(settings)
+        if (limit := _own(inner, "limits")) is not None:
+            limits.append(limit)
         if not hasattr(inner, "denoiser"):
             break
         inner = inner.denoiser  # type: ignore[attr-defined]
     name = getattr(getattr(inner, "info", None), "name", type(inner).__name__)
     reading = getattr(inner, "predicts", None)
-    told = guidance[0] if len(guidance) == 1 else guidance or None
-    return {"name": name, "fingerprint": _fingerprint(inner), "predicts": reading, "guidance": told}
+    known = {"name": name, "fingerprint": _fingerprint(inner), "predicts": reading}
+    return {**known, "guidance": _single(guidance), "limits": _single(limits)}
+
+
+def _own(denoiser: object, name: str) -> Any:
+    """An attribute of a denoiser, but not that of one within."""
+    return getattr(denoiser, name, None) if inspect.getattr_static(denoiser, name, None) is not None else None
+
+
+def _single(found: list[Any]) -> Any:
+    """None for none, one for one."""
+    return found[0] if len(found) == 1 else found or None
 
 
 def check_identity(made_for: Mapping[str, Any], denoiser: object) -> None:
@@ -68,6 +80,11 @@ def check_identity(made_for: Mapping[str, Any], denoiser: object) -> None:
         raise PlanError(
             f"this plan was tuned for {_told(made_for['guidance'])}, but the denoiser has {_told(found['guidance'])}: tune it anew, or use "
             f"an untuned plan."
+        )
+    if json_value(made_for.get("limits")) != json_value(found["limits"]):
+        raise PlanError(
+            f"this plan was tuned for {_told_limits(made_for.get('limits'))}, but the denoiser has {_told_limits(found['limits'])}: tune "
+            f"it anew, or use an untuned plan."
         )
     read, reads = made_for.get("predicts"), found["predicts"]
     if read is not None and reads is not None and read != reads:
@@ -87,6 +104,10 @@ def _told(guidance: Any) -> str:
         where = "" if guidance.get("interval") is None else f" within {list(guidance['interval'])}"
         return f"{guidance.get('kind', '')} guidance of scale {guidance['guidance_scale']:g}{where}".strip()
     return f"guidance {guidance}"
+
+
+def _told_limits(limits: Any) -> str:
+    return "no limits of its prediction" if limits is None else f"its prediction limited ({limits})"
 
 
 def _fingerprint(inner: object) -> str | None:

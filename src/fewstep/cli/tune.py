@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +71,8 @@ def run(options: TuneOptions) -> int:
         raise ValueError("give one of --minutes, --evaluations and --trajectories.")
     effort = Effort().scaled(options.trajectories / Effort().trajectories) if options.trajectories else None
     scales = _scales(options.guidance)
+    if any(scale != 1.0 for scale in scales) and not options.label:
+        raise ValueError("--guidance steers towards labels: give --label, or leave both out.")
     model = open_model(options.model, options)
     shape, count = ask_for(model.info.shape, model.info.name), 64
     known = model.info.conditions.get("label")
@@ -92,7 +97,7 @@ def run(options: TuneOptions) -> int:
     }
     if options.fresh:
         shutil.rmtree(unfinished, ignore_errors=True)
-    with new_folder(options.out) as folder:
+    with new_folder(options.out) as folder, _told_how_to_go_on(unfinished):
         if len(scales) > 1:
             family = tune_family(guided(model, max(scales, key=lambda scale: scale != 1.0), labels), scales, **given)
             _write_family(family, model, options, folder)
@@ -108,11 +113,22 @@ def run(options: TuneOptions) -> int:
         print(json.dumps(reports if len(scales) > 1 else next(iter(reports.values()))))
     elif not options.quiet:
         for scale, found in every.items():
-            _print(found, scale)
+            print(found.show() if scale == 1.0 else f"guidance {scale:g}\n{found.show()}")
         for gap in gaps:
             print(_told_gap(gap))
         print(f"errors to the exact solution on noise that nothing was fitted to; plans and page: {options.out}")
     return 0
+
+
+@contextmanager
+def _told_how_to_go_on(unfinished: Path) -> Iterator[None]:
+    """When the run is stopped within."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if unfinished.exists():
+            print(f"\nstopped: what is finished is kept in {unfinished}, and the same command goes on from there.", file=sys.stderr)
+        raise
 
 
 def _scales(text: str) -> list[float]:
@@ -156,6 +172,8 @@ def _write_family(family: Any, model: Any, options: TuneOptions, folder: Path) -
             ]
             for nfe, told in tuned.report["plans"].items()
         ]
+    page.links("A page for every scale", [(f"guidance {scale:g}", f"guidance-{scale:g}/index.html") for scale in family.tuned])
+    page.text(_how_to_use(options.out, next(iter(family.plans))[0], "SCALE", several=True), note=True)
     page.heading("Error by guidance scale and number of calls")
     page.table(["guidance", "calls", "best untuned", "its error", "tuned by", "its error", "ratio"], rows, text=(2, 4))
     page.heading("Between the scales")
@@ -181,18 +199,6 @@ def _told_gap(gap: Any) -> str:
     )
 
 
-def _print(tuned: Any, scale: float) -> None:
-    if scale != 1.0:
-        print(f"guidance {scale:g}")
-    print(f"{'calls':>5}  {'untuned':>9}  {'tuned':>9}  {'ratio':>5}  {'median':>6}  best untuned setting; tuned by")
-    for nfe, told in tuned.report["plans"].items():
-        medians = told["median"] / told["candidates"][0]["median"]
-        print(
-            f"{nfe:>5}  {told['untuned_rms']:>9.3g}  {told['rms']:>9.3g}  {told['ratio']:>5.2f}  {medians:>6.2f}  {told['untuned']}; "
-            f"{told['best']}"
-        )
-
-
 def _page(tuned: Any, model: Any, denoiser: Any, scale: float, options: TuneOptions) -> Any:
     from fewstep.cli.setup import machine
     from fewstep.evaluate.report import Report, line_plot
@@ -203,9 +209,13 @@ def _page(tuned: Any, model: Any, denoiser: Any, scale: float, options: TuneOpti
         f"Plans made for {model.info.name}{guidance}, from exact paths of {report['effort']['trajectories']} noises, and judged on "
         f"{report['effort']['held_out']} others. An error is the distance from the exact solution, root mean square; the distance of "
         f"distributions is sliced Wasserstein, between all samples and all exact ones. It took "
-        f"{report['evaluations']} network evaluations (one sample, one call) and {report['seconds']:.0f} seconds."
+        f"{report['evaluations']} network evaluations (one sample, one call) and {report['seconds']:.0f} seconds. The exact paths "
+        f"themselves have an error of about {report['reference_error']:.2g}."
     )
     page = Report("fewstep: tuned plans", intro, {"command": "fewstep tune", "machine": machine(), **report})
+    for warning in tuned.warnings:
+        page.text(warning[0].upper() + warning[1:])
+    page.text(_how_to_use(options.out, next(iter(tuned.plans)), f"{scale:g}", several=False), note=True)
     page.heading("Error by number of calls")
     rows = [
         [nfe, told["untuned"], f"{told['untuned_rms']:.3g}", told["best"], f"{told['rms']:.3g}", f"{told['ratio']:.2f}"]
@@ -221,8 +231,19 @@ def _page(tuned: Any, model: Any, denoiser: Any, scale: float, options: TuneOpti
         page.pictures([("errors.png", "error on noise that nothing was fitted to", plot)], plot=True)
     _add_pictures(page, tuned, model, denoiser, options)
     for nfe, plan in tuned.plans.items():
-        _add_plan(page, nfe, plan, tuned.candidates[nfe])
+        _add_plan(page, nfe, plan, tuned.candidates[nfe], report["plans"][str(nfe)]["best"])
     return page
+
+
+def _how_to_use(out: str, nfe: int, scale: str, *, several: bool) -> str:
+    """A line for the page."""
+    guidance = "" if scale == "1" else f" --guidance {scale}"
+    take = (
+        f"fewstep.tuners.Family.load({out!r}).plan({nfe}, {scale})"
+        if several
+        else f"fewstep.Plan.load({f'{out}/plan-{nfe}.safetensors'!r})"
+    )
+    return f"To use a plan: fewstep sample MODEL --plan {out} --nfe {nfe}{guidance}; in Python, fewstep.sample(denoiser, noise, {take})."
 
 
 def _add_pictures(page: Any, tuned: Any, model: Any, denoiser: Any, options: TuneOptions) -> None:
@@ -255,13 +276,15 @@ def _add_pictures(page: Any, tuned: Any, model: Any, denoiser: Any, options: Tun
             page.pictures([picture(f"{name}-{nfe}.png", f"{nfe} calls, {told}", sample(denoiser, noise, chosen, cond=cond))])
 
 
-def _add_plan(page: Any, nfe: int, plan: Any, candidates: list[Any]) -> None:
-    """What was tried, and the numbers of the plan."""
+def _add_plan(page: Any, nfe: int, plan: Any, candidates: list[Any], best: str) -> None:
+    """What was tried, the best of it set off, and the numbers of the plan."""
     import numpy as np
 
     page.heading(f"{nfe} calls")
     tried = [[c.name, f"{c.errors.rms:.3g}", f"{c.errors.median:.3g}", f"{c.distance:.3g}"] for c in candidates]
-    page.table(["tried", "error", "median error", "distance of distributions"], tried)
+    chosen = next(i for i, candidate in enumerate(candidates) if candidate.name == best)
+    head = ["tried", "error", "median error", "distance of distributions"]
+    page.table(head, tried, best={(chosen, column) for column in range(len(head))})
     page.heading("The plan", 3)
     lams = plan.schedule.lam(plan.tau)
     head = ["call", "time", "lambda", "weight of the noise", *(f"of prediction {j}" for j in range(nfe))]

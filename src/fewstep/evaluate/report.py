@@ -153,6 +153,12 @@ class Report:
         """Add a paragraph."""
         self.pieces.append(f"<p{' class=note' if note else ''}>{html.escape(text)}</p>")
 
+    def links(self, heading: str, links: Sequence[tuple[str, str]]) -> None:
+        """Add a heading and links below it: (text, address)."""
+        self.heading(heading)
+        told = (f'<a href="{html.escape(address)}">{html.escape(text)}</a>' for text, address in links)
+        self.pieces.append(f"<p>{', '.join(told)}</p>")
+
     def pictures(self, pictures: Sequence[tuple[str, str, bytes]], *, plot: bool = False) -> None:
         """Add PNGs side by side: (file name, caption, content)."""
         figures = []
@@ -175,7 +181,8 @@ class Report:
         """Add a table; cells in `best` (row, column) are set off, and the columns in `text` begin at the left."""
 
         def cell(tag: str, i: int, j: int, content: str) -> str:
-            kind = " class=best" if (i, j) in best else " class=text" if j in text else ""
+            classes = " ".join(name for name, cells in (("best", (i, j) in best), ("text", j in text)) if cells)
+            kind = f' class="{classes}"' if classes else ""
             return f"<{tag}{kind}>{html.escape(content)}</{tag}>"
 
         lines = ["".join(cell("th", -1, j, content) for j, content in enumerate(head))]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fewstep.artefacts import json_value
 from fewstep.errors import MissingExtraError, UnknownNameError
-from fewstep.identity import identity
 from fewstep.plan import Plan
 from fewstep.tuners.checkpoint import Checkpoint, Spending, check_savable
 from fewstep.tuners.compensation import compensation_candidates
@@ -24,12 +21,13 @@ from fewstep.tuners.effort import Effort, estimate, suitable
 from fewstep.tuners.learned import Learned
 from fewstep.tuners.numbers import Numbers
 from fewstep.tuners.preparation import checked_denoiser, checked_starts, prepare, probe
+from fewstep.tuners.progress import Bar
+from fewstep.tuners.result import Tuned, best_of, summarised
 from fewstep.tuners.search import recipe
 from fewstep.tuners.statistics import statistics_candidates
 from fewstep.tuners.task import Candidate, Counted, Task
 from fewstep.tuners.teleport import teleport_candidates
 from fewstep.tuners.timesteps import timesteps
-from fewstep.version import __version__
 
 __all__ = ["METHODS", "Tuned", "tune"]
 
@@ -37,37 +35,8 @@ FIRST_SHARE = 0.7
 """Of a budget, for the method that is tried first."""
 ENOUGH = 0.8
 """Other methods are tried if the first leaves more than this of the untuned plan's error."""
-SURE = 0.5
-"""Standard errors by which a tuned plan's mean squared error must be less."""
 FAR = 0.6
 """All three stages of learning are made if a polish from a given plan leaves more than this of the untuned plan's error."""
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What tuning found.
-
-    Attributes:
-        plans: number of calls -> the best plan.
-        candidates: number of calls -> everything that was validated, in the order in which it was tried; the first is the best
-            untuned solver and grid.
-        report: JSON values: the model, options, costs, and the errors of every candidate.
-    """
-
-    plans: dict[int, Plan]
-    candidates: dict[int, list[Candidate]]
-    report: dict[str, Any]
-
-    @property
-    def plan(self) -> Plan:
-        """The plan, if one number of calls was asked for.
-
-        Raises:
-            ValueError: if there are several.
-        """
-        if len(self.plans) != 1:
-            raise ValueError(f"there are plans for {sorted(self.plans)} calls: take one from .plans.")
-        return next(iter(self.plans.values()))
 
 
 def tune(
@@ -142,26 +111,21 @@ def tune(
     """
     if method not in METHODS:
         raise UnknownNameError("method of tuning", method, METHODS)
-    calls = sorted(set(np.atleast_1d(np.asarray(nfe)).tolist()))
-    if not calls or min(calls) < 1 or any(n != int(n) for n in calls):
-        raise ValueError(f"nfe must be at least 1, got {nfe}.")
+    calls = _numbers_of_calls(nfe)
     if sum(given is not None for given in (minutes, evaluations, effort)) > 1:
         raise ValueError("give minutes, evaluations or effort, not several of them.")
-    calls = [int(n) for n in calls]
+    if effort is not None and not isinstance(effort, Effort):
+        raise TypeError(f"effort must be a fewstep.tuners.Effort, got {effort!r:.80}.")
     counted = Counted(checked_denoiser(denoiser, final), block)
     draw = Draws(counted, noise, dict(cond or {}), seed)
     kept, starts = None, checked_starts(starts or {}, counted.schedule, final)
     if checkpoint is not None:
         check_savable(draw.cond)
-        limits = {"minutes": minutes, "evaluations": evaluations, "effort": effort and asdict(effort)}
-        run = {"model": identity(denoiser), "schedule": counted.schedule.config(), "final": final, "seed": seed, "method": method}
-        run |= {"starts": {str(n): plan.digest for n, plan in starts.items()}, "features": features is not None}
-        run |= {
-            "fewstep": __version__,
-            "cond": Checkpoint.key_of(**draw.cond),
-            "says": Checkpoint.key_of(says=probe(counted, draw)),
-        }
-        kept = Checkpoint(Path(checkpoint), Checkpoint.key_of(noise=draw.given, **run, **limits))
+        told = {"method": method, "final": final, "seed": seed, "minutes": minutes, "evaluations": evaluations}
+        told |= {"effort": effort and asdict(effort), "features": features is not None}
+        told |= {"starts": {str(n): plan.digest for n, plan in starts.items()}}
+        given = Checkpoint.key_of(noise=draw.given, cond=Checkpoint.key_of(**draw.cond), says=probe(counted, draw))
+        kept = Checkpoint(Path(checkpoint), Checkpoint.key_of_run(denoiser, given=given, **told))
     seconds = seconds_of(counted, draw)
     spending = kept.spending() if kept else None
     if spending is None:
@@ -173,7 +137,7 @@ def tune(
     counted.evaluations = spending.evaluations
     shape = draw.given.shape[1:]
     total, memory = estimate(spending.effort, calls, shape)
-    with _Bar(counted, spending.budget or total, progress, report) as bar:
+    with Bar(counted, spending.budget or total, shown=progress, report=report) as bar:
         left = max(0, (spending.budget or total) - spending.evaluations)
         bar.say(f"about {left} evaluations, {left * seconds / 60.0:.1f} minutes and {memory / 1e6:.0f} MB")
         task = prepare(counted, draw, spending.effort, final=final, seed=seed, kept=kept, report=bar.say)
@@ -183,6 +147,19 @@ def tune(
         if kept:
             kept.save_spending(_spent(task, spending))
         return _run(task, calls, method, spending, kept)
+
+
+def _numbers_of_calls(nfe: int | Sequence[int]) -> list[int]:
+    """In increasing order, each once."""
+    try:
+        given = np.atleast_1d(np.asarray(nfe))
+        calls = sorted({int(n) for n in given.tolist()})
+        fine = given.ndim == 1 and given.dtype.kind in "iuf" and calls == sorted(set(given.tolist()))
+    except (TypeError, ValueError, OverflowError):
+        calls, fine = [], False
+    if not fine or not calls or calls[0] < 1:
+        raise ValueError(f"nfe must be one or several whole numbers of at least 1, got {nfe!r:.80}.")
+    return calls
 
 
 def _run(task: Task, calls: list[int], method: str, spending: Spending, kept: Checkpoint | None) -> Tuned:
@@ -196,7 +173,7 @@ def _run(task: Task, calls: list[int], method: str, spending: Spending, kept: Ch
         if kept and not finished:
             kept.save_candidates(n, candidates[n])
             kept.save_spending(_spent(task, spending))
-    return _tuned(task, candidates, counted.denoiser, method, spending.effort)
+    return summarised(task, candidates, method, spending.effort)
 
 
 def _spent(task: Task, spending: Spending) -> Spending:
@@ -260,7 +237,7 @@ def _candidates(task: Task, nfe: int, method: str, effort: Effort, budget: int |
     for name in ("learned", *OTHERS) if method == "auto" else (method,):
         if len(found) > 1 and name in OTHERS:
             spent, price = task.denoiser.evaluations - begun, OTHERS[name](effort, nfe)
-            enough = _best(found).errors.rms <= ENOUGH * base.errors.rms or price > spent
+            enough = best_of(found).errors.rms <= ENOUGH * base.errors.rms or price > spent
             if enough if budget is None else spent + price > budget:
                 continue
         try:
@@ -272,72 +249,3 @@ def _candidates(task: Task, nfe: int, method: str, effort: Effort, budget: int |
             if method != "auto" or name == "learned":
                 raise
             task.report(f"{nfe} calls: {name} is left out. {error}")
-
-
-def _best(tried: list[Candidate]) -> Candidate:
-    """Of those that are not above the untuned plan in distance of the distributions, and below it in mean squared error by more than half a
-    standard error of the difference, the one with the least product of both and the median error. One sample that ends in another mode can
-    make a standard error, and which plan it befalls is chance.
-    """
-    base = tried[0]
-    sure = [c for c in tried[1:] if c.gain > SURE and c.errors.rms <= base.errors.rms and c.distance <= base.distance]
-    fair = [base, *sure]
-    return min(fair, key=lambda c: c.errors.rms * c.errors.median * c.distance)
-
-
-def _tuned(task: Task, candidates: dict[int, list[Candidate]], denoiser: Any, method: str, effort: Effort) -> Tuned:
-    """The best of the candidates, with what is known of how they came about."""
-    model, plans, told = identity(denoiser), {}, {}
-    for nfe, tried in candidates.items():
-        best, base = _best(tried), tried[0]
-        validation = {**asdict(best.errors), "distance": best.distance, "untuned": base.name, "untuned_rms": base.errors.rms}
-        plans[nfe] = best.plan
-        if best.tuned:
-            made = {"model": model, "method": best.name, "seed": task.seed, "effort": asdict(effort), "validation": validation}
-            cost = {"evaluations": task.denoiser.evaluations, "seconds": round(time.perf_counter() - task.began, 1)}
-            provenance = {
-                **json_value(best.plan.provenance),
-                "final": task.final,
-                "fewstep": __version__,
-                "tuned": {**made, **cost},
-            }
-            plans[nfe] = replace(best.plan, provenance=provenance)
-        tries = [{"name": c.name, "tuned": c.tuned, "distance": c.distance, "gain": c.gain, **asdict(c.errors)} for c in tried]
-        told[str(nfe)] = {"best": best.name, "ratio": best.errors.rms / base.errors.rms, **validation, "candidates": tries}
-    report = {
-        "model": model,
-        "schedule": task.schedule.config(),
-        "method": method,
-        "final": task.final,
-        "seed": task.seed,
-        "effort": asdict(effort),
-        "reference_error": task.held_out.error,
-        "evaluations": task.denoiser.evaluations,
-        "seconds": round(time.perf_counter() - task.began, 1),
-        "plans": told,
-    }
-    return Tuned(plans, candidates, report)
-
-
-class _Bar:
-    """A progress bar over evaluations, and the lines that a caller wants to hear."""
-
-    def __init__(self, counted: Counted, total: int, shown: bool, report: Callable[[str], None] | None):
-        from tqdm import tqdm
-
-        pause = 0.1 if sys.stderr.isatty() else 10.0
-        self.counted, self.report = counted, report
-        self.bar = tqdm(total=total, disable=not shown, desc="tuning", unit="evaluation", unit_scale=True, mininterval=pause)
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def say(self, line: str) -> None:
-        self.bar.total = max(self.bar.total, self.counted.evaluations)
-        self.bar.set_postfix_str(line, refresh=False)
-        self.bar.update(self.counted.evaluations - self.bar.n)
-        if self.report:
-            self.report(line)

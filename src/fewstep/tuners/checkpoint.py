@@ -17,11 +17,13 @@ from torch import Tensor
 
 from fewstep.artefacts import Artefact, write_atomically
 from fewstep.errors import ArtefactError
+from fewstep.identity import identity
 from fewstep.plan import Plan
 from fewstep.schedules import NoiseSchedule
 from fewstep.tuners.effort import Effort
 from fewstep.tuners.paths import Paths
 from fewstep.tuners.task import Candidate, Errors
+from fewstep.version import __version__
 
 __all__ = ["Checkpoint", "Spending", "check_savable"]
 
@@ -73,6 +75,12 @@ class Checkpoint:
             else:
                 hasher.update(json.dumps(value, sort_keys=True).encode())
         return hasher.hexdigest()
+
+    @staticmethod
+    def key_of_run(denoiser: Any, **settings: Any) -> str:
+        """A digest of a model, the version of fewstep, and JSON values and tensors."""
+        told = {"model": identity(denoiser), "schedule": denoiser.schedule.config(), "fewstep": __version__}
+        return Checkpoint.key_of(**told, **settings)
 
     def paths(self, name: str, schedule: NoiseSchedule, like: Tensor) -> Paths | None:
         """Exact paths that were saved, in the precision and on the device of a tensor; None if there are none.
@@ -154,8 +162,7 @@ class Checkpoint:
         self.folder.mkdir(parents=True, exist_ok=True)
         for k, candidate in enumerate(candidates):
             candidate.plan.save(self.folder / f"calls-{nfe}-{k}.safetensors")
-        told = [{"name": c.name, "tuned": c.tuned, "distance": c.distance, "gain": c.gain, **asdict(c.errors)} for c in candidates]
-        document = json.dumps({"key": self.key, "candidates": told}, indent=1)
+        document = json.dumps({"key": self.key, "candidates": [candidate.told for candidate in candidates]}, indent=1)
         write_atomically(self.folder / f"calls-{nfe}.json", document.encode())
 
     def _check(self, document: dict[str, Any], path: Path) -> None:

@@ -36,7 +36,7 @@ from fewstep.tuners.paths import Paths, trace_paths
 from fewstep.tuners.task import GRIDS, Candidate, Counted, Task, distances
 
 if TYPE_CHECKING:
-    from fewstep.tuners.auto import Effort
+    from fewstep.tuners.effort import Effort
 
 __all__ = ["cascade", "compensation", "compensation_candidates"]
 

@@ -10,7 +10,7 @@ import numpy as np
 from fewstep.tuners.draws import SENSITIVITY_CALLS
 from fewstep.tuners.task import FINALISTS, GRIDS, SCREENED, UNTUNED
 
-__all__ = ["Effort", "estimate", "suitable"]
+__all__ = ["Effort", "estimate", "suitable", "validation_cost"]
 
 SLOW = 1e-4
 """Seconds of an evaluation (one sample, one call) from which a network counts as slow, and less is spent on it by default."""
@@ -81,15 +81,25 @@ def suitable(seconds: float, nfe: Sequence[int], shape: Sequence[int], budget: i
 def estimate(effort: Effort, nfe: Sequence[int], shape: Sequence[int]) -> tuple[int, int]:
     """About how many evaluations (one sample, one call) tuning takes, and how many bytes of memory in single precision."""
     paths, size = effort.trajectories + effort.held_out, int(np.prod(shape))
-    total = paths * (effort.reference_calls * 9 // 8 + 2 * SENSITIVITY_CALLS * effort.pool)
+    total = _path_cost(effort) * effort.trajectories + validation_cost(effort, nfe)
     for n in nfe:
         columns = sum((i + 2) * (n - 1 - i) + (n - i) for i in range(n))
-        screened = len(UNTUNED) * len(GRIDS) * SCREENED + (FINALISTS + 2 + 3 * len(effort.robust)) * effort.held_out
         fitted = (effort.trials + len(GRIDS)) * effort.trial_paths + 2 * effort.trajectories
         polished = len(effort.robust) * effort.trajectories * (effort.polish * (columns + 10 * n) + 14 * n)
-        total += n * (screened + fitted) + polished
+        total += n * (fitted + 3 * len(effort.robust) * effort.held_out) + polished
     columns = max(n * (n + 3) // 2 + n for n in nfe)
     return (
         total,
         paths * size * 8 * effort.reference_calls + 3 * effort.trajectories * size * 8 * columns,
     )  # the Jacobian, weighted, and a copy
+
+
+def validation_cost(effort: Effort, nfe: Sequence[int]) -> int:
+    """About how many evaluations it takes to find the best untuned settings, and to judge a few plans beside them."""
+    screened = len(UNTUNED) * len(GRIDS) * SCREENED + (FINALISTS + 2) * effort.held_out
+    return _path_cost(effort) * effort.held_out + sum(nfe) * screened
+
+
+def _path_cost(effort: Effort) -> int:
+    """Of an exact path, and of choosing its noise."""
+    return effort.reference_calls * 9 // 8 + 2 * SENSITIVITY_CALLS * effort.pool

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
@@ -24,14 +25,15 @@ from torch import Tensor
 
 from fewstep.artefacts import json_value, write_atomically
 from fewstep.errors import ArtefactError, PlanError
-from fewstep.guidance import ClassifierFree
 from fewstep.identity import identity
 from fewstep.plan import Plan
-from fewstep.tuners.auto import Tuned, tune
+from fewstep.tuners.auto import tune
 from fewstep.tuners.draws import Draws
-from fewstep.tuners.effort import Effort
+from fewstep.tuners.effort import Effort, validation_cost
 from fewstep.tuners.numbers import Numbers
 from fewstep.tuners.preparation import prepare
+from fewstep.tuners.progress import Bar
+from fewstep.tuners.result import Tuned
 from fewstep.tuners.task import Candidate, Counted
 
 __all__ = ["Family", "Gap", "tune_family"]
@@ -153,7 +155,7 @@ class Family:
 
 
 def tune_family(
-    denoiser: ClassifierFree,
+    denoiser: Any,
     guidance: Sequence[float],
     *,
     nfe: int | Sequence[int],
@@ -165,15 +167,16 @@ def tune_family(
     minutes: float | None = None,
     evaluations: int | None = None,
     checkpoint: str | PathLike[str] | None = None,
+    progress: bool = False,
     report: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Family:
     """Tune plans for several guidance scales, and say what serves the scales between.
 
     Args:
-        denoiser: with guidance, of any scale.
+        denoiser: a `fewstep.guidance.ClassifierFree` of any scale; its prediction may be limited, as by `fewstep.denoisers.Clipped`.
         guidance: the scales, each once.
-        nfe, noise, cond, seed, final, block, report: as of `fewstep.tune`.
+        nfe, noise, cond, seed, final, block, progress, report: as of `fewstep.tune`.
         minutes, evaluations: for all scales together.
         checkpoint: a folder with one of `fewstep.tune` for every scale.
         **options: the other options of `fewstep.tune`.
@@ -191,7 +194,7 @@ def tune_family(
         >>> family = tune_family(guided, [2.0, 3.0], nfe=4, noise=noise, cond={"label": labels}, effort=effort)
         >>> x = fs.sample(guided.with_scale(2.4), noise, family.plan(4, 2.4), cond={"label": labels})
     """
-    if not isinstance(denoiser, ClassifierFree):
+    if not (hasattr(denoiser, "with_scale") and getattr(denoiser, "guidance", None)):
         raise TypeError(f"a family over guidance scales needs a fewstep.guidance.ClassifierFree, got {type(denoiser).__name__}.")
     scales = sorted(float(scale) for scale in guidance)
     if not scales or len(set(scales)) < len(scales):
@@ -205,18 +208,29 @@ def tune_family(
         say(f"guidance {scale:g}")
         folder = None if checkpoint is None else Path(checkpoint) / f"guidance-{scale:g}"
         tuned[scale] = tune(
-            denoiser.with_scale(scale), nfe=nfe, starts=starts, checkpoint=folder, report=report, **shared, **limits, **options
+            denoiser.with_scale(scale),
+            nfe=nfe,
+            starts=starts,
+            checkpoint=folder,
+            progress=progress,
+            report=report,
+            **shared,
+            **limits,
+            **options,
         )
         starts = {n: best.plan for n, tried in tuned[scale].candidates.items() if (best := _best_learned(tried)) is not None}
     plans = {(n, scale): plan for scale, found in tuned.items() for n, plan in found.plans.items()}
     gaps: list[Gap] = []
     for lower, upper in pairwise(scales):
-        say(f"between guidance {lower:g} and {upper:g}")
-        gaps += _gaps(denoiser, tuned, lower, upper, shared)
+        told = f"between guidance {lower:g} and {upper:g}"
+        say(told)
+        gaps += _gaps(denoiser, tuned, lower, upper, shared, partial(Bar, shown=progress, name=told))
     return Family(plans, tuple(gaps), denoiser.guidance, tuned)
 
 
-def _gaps(denoiser: ClassifierFree, tuned: dict[float, Tuned], lower: float, upper: float, shared: dict[str, Any]) -> list[Gap]:
+def _gaps(
+    denoiser: Any, tuned: dict[float, Tuned], lower: float, upper: float, shared: dict[str, Any], bar: Callable[..., Bar]
+) -> list[Gap]:
     """What serves the scales between two, for every number of calls."""
     told, ratios = tuned[lower].report["effort"], {n: dict[str, float]() for n in tuned[lower].plans}
     effort = Effort(trajectories=1, held_out=told["held_out"], pool=told["pool"], reference_calls=told["reference_calls"])
@@ -224,16 +238,18 @@ def _gaps(denoiser: ClassifierFree, tuned: dict[float, Tuned], lower: float, upp
         guided = denoiser.with_scale(lower + place * (upper - lower))
         counted = Counted(guided, shared["block"])
         draw = Draws(counted, shared["noise"], dict(shared["cond"] or {}), shared["seed"] + 1)
-        task = prepare(counted, draw, effort, final=shared["final"], seed=shared["seed"])
-        for nfe, low in tuned[lower].plans.items():
-            for name, share in {MIXED: place, LOWER: 0.0, UPPER: 1.0}.items():
-                try:
-                    plan = _between(low, tuned[upper].plans[nfe], share, identity(guided)["guidance"])
-                except PlanError:  # plans of other kinds than weights cannot be mixed
-                    continue
-                untuned = task.untuned(nfe).errors.rms
-                ratio = task.judge(name, plan).errors.rms / untuned if untuned > 0.0 else math.inf
-                ratios[nfe][name] = max(ratio, ratios[nfe].get(name, 0.0))
+        with bar(counted, validation_cost(effort, list(ratios))) as seen:
+            task = prepare(counted, draw, effort, final=shared["final"], seed=shared["seed"], report=seen.say)
+            for nfe, low in tuned[lower].plans.items():
+                for name, share in {MIXED: place, LOWER: 0.0, UPPER: 1.0}.items():
+                    try:
+                        plan = _between(low, tuned[upper].plans[nfe], share, identity(guided)["guidance"])
+                    except PlanError:  # plans of other kinds than weights cannot be mixed
+                        continue
+                    untuned = task.untuned(nfe).errors.rms
+                    ratio = task.judge(name, plan).errors.rms / untuned if untuned > 0.0 else math.inf
+                    ratios[nfe][name] = max(ratio, ratios[nfe].get(name, 0.0))
+                    seen.say(f"{nfe} calls at {guided.guidance_scale:g}: {name}, {ratio:.2f} of the best untuned setting's error")
     return [Gap(nfe, lower, upper, found) for nfe, found in ratios.items()]
 
 

@@ -73,6 +73,8 @@ def checked_denoiser(denoiser: Callable[..., Tensor], final: str) -> Callable[..
 
 def checked_starts(starts: Mapping[int, Plan], schedule: NoiseSchedule, final: str) -> dict[int, Plan]:
     """Refuse plans that learning cannot start from."""
+    if not isinstance(starts, Mapping):
+        raise TypeError(f"starts maps numbers of calls to plans, e.g. {{6: plan}}, got {type(starts).__name__}.")
     for nfe, plan in starts.items():
         Numbers.of(plan)
         end = 0.0 if final == "zero" else float(schedule.sigma(schedule.t_end))

@@ -38,7 +38,7 @@ from fewstep.tuners.task import GRIDS, Candidate, Counted, Task
 from fewstep.version import __version__
 
 if TYPE_CHECKING:
-    from fewstep.tuners.auto import Effort
+    from fewstep.tuners.effort import Effort
 
 __all__ = ["model_statistics", "statistics_candidates"]
 

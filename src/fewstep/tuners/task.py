@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -152,6 +152,11 @@ class Candidate:
     distance: float
     gain: float = 0.0
     tuned: bool = True
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """All but the plan, as JSON values."""
+        return {"name": self.name, "tuned": self.tuned, "distance": self.distance, "gain": self.gain, **asdict(self.errors)}
 
 
 @dataclass

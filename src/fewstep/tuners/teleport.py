@@ -34,7 +34,7 @@ from fewstep.tuners.task import GRIDS, UNTUNED, Candidate, Task, distances
 from fewstep.tuners.times import finite_ends
 
 if TYPE_CHECKING:
-    from fewstep.tuners.auto import Effort
+    from fewstep.tuners.effort import Effort
 
 __all__ = ["Skip", "teleport_candidates", "teleport_skip"]
 
