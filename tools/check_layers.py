@@ -55,6 +55,7 @@ SAME_ROW = {
     ("multistep", "solver"),
     ("solver", "plan"),
     ("sampler", "noise"),
+    ("loading", "diffusers"),
     ("likelihood", "integrate"),
     ("likelihood", "noise"),
     ("restoration", "noise"),

@@ -22,12 +22,19 @@ import numpy as np
 
 from fewstep.errors import ArtefactError
 
-__all__ = ["FORMAT", "Artefact", "frozen_json", "json_value", "read_as", "write_atomically"]
+__all__ = ["FORMAT", "Artefact", "check_not_pickled", "frozen_json", "json_value", "read_as", "write_atomically"]
 
 T = TypeVar("T")
 FORMAT = 1
 """The newest format this version writes and reads."""
 HEADER = "fewstep"
+PICKLED = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
+"""Endings of files of weights that are pickled."""
+CONVERT = {
+    "file": 'diffusers.StableDiffusionPipeline.from_single_file("OLD").save_pretrained("NEW")',
+    "folder": 'diffusers.DiffusionPipeline.from_pretrained("OLD", use_safetensors=False).save_pretrained("NEW")',
+}
+"""How to make safetensors of a pickled file, or a folder of them; for another class of diffusers, its name."""
 LARGEST_DOCUMENT = 16_000_000
 """Characters of JSON in the header; a plan has some thousands."""
 
@@ -233,3 +240,18 @@ def frozen_json(value: Any) -> Any:
         return tuple(map(frozen, part)) if isinstance(part, list) else part
 
     return frozen(value)
+
+
+def check_not_pickled(path: Path) -> None:
+    """Refuse a file of weights that is pickled, and a folder that holds no others.
+
+    Raises:
+        ArtefactError: says how to convert it.
+    """
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    pickled = [file for file in files if file.suffix.lower() in PICKLED]
+    if pickled and not any(file.suffix.lower() == ".safetensors" for file in files):
+        raise ArtefactError(
+            f"{pickled[0]} is pickled, and opening it may run code, so fewstep does not. Convert it once, where you trust it, with "
+            f"{CONVERT['folder' if path.is_dir() else 'file']}"
+        )

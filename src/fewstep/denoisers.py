@@ -43,7 +43,8 @@ class ModelInfo:
         name: how to call it in messages.
         shape: shape of one sample, without the batch.
         data_range: lowest and highest value of clean data.
-        conditions: for every condition the network takes, its name and ``{"classes": n, "null": label}``.
+        conditions: for every condition the network takes, its name and ``{"classes": n, "null": label}``; without a null, one
+            must be given.
         fingerprint: digest of the weights, for the provenance of what is computed with them.
         extra: anything else its configuration says.
     """
@@ -356,11 +357,10 @@ def check_conditions(denoiser: object, cond: Mapping[str, Any], count: int) -> N
 
 
 def _check_range(name: str, value: Tensor, known: Mapping[str, int]) -> None:
-    wrong = value[(value < 0) | (value > max(known.values()))]
+    wrong = value[(value < 0) | (value > known.get("null", known["classes"] - 1))]
     if len(wrong):
-        raise PlanError(
-            f"the condition {name!r} cannot be {int(wrong[0])}: it has {known['classes']} classes, from 0; {known['null']} stands for none."
-        )
+        null = f"; {known['null']} stands for none" if "null" in known else ""
+        raise PlanError(f"the condition {name!r} cannot be {int(wrong[0])}: it has {known['classes']} classes, from 0{null}.")
 
 
 def _told_condition(value: object) -> str:

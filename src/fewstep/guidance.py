@@ -8,6 +8,9 @@ so w = 1 is the conditional model, w = 0 the unconditional one. ("Classifier-Fre
 predictions with $w' = w - 1$ in eq. 6; both forms are the same map, because the weights of the two predictions add up to 1.) It may be
 limited to an interval of noise levels, outside which the conditional model is used alone ("Applying Guidance in a Limited Interval
 Improves Sample and Distribution Quality in Diffusion Models", arXiv 2404.07724).
+
+`Distilled` is for networks that learnt the guided prediction and take w as a condition ("On Distillation of Guided Diffusion Models", arXiv
+2210.03142).
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch import Tensor
 
 from fewstep.schedules import NoiseSchedule
 
-__all__ = ["ClassifierFree"]
+__all__ = ["ClassifierFree", "Distilled"]
 
 Time = float | Tensor | NDArray[np.float64]
 
@@ -176,6 +179,46 @@ class ClassifierFree:
         if key not in self._moved:
             self._moved[key] = null.to(value.device, value.dtype)
         return self._moved[key]
+
+
+class Distilled:
+    """A network that takes the guidance scale as a condition, at one scale.
+
+    Args:
+        denoiser: ``D(x, t, **cond)`` with a ``schedule``, which takes the condition ``guidance``, ``"batch"``.
+        guidance_scale: w, finite.
+
+    Attributes:
+        schedule: that of the denoiser.
+        guidance: the settings as JSON values.
+
+    Raises:
+        ValueError: for a scale that is not finite.
+    """
+
+    def __init__(self, denoiser: Callable[..., Tensor], guidance_scale: float):
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale must be finite, got {guidance_scale}.")
+        self.denoiser = denoiser
+        self.guidance_scale = float(guidance_scale)
+
+    def __repr__(self) -> str:
+        return f"Distilled({self.denoiser!r}, guidance_scale={self.guidance_scale:g})"
+
+    def __getattr__(self, name: str) -> Any:
+        """The schedule, calls, jumps and info of the denoiser."""
+        if name.startswith("_") or name == "denoiser":  # what copies and pickles ask before there is a denoiser
+            raise AttributeError(name)
+        return getattr(self.denoiser, name)
+
+    @property
+    def guidance(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return {"kind": "distilled", "guidance_scale": self.guidance_scale}
+
+    def __call__(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        """The data prediction ``"batch *shape"`` under this scale."""
+        return self.denoiser(x, t, **cond, guidance=x.new_full((len(x),), self.guidance_scale, dtype=torch.float32))
 
 
 def _checked_null(null: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:

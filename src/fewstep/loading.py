@@ -1,12 +1,15 @@
 """From what a user has to a denoiser: `load`; and whether it is wrapped right: `check`.
 
-`load` takes a shipped model's name, a folder of the form that `fewstep.models.save_model` writes, or any module or callable with its
-schedule. `check` finds a wrong prediction type, time convention or data range by trying the others.
+`load` takes a shipped model's name; a folder of the form that `fewstep.models.save_model` writes; a pipeline of diffusers, as an object, a
+folder, an id of the hub or a single file; or any module or callable with its schedule. `check` finds a wrong prediction type, time
+convention or data range by trying the others.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.artefacts import check_not_pickled
 from fewstep.denoisers import Denoiser, ModelInfo, check_conditions
 from fewstep.errors import ArtefactError, UnknownNameError
 from fewstep.models import read_model
@@ -26,6 +30,9 @@ from fewstep.schedules import EDM, Flow, FromBetas, NoiseSchedule, VPCosine, VPL
 __all__ = ["CheckReport", "check", "load", "shipped_models"]
 
 SHIPPED = Path(__file__).parent / "shipped"
+PIPELINE_FILE = "model_index.json"
+"""What says that a folder, or an object, is a pipeline of diffusers."""
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def shipped_models() -> list[str]:
@@ -39,43 +46,74 @@ def shipped_models() -> list[str]:
 
 
 def load(
-    source: str | Path | Callable[..., Tensor],
+    source: str | Path | Callable[..., Any],
     *,
     schedule: NoiseSchedule | None = None,
     predicts: str | None = None,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Denoiser:
-    """A denoiser from a shipped model's name, a model folder, or a network.
+    """A denoiser from a shipped model's name, a model or pipeline on disk or on the hub, a pipeline in memory, or a network.
+
+    Nothing is unpickled: weights come from safetensors files.
 
     Args:
-        source: ``"digits"``, ``"photos"``; the path of a folder with ``config.json`` and ``model.safetensors``; a module or callable.
-        schedule, predicts: needed with a module or callable, and refused with a folder, which says them itself.
-        device: where a module goes.
+        source: ``"digits"``, ``"photos"``; the path of a folder with ``config.json`` and ``model.safetensors``, of a diffusers pipeline's
+            folder, of the folder of a diffusers model, or of a single ``.safetensors`` file; an id of the hub, ``"owner/name"``; a
+            diffusers pipeline; a module or callable.
+        schedule, predicts: needed with a module or callable, and with a diffusers model that has no scheduler's folder beside it; refused
+            with what says them itself.
+        device: where a network goes; a pipeline in memory stays where it is.
+        dtype: the precision of a network that is read; left out, the file's or, for diffusers, the one that it chooses.
         **options: of `Denoiser`, with a module or callable.
 
     Returns:
-        A `Denoiser`; its ``info`` holds shape, range and conditions of the data.
+        A `Denoiser`; its ``info`` holds shape, range and conditions of the data. Of a pipeline it is a
+        `fewstep.diffusers.pipelines.PipelineDenoiser`, which encodes prompts and decodes latents.
 
     Raises:
-        ArtefactError: if the folder is damaged, or is not one of ours.
+        ArtefactError: if the files are damaged, pickled, or of no form that is known.
         FileNotFoundError: if there is no such folder or name.
+        UnknownNameError: for a pipeline or model of diffusers that is not served.
         TypeError: if schedule or predicts are missing or superfluous.
 
     Example:
         >>> load("digits").info.shape
         (1, 8, 8)
     """
+    if getattr(source, "config_name", None) == PIPELINE_FILE:
+        from fewstep.diffusers.pipelines import PipelineDenoiser
+
+        _refuse(source, type(source).__name__, schedule, predicts, options)
+        return PipelineDenoiser(source)
     if callable(source):
         if schedule is None or predicts is None:
             raise TypeError(
                 "a network needs its schedule= and what it predicts=, e.g. schedule=fewstep.schedules.EDM(), predicts='data'."
             )
-        network = source.to(device) if isinstance(source, torch.nn.Module) else source
+        network: Callable[..., Any] = source.to(device, dtype) if isinstance(source, torch.nn.Module) else source
         return Denoiser(network, schedule, predicts, **options)
-    if schedule is not None or predicts is not None or options:
-        raise TypeError(f"{source} says its schedule and prediction itself; leave schedule=, predicts= and other options out.")
-    folder = _folder_of(source)
+    path, name = _located(source)
+    if path.is_file():
+        check_not_pickled(path)
+        if path.suffix.lower() != ".safetensors":
+            raise ArtefactError(f"{path} is a file; a model is a folder, or one .safetensors file.")
+        from fewstep.diffusers.pipelines import load_file
+
+        _refuse(source, str(source), schedule, predicts, options)
+        return load_file(path, device=device, dtype=dtype)
+    if _is_of_diffusers(path):
+        from fewstep.diffusers.pipelines import load_folder
+
+        _refuse(source, str(source), None, None, options)
+        return load_folder(path, name=name, schedule=schedule, predicts=predicts, device=device, dtype=dtype)
+    _refuse(source, str(source), schedule, predicts, options)
+    return _load_own(path, device, dtype)
+
+
+def _load_own(folder: Path, device: torch.device | str, dtype: torch.dtype | None) -> Denoiser:
+    """The denoiser of a folder of fewstep's form."""
     network, config = read_model(folder)
     info = ModelInfo(
         name=folder.name,
@@ -85,22 +123,48 @@ def load(
         fingerprint=config.fingerprint,
         extra=config.extra,
     )
-    return Denoiser(network.to(device).eval().requires_grad_(False), config.schedule, config.predicts, info=info)
+    return Denoiser(network.to(device, dtype).eval().requires_grad_(False), config.schedule, config.predicts, info=info)
 
 
-def _folder_of(source: str | Path) -> Path:
+def _refuse(source: Any, name: str, schedule: NoiseSchedule | None, predicts: str | None, options: Mapping[str, Any]) -> None:
+    """Refuse what a source says itself."""
+    if schedule is not None or predicts is not None or options:
+        raise TypeError(f"{name} says its schedule and prediction itself; leave schedule=, predicts= and other options out.")
+
+
+def _located(source: str | Path) -> tuple[Path, str]:
+    """The folder or file of a source, and how to call it."""
     path = Path(source)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ArtefactError(f"{path} has no config.json: it is not a model folder of fewstep's form.")
-        return path
-    if isinstance(source, str) and source in shipped_models():
-        return SHIPPED / source
     if path.exists():
-        raise ArtefactError(f"{path} is a file; a model is a folder with config.json and model.safetensors.")
+        return path, path.resolve().name
+    if isinstance(source, str) and source in shipped_models():
+        return SHIPPED / source, source
     if isinstance(source, str) and "/" not in source and "\\" not in source:
         raise UnknownNameError("model", source, shipped_models())
+    if isinstance(source, str) and HUB_ID.fullmatch(source) and path.suffix != ".safetensors" and not path.parent.is_dir():
+        from fewstep.diffusers.pipelines import download
+
+        return download(source), source
     raise FileNotFoundError(f"there is no model folder {path}.")
+
+
+def _is_of_diffusers(folder: Path) -> bool:
+    """Whether a folder holds a pipeline or a model of diffusers, not one of ours.
+
+    Raises:
+        ArtefactError: if it holds neither.
+    """
+    if (folder / PIPELINE_FILE).is_file():
+        return True
+    path = folder / "config.json"
+    if not path.is_file():
+        check_not_pickled(folder)
+        raise ArtefactError(f"{folder} has no config.json and no {PIPELINE_FILE}: it is no model folder.")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False  # ours or not, it is damaged, and said to be by who reads it
+    return isinstance(document, dict) and "_class_name" in document
 
 
 # ---- is it wrapped right? ----------------------------------------------------------------------------------------------------------
