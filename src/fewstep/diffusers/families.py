@@ -7,6 +7,7 @@ Every network takes conditions with one entry a sample, under the names that dif
 from __future__ import annotations
 
 import abc
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -272,13 +273,15 @@ class Wan(Family):
         return (21, 60, 104)
 
     def encode(self, pipeline: Any, prompt: str) -> Conditions:
-        found, _ = pipeline.encode_prompt([prompt], do_classifier_free_guidance=False, device=pipeline._execution_device)
-        return {"prompt_embeds": found}
+        return {"prompt_embeds": self._encode(pipeline, prompt, None)[0]}
 
     def encode_null(self, pipeline: Any, prompt: str, negative: str | None) -> Conditions:
-        told = None if negative is None else [negative]
-        _, found = pipeline.encode_prompt([prompt], told, device=pipeline._execution_device)
-        return {"prompt_embeds": found}
+        return {"prompt_embeds": self._encode(pipeline, prompt, None if negative is None else [negative])[1]}
+
+    def _encode(self, pipeline: Any, prompt: str, negative: list[str] | None) -> tuple[Tensor, Tensor]:
+        """Both embeddings, of the length that the pipeline asks for, which is not the default of its encoder."""
+        length = inspect.signature(type(pipeline).__call__).parameters["max_sequence_length"].default
+        return pipeline.encode_prompt([prompt], negative, device=pipeline._execution_device, max_sequence_length=length)
 
     def forward(self, x: Tensor, time: Tensor, prompt_embeds: Tensor) -> Tensor:  # type: ignore[override]
         text = self._like(prompt_embeds)

@@ -15,7 +15,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +77,11 @@ class PipelineDenoiser(Denoiser):
         class_name = type(pipeline).__name__
         family = _served("pipeline", class_name)
         _check_pipeline(pipeline)
-        network = family(getattr(pipeline, family.part))
+        network = family(getattr(pipeline, family.part)).eval()
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.eval().requires_grad_(False)
-        if getattr(pipeline, "vae", None) is not None:
+        if getattr(pipeline, "vae", None) is not None and pipeline.vae.dtype != torch.float32:
             pipeline.vae.to(torch.float32)  # decoders overflow in half precision
         super().__init__(network, info=_info(network, name or class_name), **_reading(pipeline.scheduler.config))
         self.pipeline = pipeline
@@ -361,7 +361,12 @@ def load_file(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dt
     from safetensors.torch import load_file as read_tensors
 
     with _explained(path):
-        kind = infer_diffusers_model_type(read_tensors(path))
+        tensors = read_tensors(path)
+        kind = infer_diffusers_model_type(tensors)
+    if kind == "v1" and not any(
+        key.startswith("model.diffusion_model.") for key in tensors
+    ):  # what diffusers takes anything else for
+        raise ArtefactError(f"{path} is no checkpoint of a model that is known.")
     if kind not in SINGLE_FILES:
         raise UnknownNameError("kind of checkpoint", kind, SINGLE_FILES, "It is not served.")
     with _explained(path):
@@ -420,18 +425,31 @@ def _read_json(path: Path) -> dict[str, Any]:
 @contextmanager
 def _explained(source: Path | str) -> Iterator[None]:
     """What diffusers says of a source that it cannot read, in one line; and its bars are left out."""
-    from diffusers.utils import logging
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
     from safetensors import SafetensorError
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
-        raise ArtefactError(f"{source} cannot be read: {_first_line(error)}") from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    known = (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, SingleFileComponentError, TypeError, ValueError)
+    with ExitStack() as stack:
+        for logging in _loggers():
+            if logging.is_progress_bar_enabled():
+                logging.disable_progress_bar()
+                stack.callback(logging.enable_progress_bar)
+        try:
+            yield
+        except known as error:
+            raise ArtefactError(f"{source} cannot be read: {_first_line(error)}") from error
+
+
+def _loggers() -> list[Any]:
+    """The modules that show bars while weights are read."""
+    from diffusers.utils import is_transformers_available
+    from diffusers.utils import logging as own
+
+    if not is_transformers_available():
+        return [own]
+    from transformers.utils import logging as theirs
+
+    return [own, theirs]
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,409 @@
+"""`fs.load` on diffusers pipelines and models, built from their classes with tiny random networks: the latents of the pipeline itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+diffusers = pytest.importorskip("diffusers", minversion="0.32")
+pytest.importorskip("transformers")
+
+from tiny_pipelines import LATENT, dit, flux, sd3, sdxl, stable_diffusion, text_parts, unconditional, video  # noqa: E402
+
+import fewstep as fs  # noqa: E402
+from fewstep.diffusers import PlanScheduler  # noqa: E402
+from fewstep.diffusers.pipelines import PipelineDenoiser  # noqa: E402
+from fewstep.errors import ArtefactError, FewstepError, UnknownNameError  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # theirs
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch_dtype.*"),
+]
+TOLERANCE = 1e-4
+NFE = 5
+PROMPTS = ["a red fox", "two owls"]
+
+
+def scheduler_of(kind):
+    if kind == "flow":
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if kind == "dynamic":
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return diffusers.DDIMScheduler(**LATENT, clip_sample=False, set_alpha_to_one=False, prediction_type=kind)
+
+
+def text_pipeline(family, kind):
+    text, scheduler = text_parts(family), scheduler_of(kind)
+    if family == "stable_diffusion":
+        return stable_diffusion(diffusers.StableDiffusionPipeline, scheduler, text)
+    if family == "sdxl":
+        return sdxl(diffusers.StableDiffusionXLPipeline, scheduler, text)
+    if family == "sd3":
+        return sd3(diffusers.StableDiffusion3Pipeline, scheduler, text)
+    return video(scheduler, text) if family == "video" else flux(scheduler, text, distilled=family == "distilled flux")
+
+
+def planned(pipe, solver="dpmpp_2m"):
+    pipe.scheduler = PlanScheduler.from_config(pipe.scheduler.config, solver=solver)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def packed(x):
+    """Latents in the form of Flux's pipeline."""
+    batch, channels, height, width = x.shape
+    return diffusers.FluxPipeline._pack_latents(x, batch, channels, height, width)
+
+
+def assert_close(found, wanted):
+    assert wanted.std() > 1e-3
+    assert (found - wanted).abs().max() < TOLERANCE * max(1.0, float(wanted.abs().max()))
+
+
+# ---- what the pipeline itself gives ------------------------------------------------------------------------------------------------
+
+TEXT = {
+    "Stable Diffusion": ("stable_diffusion", "epsilon", (16, 16), {}),
+    "Stable Diffusion 2": ("stable_diffusion", "v_prediction", (16, 24), {}),
+    "SDXL": ("sdxl", "epsilon", (16, 24), {}),
+    "SD3": ("sd3", "flow", (16, 24), {}),
+    "Flux": ("flux", "dynamic", (16, 24), {}),
+    "Wan": ("video", "flow", (16, 32, 5), {"num_frames": 5}),
+}
+
+
+@pytest.mark.parametrize("negative", [None, "blurry"])
+@pytest.mark.parametrize(("family", "kind", "size", "options"), TEXT.values(), ids=TEXT)
+def test_guided_latents_are_those_of_the_pipeline(family, kind, size, options, negative):
+    pipe = planned(text_pipeline(family, kind))
+    den = fs.load(pipe).with_size(size)
+    assert den.size == size
+    x = fs.draw_noise(den.info.shape, range(2))
+    scale = {"true_cfg_scale": 4.0} if family == "flux" else {"guidance_scale": 4.0}
+    told = (negative or "") if family == "flux" else negative
+    start = packed(x) if family == "flux" else x
+    wanted = pipe(
+        PROMPTS,
+        negative_prompt=None if told is None else [told] * 2,
+        num_inference_steps=NFE,
+        latents=start,
+        height=size[0],
+        width=size[1],
+        output_type="latent",
+        **scale,
+        **options,
+    )[0]
+    cond, null = den.encode(PROMPTS, negative)
+    with torch.no_grad():
+        found = fs.sample(den.guided(4.0, null), x, pipe.scheduler.plan, cond=cond)
+    assert den.calls == NFE
+    assert_close(packed(found) if family == "flux" else found, wanted)
+
+
+def test_distilled_guidance_is_a_condition():
+    pipe = planned(flux(scheduler_of("dynamic"), text_parts("flux"), distilled=True))
+    den = fs.load(pipe).with_size((16, 16))
+    x = fs.draw_noise(den.info.shape, range(2))
+    options = {"num_inference_steps": NFE, "height": 16, "width": 16, "output_type": "latent"}
+    cond, _ = den.encode(PROMPTS)
+    latents = {}
+    for scale in (1.0, 3.5):
+        wanted = pipe(PROMPTS, guidance_scale=scale, latents=packed(x), **options)[0]
+        with torch.no_grad():
+            latents[scale] = fs.sample(den.guided(scale), x, pipe.scheduler.plan, cond=cond)
+        assert_close(packed(latents[scale]), wanted)
+    assert (latents[1.0] - latents[3.5]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_pixels(clip):
+    host = diffusers.DDPMScheduler(clip_sample=clip)
+    pipe = planned(unconditional(diffusers.DDPMPipeline, host))
+    den = fs.load(pipe)
+    assert den.info.shape == (3, 8, 8)
+    assert den.info.data_range == (-1.0, 1.0)
+    wanted = torch.from_numpy(pipe(2, generator=torch.manual_seed(0), num_inference_steps=NFE, output_type="np")[0])
+    x = torch.randn(2, 3, 8, 8, generator=torch.manual_seed(0))
+    with torch.no_grad():
+        found = den.decode(fs.sample(den.guided(), x, pipe.scheduler.plan))
+    assert_close((0.5 * found + 0.5).clamp(0, 1).permute(0, 2, 3, 1), wanted)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_classes(scale):
+    pipe = planned(dit(diffusers.DDIMScheduler(clip_sample=False)))
+    pipe.vae.register_to_config(shift_factor=None)
+    den = fs.load(pipe)
+    assert den.info.conditions == {"label": {"classes": 1000, "null": 1000}}
+    options = {"num_inference_steps": NFE, "output_type": "np", "guidance_scale": scale}
+    wanted = torch.from_numpy(pipe([3, 7], generator=torch.manual_seed(0), **options)[0])
+    x = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(0))
+    with torch.no_grad():
+        x = fs.sample(den.guided(scale, {"label": 1000}), x, pipe.scheduler.plan, cond={"label": torch.tensor([3, 7])})
+    assert_close((0.5 * den.decode(x) + 0.5).clamp(0, 1).permute(0, 2, 3, 1), wanted)
+
+
+def test_pixels_of_classes():
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "block_out_channels": (8, 16)}
+    unet = diffusers.UNet2DModel(sample_size=8, layers_per_block=1, norm_num_groups=4, num_class_embeds=3, out_channels=6, **blocks)
+    pipe = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
+    den = fs.load(pipe)
+    assert den.info.conditions == {"label": {"classes": 3}}
+    plan, x = fs.make_plan("ddim", den.schedule, 2), fs.draw_noise((3, 8, 8), range(2))
+    found = fs.sample(den, x, plan, cond={"label": torch.tensor([0, 2])})
+    assert found.shape == (2, 3, 8, 8)  # without the variance, which is the other half of the output
+    with pytest.raises(ValueError, match="3 classes, from 0"):
+        fs.sample(den, x, plan, cond={"label": torch.tensor([0, 3])})
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize(("family", "kind", "size", "options"), TEXT.values(), ids=TEXT)
+def test_decoded_in_slices_as_by_the_pipeline(family, kind, size, options, statistics):
+    pipe = planned(text_pipeline(family, kind))
+    if family == "stable_diffusion":
+        pipe.vae.register_to_config(shift_factor=0.1)  # not looked at by this pipeline
+    if statistics and family == "sdxl":
+        pipe.vae.register_to_config(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 0.9, 0.8, 0.7])
+    den = fs.load(pipe).with_size(size)
+    x = fs.draw_noise(den.info.shape, range(2))
+    told = {"num_inference_steps": 1, "latents": packed(x) if family == "flux" else x, "height": size[0], "width": size[1]}
+    told |= {"guidance_scale": 1.0, **options}
+    images = pipe(PROMPTS, output_type="pt", **told)[0]
+    latents = pipe(PROMPTS, output_type="latent", **told)[0]
+    if family == "flux":
+        latents = pipe._unpack_latents(latents, size[0], size[1], pipe.vae_scale_factor)
+    found = den.decode(latents, at_once=1)
+    torch.testing.assert_close(found, den.decode(latents), rtol=1e-4, atol=1e-4)
+    found = found.movedim(1, 2) if family == "video" else found
+    torch.testing.assert_close((0.5 * found + 0.5).clamp(0, 1), images, rtol=1e-3, atol=1e-4)
+
+
+# ---- from disk ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Stable Diffusion on disk."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    text_pipeline("stable_diffusion", "v_prediction").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def renamed(path, old, new):
+    for file in path.rglob(f"*{old}"):
+        file.rename(file.with_name(file.name.replace(old, new)))
+
+
+def test_a_pipeline_folder(folder):
+    den = fs.load(folder)
+    assert isinstance(den, PipelineDenoiser)
+    assert (den.info.name, den.info.shape, den.info.data_range, den.size) == ("tiny", (4, 8, 8), None, (16, 16))
+    assert (den.predicts, den.takes_prompts, den.integer_time) == ("velocity", True, True)
+    assert den.info.fingerprint == fs.load(str(folder)).info.fingerprint
+    assert not any(parameter.requires_grad or parameter.grad_fn for parameter in den.network.parameters())
+    assert not den.network.training
+    wanted = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    cond, null = den.encode(["a fox", "an owl", "a fox"])
+    theirs = wanted.encode_prompt(["a fox", "an owl"], "cpu", 1, True)
+    torch.testing.assert_close(cond["prompt_embeds"], theirs[0][[0, 1, 0]])
+    torch.testing.assert_close(null["prompt_embeds"], theirs[1][0])
+
+
+@pytest.mark.parametrize("pipeline", ["pixels", "classes", "sdxl", "sd3", "flux", "video"])
+def test_every_family_from_its_folder(pipeline, tmp_path):
+    if pipeline == "pixels":
+        made = unconditional(diffusers.DDPMPipeline, diffusers.DDPMScheduler())
+    elif pipeline == "classes":
+        made = dit(diffusers.DDIMScheduler(clip_sample=False))
+    else:
+        made = text_pipeline(pipeline, "epsilon" if pipeline == "sdxl" else "flow")
+    made.save_pretrained(tmp_path)
+    one, other = fs.load(tmp_path), fs.load(made)
+    assert one.info.fingerprint == other.info.fingerprint
+    assert one.info.shape == other.info.shape
+    assert one.schedule == other.schedule
+    if one.takes_prompts:
+        for mine, theirs in zip(one.encode(["a fox"]), other.encode(["a fox"]), strict=True):
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_precision(folder):
+    den = fs.load(folder, dtype=torch.bfloat16)
+    assert den.network_dtype is torch.bfloat16
+    assert den.pipeline.vae.dtype is torch.float32
+    cond, null = den.encode(["a fox"])
+    x = fs.draw_noise(den.info.shape, [0])
+    x = fs.sample(den.guided(2.0, null), x, fs.make_plan("ddim", den.schedule, 2), cond=cond)
+    assert x.dtype is torch.float32
+    assert torch.isfinite(den.decode(x)).all()
+
+
+def test_a_variant_alone(copied):
+    renamed(copied, ".safetensors", ".fp16.safetensors")
+    assert fs.load(copied).info.shape == (4, 8, 8)
+
+
+def test_a_model_folder(folder, copied):
+    den, whole = fs.load(folder / "unet"), fs.load(folder)
+    assert (den.info.name, den.info.shape, den.predicts) == ("unet", (4, 8, 8), "velocity")
+    assert den.info.fingerprint == whole.info.fingerprint
+    cond, _ = whole.encode(["a fox"])
+    x = fs.draw_noise(den.info.shape, [0])
+    assert torch.equal(den(x, 0.5, **cond), whole(x, 0.5, **cond))
+    shutil.rmtree(copied / "scheduler")
+    with pytest.raises(TypeError, match="needs schedule= and predicts="):
+        fs.load(copied / "unet")
+    alone = fs.load(copied / "unet", schedule=whole.schedule, predicts="velocity")
+    torch.testing.assert_close(alone(x, 0.5, **cond), whole(x, 0.5, **cond))
+
+
+def test_an_id_of_the_hub(folder, tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def found(name, file):
+        assert name == "owner/tiny"
+        return str(folder / file)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", found)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", lambda name, use_safetensors: str(folder))
+    assert fs.load("owner/tiny").info.name == "owner/tiny"
+
+    def missing(name, file):
+        raise EntryNotFoundError("no such file")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", missing)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(folder / "unet"))
+    assert fs.load("owner/tiny").info.name == "owner/tiny"
+
+    def unreachable(name, file):
+        raise LocalEntryNotFoundError("no connection\nat all")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    with pytest.raises(FileNotFoundError, match="cannot be reached: no connection$"):
+        fs.load("owner/tiny")
+
+
+def test_a_single_file(folder, tmp_path, monkeypatch):
+    """What is asked of diffusers; its own conversion needs configs of the hub."""
+    from safetensors.torch import save_file
+
+    path = tmp_path / "sd.safetensors"
+    save_file({"model.diffusion_model.out.0.bias": torch.zeros(2)}, path)
+    asked = []
+
+    def read(file, **options):
+        asked.append(file)
+        return diffusers.StableDiffusionPipeline.from_pretrained(folder)
+
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_single_file", read)
+    assert fs.load(path).info.name == "sd"
+    assert asked == [str(path)]
+    fs.make_plan("ddim", fs.schedules.EDM(), 2).save(tmp_path / "plan.safetensors")
+    with pytest.raises(ArtefactError, match="no checkpoint"):
+        fs.load(tmp_path / "plan.safetensors")
+
+
+# ---- refused -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.pth", "model.bin", "model.pkl"])
+def test_pickled_files_are_refused_unread(name, tmp_path):
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    for source in (tmp_path / name, tmp_path):
+        with pytest.raises(ArtefactError, match="is pickled, and opening it may run code") as refused:
+            fs.load(source)
+        assert "save_pretrained" in str(refused.value)
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_pickled_parts_are_refused(part, copied):
+    (file,) = (copied / part).glob("*.safetensors")
+    file.rename(file.with_suffix(".bin"))
+    with pytest.raises(ArtefactError, match="use_safetensors=False"):
+        fs.load(copied)
+
+
+def test_pickled_weights_beside_are_not_opened(copied):
+    (copied / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    assert fs.load(copied).info.shape == (4, 8, 8)
+
+
+def changed(path, **changes):
+    document = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (
+            lambda p: changed(p / "model_index.json", _class_name="KandinskyPipeline"),
+            UnknownNameError,
+            "It is not served.*FluxPipeline",
+        ),
+        (lambda p: changed(p / "model_index.json", unet=["evil", "Net"]), ArtefactError, "comes from evil"),
+        (lambda p: (p / "model_index.json").write_text("{"), ArtefactError, "no JSON file"),
+        (lambda p: shutil.rmtree(p / "vae"), FileNotFoundError, "no folder vae"),
+        (lambda p: next((p / "vae").glob("*.safetensors")).unlink(), FileNotFoundError, "no weights"),
+        (lambda p: next((p / "unet").glob("*.safetensors")).write_bytes(b"x"), ArtefactError, "cannot be read"),
+        (lambda p: changed(p / "unet" / "config.json", in_channels=9), ArtefactError, "cannot be read"),
+        (lambda p: changed(p / "scheduler" / "scheduler_config.json", prediction_type="eps"), UnknownNameError, "'eps'"),
+        (lambda p: (p / "scheduler" / "scheduler_config.json").unlink(), ArtefactError, "cannot be read"),
+    ],
+)
+def test_spoiled_folders_are_refused(spoil, error, message, copied):
+    spoil(copied)
+    with pytest.raises(error, match=message) as refused:
+        fs.load(copied)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda p: fs.load(p, predicts="noise"), TypeError, "says its schedule"),
+        (lambda p: fs.load(p, scalar_time=True), TypeError, "says its schedule"),
+        (lambda p: fs.load(p / "vae"), UnknownNameError, "AutoencoderKL"),
+        (lambda p: fs.load(p).encode([]), ValueError, "at least one"),
+        (lambda p: fs.load(p).encode("a fox"), ValueError, "a list"),
+        (lambda p: fs.load(p).guided(2.0), FewstepError, "needs a null"),
+        (lambda p: fs.load(p).with_size((16, 15)), ValueError, "multiples of 2"),
+        (lambda p: fs.load(p).with_size((16,)), ValueError, "2 positive numbers"),
+    ],
+)
+def test_refused(call, error, message, folder):
+    with pytest.raises(error, match=message):
+        call(folder)
+
+
+def test_models_of_other_kinds_are_refused():
+    pipe = dit(diffusers.DDIMScheduler(clip_sample=False))
+    with pytest.raises(FewstepError, match="takes no prompts"):
+        fs.load(pipe).encode(["a fox"])
+    with pytest.raises(ValueError, match="one size"):
+        fs.load(pipe).with_size((32, 32))
+    pipe = text_pipeline("stable_diffusion", "epsilon")
+    pipe.unet.register_to_config(time_cond_proj_dim=4)
+    with pytest.raises(FewstepError, match="distilled"):
+        fs.load(pipe)
+    pipe = text_pipeline("video", "flow")
+    pipe.register_to_config(boundary_ratio=0.9)
+    with pytest.raises(FewstepError, match="boundary_ratio"):
+        fs.load(pipe)
