@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fewstep.denoisers import ModelInfo
 from fewstep.schedules import NoiseSchedule
 
 __all__ = ["ClassifierFree", "Distilled"]
@@ -104,6 +105,11 @@ class ClassifierFree:
     def with_scale(self, guidance_scale: float) -> ClassifierFree:
         """The same guidance of the same denoiser, with another scale."""
         return ClassifierFree(self.denoiser, guidance_scale, self.null, interval=self.interval, batched=self.batched)
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is known of the model."""
+        return self.denoiser.info  # type: ignore[attr-defined]
 
     @property
     def jumps(self) -> tuple[float, ...]:

@@ -295,7 +295,7 @@ def test_an_id_of_the_hub(folder, tmp_path, monkeypatch):
         raise LocalEntryNotFoundError("no connection\nat all")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    with pytest.raises(FileNotFoundError, match="cannot be reached: no connection$"):
+    with pytest.raises(FileNotFoundError, match=r"cannot be reached: no connection$"):
         fs.load("owner/tiny")
 
 

@@ -9,18 +9,23 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from fewstep.cli.options import Common, final_option, option
+from fewstep.cli.options import Prompted, final_option, option
 
 
 @dataclass(frozen=True)
-class CompareOptions(Common):
+class CompareOptions(Prompted):
     """Options of the command."""
 
-    models: str = option("digits", "shipped models or model folders, separated by commas", positional=True)
+    models: str = option(
+        "digits",
+        "shipped models, model folders or diffusers pipelines (folders, ids of the hub), separated by commas",
+        positional=True,
+    )
     nfe: str = option("4,5,6,8,10", "numbers of network calls")
     solvers: str = option("all", "names of solvers, separated by commas, or all; see `fewstep solvers`")
     grids: str = option("auto", "names of time grids, separated by commas")
     final: str = final_option()
+    guidance: float = option(1.0, "scale of classifier-free guidance; 1 is none")
     count: int = option(0, "samples of every solver; 0: as many, from 20 to 200, as take a few minutes")
     others: int = option(0, "exact solutions of other noise that the samples are compared with; 0: twice --count")
     distance: str = option("sliced_wasserstein", "distance of distributions: sliced_wasserstein, frechet or wasserstein")
@@ -51,6 +56,7 @@ FAR = 1_000_000
 def run(options: CompareOptions) -> int:
     """Run all solvers, rank them, write the page. After an interrupt, the page has what was finished."""
     from fewstep.cli import INTERRUPTED
+    from fewstep.cli.conditions import told_prompts
     from fewstep.cli.setup import machine, new_folder, open_model, parse_numbers
     from fewstep.evaluate.report import Report
 
@@ -68,7 +74,8 @@ def run(options: CompareOptions) -> int:
     tasks = [_prepare(model, nfes, options) for model in models]
     began = time.perf_counter()
     report = Report("fewstep: solvers compared", INTRO)
-    report.results = {"command": "fewstep compare", "machine": machine(), "seed": options.seed}
+    report.results = {"command": "fewstep compare", "machine": machine(), "seed": options.seed, "guidance": options.guidance}
+    report.results |= told_prompts(options)
     with new_folder(options.out) as folder:
         finished = _run_all(report, tasks, options)
         report.results |= {"seconds": round(time.perf_counter() - began, 1), "finished": finished}
@@ -88,6 +95,7 @@ class _Task:
     """What is to be done with one model."""
 
     model: Any
+    denoiser: Any
     found: Any
     distance: Any
     features: Any
@@ -97,6 +105,7 @@ class _Task:
 
 def _prepare(model: Any, nfes: list[int], options: CompareOptions) -> _Task:
     """The plans, and the distance with its features, so that wrong names are refused before any work."""
+    from fewstep.cli.conditions import guided
     from fewstep.cli.setup import ask_for
     from fewstep.evaluate.comparison import candidates, check_distance
     from fewstep.evaluate.distances import make_distances
@@ -110,9 +119,10 @@ def _prepare(model: Any, nfes: list[int], options: CompareOptions) -> _Task:
     features = make_features(options.features, shape, weights=options.weights or None, device=options.device)
     (distance,) = make_distances([options.distance])
     check_distance(distance)
+    denoiser = guided(model, options.guidance, options)
     count = options.count or _affordable(model, found, options)
     others = options.others or 2 * count
-    return _Task(model, found, distance, features, count, others)
+    return _Task(model, denoiser, found, distance, features, count, others)
 
 
 def _reasons(skipped: dict[str, str]) -> str:
@@ -125,10 +135,12 @@ def _reasons(skipped: dict[str, str]) -> str:
 
 def _affordable(model: Any, found: Any, options: CompareOptions) -> int:
     """How many samples take a few minutes, in tens, by the time that a call of the network takes."""
+    from fewstep.cli.conditions import conditions
     from fewstep.cli.setup import seconds_a_call
 
     calls = sum(plan.nfe for *_, plan in found.plans) + (1 if options.others else 3) * EXACT_CALLS
-    seconds = calls * seconds_a_call(model, options, FEWEST)
+    cond = conditions(model, options, FEWEST, "each" if model.info.conditions else None)
+    seconds = calls * seconds_a_call(model, options, FEWEST, cond) * (1 if options.guidance == 1.0 else 2)
     count = min(max(10 * int(GOAL / seconds / 10), FEWEST), MOST)
     if not options.quiet:
         minutes = max(1, round(count * seconds / 60))
@@ -161,7 +173,7 @@ def _run(report: Any, task: _Task, options: CompareOptions) -> None:
     judge = Judge(task.distance, task.features, exact.samples, others.samples, told, options.resamples, options.seed, groups)
     with progress(options, total=len(task.found.plans), desc=task.model.info.name, unit="run") as bar:
         comparison = compare_solvers(
-            task.model,
+            task.denoiser,
             noise,
             exact.samples,
             task.found,
@@ -182,13 +194,13 @@ def _run(report: Any, task: _Task, options: CompareOptions) -> None:
 
 def _exact(task: _Task, first: int, count: int, options: CompareOptions) -> tuple[Any, Any, Any]:
     """Noise, conditions and exact solutions of samples, under a bar of their own."""
-    from fewstep.cli.setup import parse_labels, progress, state_dtype
+    from fewstep.cli.conditions import conditions
+    from fewstep.cli.setup import progress, state_dtype
     from fewstep.evaluate.trajectories import FIRST_CALLS, settled_solution
     from fewstep.noise import draw_noise
 
     model, plan = task.model, task.found.plans[0][2]
-    labels = parse_labels("each" if model.info.conditions else None, model, count)
-    cond = {} if labels is None else {"label": labels.to(options.device)}
+    cond = conditions(model, options, count, "each" if model.info.conditions else None)
     noise = draw_noise(model.info.shape, range(first, first + count), plan, dtype=state_dtype(options), device=options.device)
     solving = {"tol": options.tol, "final": options.final, "cond": cond, "block": options.batch}
     # at least two solutions; how many more it takes shows on the way
@@ -199,7 +211,7 @@ def _exact(task: _Task, first: int, count: int, options: CompareOptions) -> tupl
                 bar.total += 2 * calls * count
                 bar.refresh()
 
-        found = settled_solution(model, noise, model.schedule, **solving, after=lengthen, advance=bar.update)
+        found = settled_solution(task.denoiser, noise, model.schedule, **solving, after=lengthen, advance=bar.update)
         bar.total = bar.n
     return noise, cond, found
 

@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Common", "add_options", "final_option", "option", "read_options"]
+__all__ = ["Common", "Prompted", "add_options", "final_option", "option", "read_options"]
 
 
 def option(default: Any, text: str, *, positional: bool = False, choices: tuple[str, ...] | None = None) -> Any:
@@ -33,6 +33,16 @@ class Common:
     threads: int = option(0, "processor threads; 0: one for small networks, else what PyTorch chooses")
     json: bool = option(False, "print results as JSON on standard output")
     quiet: bool = option(False, "no progress bars and no messages")
+
+
+@dataclass(frozen=True)
+class Prompted(Common):
+    """Options of commands that sample from diffusers' pipelines as well."""
+
+    prompt: str = option(None, "text, for a pipeline that takes it")
+    prompt_file: str = option("", "a file with one prompt a line, which are used in turn")
+    negative: str = option(None, "text that guidance leads away from")
+    size: str = option("", "of a pipeline's pictures in pixels: 512x512 (height, width), 64; of videos with frames, 480x832x81")
 
 
 def add_options(parser: argparse.ArgumentParser, options: type) -> None:

@@ -20,19 +20,18 @@ import torch
 from fewstep.cli.options import Common
 from fewstep.denoisers import Denoiser
 from fewstep.errors import FewstepError
-from fewstep.guidance import ClassifierFree
 from fewstep.loading import load
 from fewstep.version import __version__
 
 __all__ = [
     "ask_for",
-    "guided",
     "machine",
     "new_folder",
     "open_model",
     "parse_labels",
     "parse_numbers",
     "parse_seeds",
+    "parse_size",
     "progress",
     "quickest_threads",
     "read_arrays",
@@ -57,15 +56,18 @@ def open_model(name: str, options: Common) -> Denoiser:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    denoiser = load(name, device=device)
+    dtype = None if options.dtype == "float32" else getattr(torch, options.dtype)
+    denoiser = load(name, device=device, dtype=dtype)
     network = denoiser.network
-    size = sum(p.numel() for p in network.parameters()) if isinstance(network, torch.nn.Module) else 0
-    if not options.threads and device.type == "cpu" and size < SMALL:
+    parameters = sum(p.numel() for p in network.parameters()) if isinstance(network, torch.nn.Module) else 0
+    if not options.threads and device.type == "cpu" and parameters < SMALL:
         torch.set_num_threads(1)
-    if options.dtype in ("bfloat16", "float64") and isinstance(denoiser.network, torch.nn.Module):
-        dtype = getattr(torch, options.dtype)
-        return Denoiser(denoiser.network.to(dtype), denoiser.schedule, denoiser.predicts, info=denoiser.info)
-    return denoiser
+    size = getattr(options, "size", "")
+    if not size:
+        return denoiser
+    if not isinstance(getattr(denoiser, "size", None), tuple):
+        raise ValueError(f"{name} has one size; leave --size out.")
+    return denoiser.with_size(parse_size(size))  # type: ignore[attr-defined]
 
 
 def progress(options: Common, **details: Any) -> Any:
@@ -77,11 +79,10 @@ def progress(options: Common, **details: Any) -> Any:
 
 
 @torch.no_grad()
-def seconds_a_call(denoiser: Denoiser, options: Common, count: int) -> float:
-    """What a call of the network takes for one sample, in the better of two calls for `count` of them."""
+def seconds_a_call(denoiser: Denoiser, options: Common, count: int, cond: dict[str, torch.Tensor]) -> float:
+    """What a call of the network takes for one sample, in the better of two calls for `count` of them, with the first conditions."""
     x = torch.zeros(count, *ask_for(denoiser.info.shape, denoiser.info.name), dtype=state_dtype(options), device=options.device)
-    labels = parse_labels("0" if denoiser.info.conditions else None, denoiser, count)
-    cond = {} if labels is None else {"label": labels.to(options.device)}
+    cond = {name: value[:count] for name, value in cond.items()}
     times = []
     for _ in range(3):  # the first one warms up
         began = time.perf_counter()
@@ -90,7 +91,7 @@ def seconds_a_call(denoiser: Denoiser, options: Common, count: int) -> float:
     return min(times[1:]) / count
 
 
-def quickest_threads(denoiser: Denoiser, options: Common, count: int) -> int:
+def quickest_threads(denoiser: Denoiser, options: Common, count: int, cond: dict[str, torch.Tensor]) -> int:
     """How many processor threads serve calls for `count` samples best, one or all, measured here; it is set. Given --threads, those."""
     threads = {1, int(os.environ.get("OMP_NUM_THREADS", 0)) or (os.cpu_count() or 1)}
     if options.threads or torch.device(options.device).type != "cpu":
@@ -98,7 +99,7 @@ def quickest_threads(denoiser: Denoiser, options: Common, count: int) -> int:
     times = {}
     for number in sorted(threads):
         torch.set_num_threads(number)
-        times[number] = seconds_a_call(denoiser, options, count)
+        times[number] = seconds_a_call(denoiser, options, count, cond)
     best = min(threads, key=lambda number: times[number])
     torch.set_num_threads(best)
     return best
@@ -130,6 +131,19 @@ def parse_seeds(text: str, count: int) -> list[int]:
     return seeds
 
 
+def parse_size(text: str) -> tuple[int, ...]:
+    """Height and width from ``"64"`` or ``"512x768"``, with the frames of a video from ``"480x832x81"``."""
+    try:
+        sides = [int(part) for part in text.lower().split("x")]
+    except ValueError:
+        sides = []
+    if not 1 <= len(sides) <= 3 or min(sides) < 1:
+        raise ValueError(
+            f"--size takes a side like 64, height and width like 512x768, or frames as well, 480x832x81, not {text!r}."
+        )
+    return (sides[0], sides[0]) if len(sides) == 1 else tuple(sides)
+
+
 def parse_numbers(name: str, text: str) -> list[int]:
     """Increasing numbers of at least 1 from ``"4,6,10"``."""
     try:
@@ -149,6 +163,8 @@ def parse_labels(text: str | None, denoiser: Denoiser, count: int) -> torch.Tens
             raise ValueError(f"{denoiser.info.name} takes no labels; leave --label out.")
         return None
     if text is None:
+        if "null" not in known:
+            raise ValueError(f"{denoiser.info.name} needs a class: give --label.")
         return torch.full((count,), known["null"])
     try:
         labels = list(range(known["classes"])) if text == "each" else [int(part) for part in text.split(",")]
@@ -157,15 +173,6 @@ def parse_labels(text: str | None, denoiser: Denoiser, count: int) -> torch.Tens
     if not all(0 <= label < known["classes"] for label in labels):
         raise ValueError(f"{denoiser.info.name} has the classes 0 to {known['classes'] - 1}, not {text}.")
     return torch.tensor([labels[i % len(labels)] for i in range(count)])
-
-
-def guided(denoiser: Denoiser, scale: float, labels: torch.Tensor | None) -> Any:
-    """The denoiser with classifier-free guidance, if it is asked for."""
-    if scale == 1.0:
-        return denoiser
-    if labels is None or "label" not in denoiser.info.conditions:
-        raise ValueError(f"--guidance needs a model with conditions; {denoiser.info.name} has none.")
-    return ClassifierFree(denoiser, scale, {"label": denoiser.info.conditions["label"]["null"]})
 
 
 def read_arrays(path: str | Path, name: str) -> dict[str, np.ndarray]:

@@ -11,14 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.cli.options import Common, final_option, option
+from fewstep.cli.options import Prompted, final_option, option
 
 
 @dataclass(frozen=True)
-class TuneOptions(Common):
+class TuneOptions(Prompted):
     """Options of the command."""
 
-    model: str = option("digits", "a shipped model (digits, photos) or a model folder", positional=True)
+    model: str = option(
+        "digits",
+        "a shipped model (digits, photos), a model folder or a diffusers pipeline (folder, id of the hub)",
+        positional=True,
+    )
     nfe: str = option("4,5,6,8,10", "numbers of network calls")
     method: str = option(
         "auto",
@@ -51,16 +55,8 @@ OTHER_NOISE = 1_000_000
 
 def run(options: TuneOptions) -> int:
     """Tune, write the plans and the page."""
-    from fewstep.cli.setup import (
-        ask_for,
-        guided,
-        new_folder,
-        open_model,
-        parse_labels,
-        parse_numbers,
-        quickest_threads,
-        state_dtype,
-    )
+    from fewstep.cli.conditions import conditions, guided
+    from fewstep.cli.setup import ask_for, new_folder, open_model, parse_numbers, quickest_threads, state_dtype
     from fewstep.noise import draw_noise
     from fewstep.tuners import Effort, tune, tune_family
 
@@ -71,14 +67,10 @@ def run(options: TuneOptions) -> int:
         raise ValueError("give one of --minutes, --evaluations and --trajectories.")
     effort = Effort().scaled(options.trajectories / Effort().trajectories) if options.trajectories else None
     scales = _scales(options.guidance)
-    if any(scale != 1.0 for scale in scales) and not options.label:
-        raise ValueError("--guidance steers towards labels: give --label, or leave both out.")
     model = open_model(options.model, options)
     shape, count = ask_for(model.info.shape, model.info.name), 64
-    known = model.info.conditions.get("label")
-    labels = parse_labels(options.label or None if known else None, model, count)
-    quickest_threads(model, options, min(options.batch, TYPICAL_BATCH))
-    cond = {} if labels is None else {"label": labels.to(options.device)}
+    cond = conditions(model, options, count, _label(model, options))
+    quickest_threads(model, options, min(options.batch, TYPICAL_BATCH), cond)
     noise = draw_noise(shape, range(options.seed, options.seed + count), dtype=state_dtype(options), device=options.device)
     unfinished = Path(f"{options.out}.unfinished")
     given: dict[str, Any] = {
@@ -99,11 +91,11 @@ def run(options: TuneOptions) -> int:
         shutil.rmtree(unfinished, ignore_errors=True)
     with new_folder(options.out) as folder, _told_how_to_go_on(unfinished):
         if len(scales) > 1:
-            family = tune_family(guided(model, max(scales, key=lambda scale: scale != 1.0), labels), scales, **given)
+            family = tune_family(guided(model, max(scales, key=lambda scale: scale != 1.0), options), scales, **given)
             _write_family(family, model, options, folder)
             every, gaps = dict(family.tuned), family.gaps
         else:
-            denoiser = guided(model, scales[0], labels)
+            denoiser = guided(model, scales[0], options)
             tuned = tune(denoiser, **given)
             _write(tuned, model, denoiser, scales[0], options, folder)
             every, gaps = {scales[0]: tuned}, ()
@@ -131,6 +123,11 @@ def _told_how_to_go_on(unfinished: Path) -> Iterator[None]:
         raise
 
 
+def _label(model: Any, options: TuneOptions) -> str | None:
+    """The labels, for a model that takes some."""
+    return options.label or None if model.info.conditions else None
+
+
 def _scales(text: str) -> list[float]:
     try:
         scales = sorted({float(part) for part in text.split(",")})
@@ -148,7 +145,8 @@ def _write(tuned: Any, model: Any, denoiser: Any, scale: float, options: TuneOpt
 
 def _write_family(family: Any, model: Any, options: TuneOptions, folder: Path) -> None:
     """The family's files, a folder with a page for every scale, and a page about them all."""
-    from fewstep.cli.setup import guided, machine, parse_labels
+    from fewstep.cli.conditions import guided
+    from fewstep.cli.setup import machine
     from fewstep.evaluate.report import Report
 
     family.save(folder)
@@ -159,7 +157,7 @@ def _write_family(family: Any, model: Any, options: TuneOptions, folder: Path) -
     for scale, tuned in family.tuned.items():
         within = folder / f"guidance-{scale:g}"
         within.mkdir()
-        _write(tuned, model, guided(model, scale, parse_labels(options.label or None, model, SHOWN)), scale, options, within)
+        _write(tuned, model, guided(model, scale, options), scale, options, within)
         rows += [
             [
                 f"{scale:g}",
@@ -200,6 +198,7 @@ def _told_gap(gap: Any) -> str:
 
 
 def _page(tuned: Any, model: Any, denoiser: Any, scale: float, options: TuneOptions) -> Any:
+    from fewstep.cli.conditions import told_prompts
     from fewstep.cli.setup import machine
     from fewstep.evaluate.report import Report, line_plot
 
@@ -212,7 +211,9 @@ def _page(tuned: Any, model: Any, denoiser: Any, scale: float, options: TuneOpti
         f"{report['evaluations']} network evaluations (one sample, one call) and {report['seconds']:.0f} seconds. The exact paths "
         f"themselves have an error of about {report['reference_error']:.2g}."
     )
-    page = Report("fewstep: tuned plans", intro, {"command": "fewstep tune", "machine": machine(), **report})
+    page = Report(
+        "fewstep: tuned plans", intro, {"command": "fewstep tune", "machine": machine(), **told_prompts(options), **report}
+    )
     for warning in tuned.warnings:
         page.text(warning[0].upper() + warning[1:])
     page.text(_how_to_use(options.out, next(iter(tuned.plans)), f"{scale:g}", several=False), note=True)
@@ -248,26 +249,27 @@ def _how_to_use(out: str, nfe: int, scale: str, *, several: bool) -> str:
 
 def _add_pictures(page: Any, tuned: Any, model: Any, denoiser: Any, options: TuneOptions) -> None:
     """Samples of other noise: exact, of the best untuned plan, of the tuned one."""
-    from fewstep.cli.setup import parse_labels, state_dtype
+    from fewstep.cli.conditions import conditions
+    from fewstep.cli.setup import state_dtype
     from fewstep.evaluate.report import image_grid
     from fewstep.noise import draw_noise
     from fewstep.sampler import sample
     from fewstep.tuners import trace_paths
 
     shape, schedule = model.info.shape, model.schedule
-    if len(shape) != 3 or shape[0] not in (1, 3):
+    decode = getattr(model, "decode", None)
+    if len(shape) != 3 or (decode is None and shape[0] not in (1, 3)):
         return
-    labels = parse_labels(options.label or None if model.info.conditions.get("label") else None, model, SHOWN)
-    cond = {} if labels is None else {"label": labels.to(options.device)}
+    cond = conditions(model, options, SHOWN, _label(model, options))
     noise = draw_noise(shape, range(OTHER_NOISE, OTHER_NOISE + SHOWN), dtype=state_dtype(options), device=options.device)
     noise = noise * float(schedule.sigma(schedule.t_start))
     calls = tuned.report["effort"]["reference_calls"]
     exact = trace_paths(denoiser, noise, schedule, calls=calls, cond=cond, final=options.final).target
-    scale = max(1, 64 // shape[-1])
     data_range = model.info.data_range or (-1.0, 1.0)
 
     def picture(name: str, caption: str, samples: Any) -> tuple[str, str, bytes]:
-        return name, caption, image_grid(samples.cpu(), data_range, columns=SHOWN, scale=scale)
+        pictures = samples if decode is None else decode(samples)
+        return name, caption, image_grid(pictures.cpu(), data_range, columns=SHOWN, scale=max(1, 64 // pictures.shape[-1]))
 
     page.heading("Samples of noise that nothing was fitted to")
     page.pictures([picture("exact.png", "the exact solution", exact)])

@@ -442,8 +442,8 @@ def _explained(source: Path | str) -> Iterator[None]:
 
 def _loggers() -> list[Any]:
     """The modules that show bars while weights are read."""
-    from diffusers.utils import is_transformers_available
     from diffusers.utils import logging as own
+    from diffusers.utils.import_utils import is_transformers_available
 
     if not is_transformers_available():
         return [own]

@@ -41,7 +41,14 @@ td.best { font-weight: 700; background: var(--soft) } p.note, footer { font-size
 """
 
 
-def image_grid(samples: Tensor, data_range: tuple[float, float], *, columns: int, scale: int = 4) -> bytes:
+def image_grid(
+    samples: Tensor,
+    data_range: tuple[float, float],
+    *,
+    columns: int,
+    scale: int = 4,
+    text: Mapping[str, str] | None = None,
+) -> bytes:
     """A PNG of samples side by side.
 
     Args:
@@ -49,13 +56,14 @@ def image_grid(samples: Tensor, data_range: tuple[float, float], *, columns: int
         data_range: the values shown as black and white; beyond them is clipped.
         columns: samples a row.
         scale: side of a pixel.
+        text: written into the file, for what reads it (Pillow's ``Image.info``).
 
     Raises:
         ValueError: for samples that are no images.
         MissingExtraError: if Pillow is not installed.
     """
     try:
-        from PIL import Image
+        from PIL import Image, PngImagePlugin
     except ImportError as error:
         raise MissingExtraError("Pillow", "demo", "Writing pictures") from error
     if samples.ndim != 4 or samples.shape[1] not in (1, 3):
@@ -69,8 +77,10 @@ def image_grid(samples: Tensor, data_range: tuple[float, float], *, columns: int
         top, left = i // columns * (height + 1), i % columns * (width + 1)
         sheet[top : top + height, left : left + width] = picture.transpose(1, 2, 0)
     image = Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
-    file = io.BytesIO()
-    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(file, "PNG")
+    file, about = io.BytesIO(), PngImagePlugin.PngInfo()
+    for name, value in (text or {}).items():
+        about.add_text(name, value)
+    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(file, "PNG", pnginfo=about)
     return file.getvalue()
 
 

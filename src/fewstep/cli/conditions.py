@@ -1,0 +1,94 @@
+"""Conditions from the command line: classes for the networks that take them, prompts for pipelines of diffusers, and guidance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.cli.options import Prompted
+from fewstep.cli.setup import parse_labels
+from fewstep.denoisers import Denoiser
+from fewstep.guidance import ClassifierFree
+
+__all__ = ["conditions", "guided", "prompts_of", "told_prompts"]
+
+
+def prompts_of(options: Prompted) -> list[str]:
+    """The prompts that were given, to be used in turn.
+
+    Raises:
+        ValueError: for a prompt and a file, or a file without one.
+    """
+    if not options.prompt_file:
+        return [] if options.prompt is None else [options.prompt]
+    if options.prompt is not None:
+        raise ValueError("give one of --prompt and --prompt-file.")
+    try:
+        lines = Path(options.prompt_file).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{options.prompt_file} is no text in UTF-8.") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{options.prompt_file} holds no prompts; it needs one a line.")
+    return prompts
+
+
+def told_prompts(options: Prompted) -> dict[str, Any]:
+    """What was asked for, for the record; nothing without prompts."""
+    prompts = prompts_of(options)
+    return {"prompts": prompts, "negative": options.negative} if prompts else {}
+
+
+def conditions(denoiser: Denoiser, options: Prompted, count: int, label: str | None) -> dict[str, torch.Tensor]:
+    """Conditions with one entry a sample, on the device.
+
+    Args:
+        denoiser: the model.
+        options: with the prompts.
+        count: how many samples.
+        label: as `parse_labels` takes it.
+
+    Raises:
+        ValueError: for what the model does not take, or if it has no prompt that it needs.
+    """
+    prompts, name = prompts_of(options), denoiser.info.name
+    if getattr(denoiser, "takes_prompts", False):
+        parse_labels(label, denoiser, count)
+        if not prompts:
+            raise ValueError(f"{name} takes prompts: give --prompt or --prompt-file.")
+        return denoiser.encode([prompts[i % len(prompts)] for i in range(count)])[0]  # type: ignore[attr-defined]
+    if getattr(denoiser.network, "takes_prompts", False):
+        raise ValueError(f"{name} takes prompts, but has no text encoder; give the folder of its whole pipeline.")
+    if prompts or options.negative is not None:
+        raise ValueError(f"{name} takes no prompts; leave --prompt, --prompt-file and --negative out.")
+    labels = parse_labels(label, denoiser, count)
+    return {} if labels is None else {"label": labels.to(options.device)}
+
+
+def guided(denoiser: Denoiser, scale: float, options: Prompted) -> Any:
+    """The denoiser under guidance, if it is asked for; of a pipeline, what the pipeline samples from.
+
+    Raises:
+        ValueError: for guidance of a model without conditions, or a negative prompt that nothing leads away from.
+    """
+    prompted = getattr(denoiser, "takes_prompts", False)
+    if prompted and options.negative is not None and (scale == 1.0 or denoiser.network.distilled()):  # type: ignore[union-attr]
+        why = "has its guidance within" if scale != 1.0 else "is not guided; give --guidance as well"
+        raise ValueError(f"--negative is what guidance leads away from, and {denoiser.info.name} {why}.")
+    if not hasattr(denoiser, "guided"):
+        return denoiser if scale == 1.0 else ClassifierFree(denoiser, scale, _null(denoiser))
+    if scale == 1.0 or (prompted and denoiser.network.distilled()):  # type: ignore[union-attr]
+        return denoiser.guided(scale)  # type: ignore[attr-defined]
+    null = denoiser.encode([""], options.negative)[1] if prompted else _null(denoiser)  # type: ignore[attr-defined]
+    return denoiser.guided(scale, null)  # type: ignore[attr-defined]
+
+
+def _null(denoiser: Denoiser) -> dict[str, float | torch.Tensor]:
+    label = denoiser.info.conditions.get("label", {})
+    if "null" not in label:
+        raise ValueError(
+            f"--guidance needs a model with conditions and one that stands for none; {denoiser.info.name} has not both."
+        )
+    return {"label": label["null"]}
