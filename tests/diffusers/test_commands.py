@@ -141,7 +141,7 @@ np.save(out, found.numpy())
 
 def test_tuned_plans_give_the_same_in_the_pipeline_of_another_process(models, tmp_path, capsys):
     asked = ("--prompt-file", models / "prompts.txt", "--negative", "blurry")
-    tuning = ("--nfe", 6, "--guidance", 5, "--method", "closed-form", "--trajectories", 8)
+    tuning = ("--nfe", 6, "--guidance", 5, "--method", "closed-form", "--trajectories", 4)
     status, text, error = run(capsys, "tune", models / "sd", *asked, *tuning, "--out", tmp_path / "tuned", "--json", "--quiet")
     assert status == 0, error
     report = json.loads(text)["plans"]["6"]
