@@ -220,6 +220,8 @@ def test_a_pipeline_folder(folder):
     theirs = wanted.encode_prompt(["a fox", "an owl"], "cpu", 1, True)
     torch.testing.assert_close(cond["prompt_embeds"], theirs[0][[0, 1, 0]])
     torch.testing.assert_close(null["prompt_embeds"], theirs[1][0])
+    den.network.encode = lambda *_: pytest.fail("what was encoded is not remembered")
+    assert torch.equal(den.encode(["an owl"])[0]["prompt_embeds"], cond["prompt_embeds"][1:2])
 
 
 @pytest.mark.parametrize("pipeline", ["pixels", "classes", "sdxl", "sd3", "flux", "video"])
@@ -345,6 +347,17 @@ def test_pickled_weights_beside_are_not_opened(copied):
     assert fs.load(copied).info.shape == (4, 8, 8)
 
 
+def test_shards_that_are_pickled_are_not_opened(copied):
+    text_pipeline("stable_diffusion", "epsilon").unet.save_pretrained(copied / "unet", max_shard_size="20KB")
+    (copied / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert fs.load(copied).info.shape == (4, 8, 8)
+    index = copied / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    named = json.loads(index.read_text())["weight_map"]
+    changed(index, weight_map=dict.fromkeys(named, "evil.bin"))
+    with pytest.raises(ArtefactError, match=r"not \.safetensors"):
+        fs.load(copied)
+
+
 def changed(path, **changes):
     document = json.loads(path.read_text()) | changes
     path.write_text(json.dumps(document))
@@ -402,6 +415,10 @@ def test_models_of_other_kinds_are_refused():
     pipe = text_pipeline("stable_diffusion", "epsilon")
     pipe.unet.register_to_config(time_cond_proj_dim=4)
     with pytest.raises(FewstepError, match="distilled"):
+        fs.load(pipe)
+    pipe = text_pipeline("stable_diffusion", "epsilon")
+    pipe.vae = None
+    with pytest.raises(FewstepError, match="has no vae"):
         fs.load(pipe)
     pipe = text_pipeline("video", "flow")
     pipe.register_to_config(boundary_ratio=0.9)

@@ -76,15 +76,16 @@ class PipelineDenoiser(Denoiser):
     def __init__(self, pipeline: Any, *, name: str | None = None):
         class_name = type(pipeline).__name__
         family = _served("pipeline", class_name)
-        _check_pipeline(pipeline)
+        _check_pipeline(pipeline, family)
         network = family(getattr(pipeline, family.part)).eval()
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.eval().requires_grad_(False)
-        if getattr(pipeline, "vae", None) is not None and pipeline.vae.dtype != torch.float32:
+        if family.latent and pipeline.vae.dtype != torch.float32:
             pipeline.vae.to(torch.float32)  # decoders overflow in half precision
         super().__init__(network, info=_info(network, name or class_name), **_reading(pipeline.scheduler.config))
         self.pipeline = pipeline
+        self._encoded: dict[str, dict[str, Tensor]] = {}
 
     @property
     def family(self) -> Family:
@@ -146,7 +147,7 @@ class PipelineDenoiser(Denoiser):
         """Conditions of prompts, by the pipeline's own ``encode_prompt``, one prompt at a time.
 
         Args:
-            prompts: one a sample; one that is repeated is encoded once.
+            prompts: one a sample; what was encoded before is remembered.
             negative: what to guide away from; left out, what the pipeline takes then.
             size: for models that are told it, height and width in pixels; left out, `size`.
 
@@ -161,10 +162,11 @@ class PipelineDenoiser(Denoiser):
             raise FewstepError(f"{self.info.name} takes no prompts.")
         if isinstance(prompts, str) or not prompts:
             raise ValueError("prompts must be a list of at least one text, one a sample.")
-        places = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        rows = [places[prompt] for prompt in prompts]
-        encoded = [self.family.encode(self.pipeline, prompt) for prompt in places]
-        cond = {key: torch.cat([each[key] for each in encoded])[rows] for key in encoded[0]}
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._encoded:
+                self._encoded[prompt] = self.family.encode(self.pipeline, prompt)
+        encoded = [self._encoded[prompt] for prompt in prompts]
+        cond = {key: torch.cat([each[key] for each in encoded]) for key in encoded[0]}
         null = {key: value[0] for key, value in self.family.encode_null(self.pipeline, prompts[0], negative).items()}
         told = self.family.time_ids(size or self.size)
         return cond | {key: value.to(self._device).repeat(len(prompts), 1) for key, value in told.items()}, null
@@ -220,8 +222,11 @@ def _served(what: str, class_name: str, config: Mapping[str, Any] | None = None)
     return family
 
 
-def _check_pipeline(pipeline: Any) -> None:
-    """Refuse settings of a pipeline under which one network does not serve all times alike."""
+def _check_pipeline(pipeline: Any, family: type[Family]) -> None:
+    """Refuse a pipeline without a part, or with settings under which one network does not serve all times alike."""
+    for part in (family.part, "vae") if family.latent else (family.part,):
+        if getattr(pipeline, part, None) is None:
+            raise FewstepError(f"the pipeline has no {part}.")
     for name in ("boundary_ratio", "expand_timesteps"):
         if pipeline.config.get(name):
             raise FewstepError(f"a pipeline with {name} (Wan 2.2) is not served.")
@@ -386,7 +391,7 @@ def download(name: str) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        index = _read_json(Path(hf_hub_download(name, INDEX)))
+        index = Path(hf_hub_download(name, INDEX))
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(f"there is no folder {name}, and the hub cannot be reached: {_first_line(error)}") from error
     except EntryNotFoundError:
@@ -394,17 +399,26 @@ def download(name: str) -> Path:
         with _explained(name):
             return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"there is no folder {name}, and the hub has none of it: {_first_line(error)}") from error
-    _served("pipeline", str(index.get("_class_name")))
+        raise FileNotFoundError(f"there is no folder {name}, and the hub says: {_first_line(error)}") from error
+    _served("pipeline", str(_read_json(index).get("_class_name")))
     with _explained(name):
         return Path(DiffusionPipeline.download(name, use_safetensors=True))
 
 
 def _variant(folder: Path) -> str | None:
-    """The variant of a folder's weights: None if there are plain ones."""
+    """The variant of a folder's weights: None if there are plain ones.
+
+    Raises:
+        ArtefactError: if they are pickled, or an index of several files names one that may be.
+        FileNotFoundError: if there are none.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder.parent} has no folder {folder.name}.")
     found = [match for match in map(WEIGHTS.fullmatch, sorted(file.name for file in folder.iterdir())) if match]
+    for index in sorted(folder.glob("*.safetensors.index*.json")):
+        named = _read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not all(str(name).endswith(".safetensors") for name in named.values()):
+            raise ArtefactError(f"{index} names files that are not .safetensors.")
     if found:
         variants = [match[1] for match in found]
         return None if None in variants else variants[0]
