@@ -21,7 +21,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ def on_digits(seed: int) -> Iterator[tuple[Problem, Any]]:
     stats = model_statistics(problem.denoiser, paths=task.fit, nodes=FEW_NODES)
     yield from ((problem, found) for found in statistics_plans(problem.denoiser, stats, (SEARCHED_CALLS,)))
     yield from ((problem, found) for found in compensation_plans(problem.denoiser, task.fit, (SEARCHED_CALLS,), ("brent",)))
-    few = Task(task.denoiser, task.schedule, task.fit.take(slice(FEW_PATHS // 2)), task.held_out, task.final, seed)
+    few = replace(task, fit=task.fit.take(slice(FEW_PATHS // 2)), seed=seed, kept={})
     yield from ((problem, found) for found in times_plans(few, seed))
     yield from ((problem, found) for found in recipe_plans(task, seed, 1))
     guided = fs.guidance.ClassifierFree(model, GUIDED, {"label": model.info.conditions["label"]["null"]})

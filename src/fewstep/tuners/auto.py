@@ -22,7 +22,7 @@ from fewstep.tuners.learned import Learned
 from fewstep.tuners.numbers import Numbers
 from fewstep.tuners.preparation import checked_denoiser, checked_starts, prepare, probe
 from fewstep.tuners.progress import Bar
-from fewstep.tuners.result import Tuned, best_of, summarised
+from fewstep.tuners.result import Tuned, best_of, settled, summarised
 from fewstep.tuners.search import recipe
 from fewstep.tuners.statistics import statistics_candidates
 from fewstep.tuners.task import Candidate, Counted, Task
@@ -169,7 +169,7 @@ def _run(task: Task, calls: list[int], method: str, spending: Spending, kept: Ch
         left = None
         if spending.budget is not None:
             left = (spending.budget - counted.evaluations) * n // sum(m for m in calls if m >= n)
-        candidates[n] = finished or list(_candidates(task, n, method, spending.effort, left))
+        candidates[n] = finished or settled(task, list(_candidates(task, n, method, spending.effort, left)), spending.effort)
         if kept and not finished:
             kept.save_candidates(n, candidates[n])
             kept.save_spending(_spent(task, spending))
@@ -187,7 +187,8 @@ def closed_form(task: Task, nfe: int, effort: Effort) -> Iterator[Candidate]:
 
 def learned(task: Task, nfe: int, effort: Effort) -> Iterator[Candidate]:
     """The three stages of `Learned`; if there is a plan to start from, its polish, and the three stages if that gains little."""
-    options = Learned(trials=effort.trials, trial_paths=effort.trial_paths, polish=effort.polish, robust=effort.robust)
+    told = asdict(effort)
+    options = Learned(**{name: told[name] for name in ("trials", "trial_paths", "polish", "robust", "hard", "hard_pool")})
     start, found = task.starts.get(nfe), []
     if start is not None:
         for candidate in _learned(task, nfe, options, Numbers.of(start)):

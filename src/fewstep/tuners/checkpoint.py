@@ -152,10 +152,7 @@ class Checkpoint:
             raise ArtefactError(
                 f"{self.folder} is damaged: {Path(str(error.filename or error)).name} is missing. Begin anew."
             ) from error
-        return [
-            Candidate(told["name"], plan, Errors(told["rms"], told["median"]), told["distance"], told["gain"], told["tuned"])
-            for told, plan in zip(document["candidates"], plans, strict=True)
-        ]
+        return [_candidate(told, plan) for told, plan in zip(document["candidates"], plans, strict=True)]
 
     def save_candidates(self, nfe: int, candidates: list[Candidate]) -> None:
         """Save what was validated for a number of calls; the list last, so that it is there when all is there."""
@@ -171,6 +168,12 @@ class Checkpoint:
                 f"{path} is of another run (model, conditions, options or noise differ). Give another folder, or remove this one "
                 f"(fewstep tune: --fresh)."
             )
+
+
+def _candidate(told: dict[str, Any], plan: Plan) -> Candidate:
+    errors = Errors(told["rms"], told["median"])
+    challenge = None if told["challenge"] is None else tuple(told["challenge"])
+    return Candidate(told["name"], plan, errors, told["distance"], told["gain"], told["tuned"], challenge)
 
 
 def check_savable(cond: Mapping[str, Any]) -> None:

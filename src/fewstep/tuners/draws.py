@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from fewstep.sampler import sample
 from fewstep.solvers import make_plan
-from fewstep.tuners.paths import arrays_of, take_rows
+from fewstep.tuners.paths import arrays_of, join_rows, take_rows
 from fewstep.tuners.task import Counted
 
 __all__ = ["SENSITIVITY_CALLS", "Chosen", "Draws", "seconds_of", "sensitive"]
 
 Floats = NDArray[np.float64]
+STREAM = 0x66657773
 SENSITIVITY_CALLS = 6
 PERTURBATION = {torch.float64: 1e-4, torch.float32: 1e-2}
 """Relative size of the change of the noise that shows how much a sample depends on it, by the precision of the state."""
@@ -37,7 +38,7 @@ class Draws:
             self.given = torch.empty(0, *(shape or ()), device=denoiser.device)
         else:
             self.given = noise.detach().float() if noise.dtype in (torch.float16, torch.bfloat16) else noise.detach()
-        self.cond, self.random = cond, np.random.default_rng([seed, 0x66657773])
+        self.cond, self.seed, self.random = cond, seed, np.random.default_rng([seed, STREAM])
         if noise is not None:
             _check_noise(noise, self.scale)
         self.rows = 0
@@ -47,6 +48,12 @@ class Draws:
                 if len(array) != wanted:
                     raise ValueError(f"the condition {name!r} has {len(array)} entries for {wanted} noises.")
                 self.rows = wanted
+
+    def stream(self, *numbers: int) -> Draws:
+        """Noise and conditions that have nothing to do with these: the same for the same numbers, whatever was drawn before."""
+        other = copy.copy(self)
+        other.random = np.random.default_rng([self.seed, STREAM, *numbers])
+        return other
 
     def __call__(self, count: int) -> tuple[Tensor, dict[str, Any]]:
         """Fresh noise ``"count *shape"`` with conditions."""
@@ -63,20 +70,7 @@ class Draws:
         noise, cond = self(missing)
         if not len(self.given):
             return noise, cond
-        return torch.cat([self.given, noise]), {name: _joined(value, cond[name]) for name, value in self.cond.items()}
-
-
-def _joined(first: Any, second: Any) -> Any:
-    """Along the batch, where there is one."""
-    if isinstance(first, Tensor) and first.ndim:
-        return torch.cat([first, second])
-    if isinstance(first, np.ndarray) and first.ndim:
-        return np.concatenate([first, second])
-    if isinstance(first, Mapping):
-        return {name: _joined(value, second[name]) for name, value in first.items()}
-    if type(first) in (list, tuple):
-        return type(first)([_joined(one, other) for one, other in zip(first, second, strict=True)])
-    return first
+        return torch.cat([self.given, noise]), {name: join_rows(value, cond[name]) for name, value in self.cond.items()}
 
 
 def _check_noise(noise: Tensor, scale: float) -> None:

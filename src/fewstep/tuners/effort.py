@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fewstep.tuners.draws import SENSITIVITY_CALLS
+from fewstep.tuners.hard import CHALLENGED
 from fewstep.tuners.task import FINALISTS, GRIDS, SCREENED, UNTUNED
 
 __all__ = ["Effort", "estimate", "suitable", "validation_cost"]
@@ -25,16 +26,20 @@ class Effort:
         held_out: exact paths that they are validated on.
         pool: noises among which paths are chosen, as a multiple of `trajectories` and of `held_out`.
         reference_calls: network calls of an exact path.
+        hard_pool: noises among which those are sought on which a plan goes wrong, once to mend it and once to judge it.
+        hard: exact paths of the worst of them, each time.
         trials, trial_paths, polish, robust: see `Learned`.
     """
 
-    trajectories: int = 88
+    trajectories: int = 64
     held_out: int = 160
-    pool: int = 8
+    pool: int = 4
     reference_calls: int = 64
+    hard_pool: int = 384
+    hard: int = 32
     trials: int = 14
     trial_paths: int = 40
-    polish: int = 2
+    polish: int = 1
     robust: tuple[float, ...] = (10.0,)
 
     def __post_init__(self) -> None:
@@ -43,6 +48,8 @@ class Effort:
                 f"tuning needs at least 1 trajectory, 2 held-out ones, a pool of 1 and 8 reference calls, got {self.trajectories}, "
                 f"{self.held_out}, {self.pool} and {self.reference_calls}."
             )
+        if not 0 < self.hard <= self.hard_pool:
+            raise ValueError(f"hard must be at least 1 and at most hard_pool, got {self.hard} of {self.hard_pool}.")
 
     def scaled(self, factor: float) -> Effort:
         """As much more or less, in trajectories and trials."""
@@ -50,6 +57,8 @@ class Effort:
             self,
             trajectories=max(8, round(factor * self.trajectories)),
             held_out=max(32, round(factor * self.held_out)),
+            hard_pool=max(64, round(factor * self.hard_pool)),
+            hard=max(8, round(factor * self.hard)),
             trials=round(min(factor, 4.0) * self.trials),
             trial_paths=max(8, round(factor * self.trial_paths)),
             polish=max(1, round(min(factor, 5.0) * self.polish)),
@@ -59,7 +68,16 @@ class Effort:
 SPENDING = (16.0, 8.0, 4.0, 2.0, 1.5, 1.0, 0.75, 0.5, 0.25)
 SLOW_EFFORT = Effort()
 FAST_EFFORT = Effort(
-    trajectories=1024, held_out=2048, pool=32, reference_calls=128, trials=100, trial_paths=512, polish=15, robust=(3.0, 30.0)
+    trajectories=1024,
+    held_out=2048,
+    pool=32,
+    reference_calls=128,
+    hard_pool=8192,
+    hard=256,
+    trials=100,
+    trial_paths=512,
+    polish=15,
+    robust=(3.0, 30.0),
 )
 
 
@@ -83,10 +101,13 @@ def estimate(effort: Effort, nfe: Sequence[int], shape: Sequence[int]) -> tuple[
     paths, size = effort.trajectories + effort.held_out, int(np.prod(shape))
     total = _path_cost(effort) * effort.trajectories + validation_cost(effort, nfe)
     for n in nfe:
-        columns = sum((i + 2) * (n - 1 - i) + (n - i) for i in range(n))
+        columns, calls = sum((i + 2) * (n - 1 - i) + (n - i) for i in range(n)), effort.reference_calls * 9 // 8
         fitted = (effort.trials + len(GRIDS)) * effort.trial_paths + 2 * effort.trajectories
-        polished = len(effort.robust) * effort.trajectories * (effort.polish * (columns + 10 * n) + 14 * n)
-        total += n * (fitted + 3 * len(effort.robust) * effort.held_out) + polished
+        steps = 14 * n + effort.polish * 10 * n + columns
+        polished = (
+            effort.trajectories * (effort.polish * columns + steps) + effort.hard * (steps + calls) + 2 * n * effort.hard_pool
+        )
+        total += n * (fitted + 4 * len(effort.robust) * effort.held_out) + len(effort.robust) * polished
     columns = max(n * (n + 3) // 2 + n for n in nfe)
     return (
         total,
@@ -97,7 +118,12 @@ def estimate(effort: Effort, nfe: Sequence[int], shape: Sequence[int]) -> tuple[
 def validation_cost(effort: Effort, nfe: Sequence[int]) -> int:
     """About how many evaluations it takes to find the best untuned settings, and to judge a few plans beside them."""
     screened = len(UNTUNED) * len(GRIDS) * SCREENED + (FINALISTS + 2) * effort.held_out
-    return _path_cost(effort) * effort.held_out + sum(nfe) * screened
+    challenged = (CHALLENGED + 1) * (effort.hard_pool + effort.held_out)
+    return (
+        _path_cost(effort) * effort.held_out
+        + sum(nfe) * (screened + challenged)
+        + len(nfe) * effort.hard * effort.reference_calls * 9 // 8
+    )
 
 
 def _path_cost(effort: Effort) -> int:

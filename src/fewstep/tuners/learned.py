@@ -13,9 +13,11 @@ calls of the network only:
    Gauss-Newton steps (Levenberg-Marquardt). The Jacobian has a column for every number of the plan, made by a finite difference: the
    rest of the run again with this number changed.
 
-Errors are not squared as they are but capped, see `fewstep.tuners.objectives`. After the polish the last row is fitted once more with
-weights of its own for every channel or element, and, as another candidate, the distance between all samples and all exact samples is made
-smaller (`Matched`).
+Errors are not squared as they are but capped, see `fewstep.tuners.objectives`. On a pool of other noise the polished plan is then compared
+with an untuned one; where they are farthest apart, exact paths are traced and added, and the polish is repeated: a few dozen paths hold
+none of the rare noises on which a fitted plan goes wrong (`fewstep.tuners.hard`). After that the last row is fitted once more with weights
+of its own for every channel or element, and, as another candidate, the distance between all samples and all exact samples is made smaller
+(`Matched`).
 
 The noises that are fitted to are chosen where a small change of the noise makes a large change of the sample (`fewstep.tuners.draws`):
 samples that lie between modes are few, make most of the root mean square error, and tell most about what a plan does wrong.
@@ -36,6 +38,7 @@ from fewstep.errors import UnknownNameError
 from fewstep.grids import make_grid
 from fewstep.plan import Plan
 from fewstep.solvers import Adams
+from fewstep.tuners.hard import mined
 from fewstep.tuners.numbers import Numbers, combined, flat
 from fewstep.tuners.paths import Paths
 from fewstep.tuners.polish import Polisher, damped, differences, from_differences
@@ -45,6 +48,8 @@ from fewstep.tuners.times import Steps, finite_ends
 __all__ = ["Learned"]
 
 Floats = NDArray[np.float64]
+MINED_ROBUST = 3.0
+"""The scale of the loss, in units of that before, once samples in the wrong mode were added: they count more then."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,9 @@ class Learned:
         entries: ``"channel"``, ``"element"``, both or none: after the polish the last row is fitted once more in closed form, with weights
             for every channel or element. Other rows keep one number for all: their states are what the polish has made room for.
         matched: after the polish, with the Jacobian at hand, go on towards a smaller distance between all samples and all exact ones.
+        hard: exact paths that are added after a first polish, of the noises on which it went wrong (`fewstep.tuners.hard`), for another;
+            0 leaves that out.
+        hard_pool: noises among which they are sought.
         robust: scales s of Cauchy's loss, in medians of the samples' errors: the polish is made with each, always from the searched times.
     """
 
@@ -67,12 +75,17 @@ class Learned:
     polish: int = 4
     ridge: float = 1e-8
     robust: tuple[float, ...] = (10.0,)
+    hard: int = 0
+    hard_pool: int = 384
     entries: tuple[str, ...] = ("channel", "element")
     matched: bool = True
 
     def __post_init__(self) -> None:
-        if self.trials < 0 or self.polish < 0:
-            raise ValueError(f"trials and polish are counts, got {self.trials} and {self.polish}.")
+        if min(self.trials, self.polish, self.hard) < 0 or self.hard > self.hard_pool:
+            raise ValueError(
+                f"trials, polish and hard are counts, the last at most hard_pool, got {self.trials}, {self.polish}, {self.hard} of "
+                f"{self.hard_pool}."
+            )
         for name in self.entries:
             if name not in ("channel", "element"):
                 raise UnknownNameError("entry", name, ("channel", "element"))
@@ -95,11 +108,16 @@ class Learned:
             yield from self._polished(task, numbers, "polish")
 
     def _polished(self, task: Task, numbers: Numbers, stage: str) -> Iterator[tuple[str, Numbers]]:
-        polisher = Polisher(task, task.fit)
         for robust in self.robust:
-            told = f"{stage}, s = {robust:g} medians"
+            told, polisher = f"{stage}, s = {robust:g} medians", Polisher(task, task.fit)
             polished, jacobian = polisher.paired(numbers, self.polish, robust)
             yield told, polished
+            if self.hard:
+                found = mined(task, polished.plan(task.schedule, {}), pool=self.hard_pool, count=self.hard)
+                polisher, jacobian = polisher.with_paths(found, polished, jacobian)
+                polished, jacobian = polisher.paired(polished, 1, MINED_ROBUST * robust, jacobian)
+                told += ", mined"
+                yield told, polished
             for name, groups in self._groups(task):
                 yield f"{told}, last row per {name}", polisher.last_row(polished, robust, groups)
             if self.matched and jacobian is not None:

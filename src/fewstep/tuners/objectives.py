@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.tuners.numbers import flat
@@ -39,19 +40,24 @@ class Paired:
     Args:
         target: ``"batch *shape"``, the exact samples.
         scale: s^2; errors above its root count less.
+        weights: ``"batch"``, how much each sample counts; all the same when left out.
     """
 
     target: Tensor
     scale: float
+    weights: NDArray[np.float64] | None = None
 
     def loss(self, samples: Tensor) -> float:
         """Of samples ``"batch *shape"``; inf if one is not finite."""
         errors = distances(samples, self.target)
-        return float(np.log1p(errors**2 / self.scale).mean()) if np.isfinite(errors).all() else math.inf
+        return float(np.average(np.log1p(errors**2 / self.scale), weights=self.weights)) if np.isfinite(errors).all() else math.inf
 
     def model(self, jacobian: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Matrix and gradient of the normal equations, from a Jacobian ``"numbers batch elements"``."""
-        weights = torch.from_numpy(1.0 / (1.0 + distances(samples, self.target) ** 2 / self.scale)).to(jacobian.device)
+        weights = 1.0 / (1.0 + distances(samples, self.target) ** 2 / self.scale)
+        if self.weights is not None:
+            weights = weights * self.weights / self.weights.mean()
+        weights = torch.from_numpy(weights).to(jacobian.device)
         weighted = (jacobian * weights[:, None]).flatten(1)
         return weighted @ jacobian.flatten(1).T, weighted @ flat(self.target - samples).flatten()
 

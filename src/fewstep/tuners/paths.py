@@ -101,6 +101,31 @@ class Paths:
             weights=None if self.weights is None else self.weights[rows],
         )
 
+    def joined(self, other: Paths) -> Paths:
+        """These and others on the same grid."""
+        weights = [np.ones(paths.count) if paths.weights is None else paths.weights for paths in (self, other)]
+        return replace(
+            self,
+            states=torch.cat([self.states, other.states], 1),
+            predictions=torch.cat([self.predictions, other.predictions], 1),
+            target=torch.cat([self.target, other.target]),
+            cond={name: join_rows(value, other.cond[name]) for name, value in self.cond.items()},
+            weights=np.concatenate(weights),
+        )
+
+
+def join_rows(first: Any, second: Any) -> Any:
+    """Two conditions along the batch, where there is one."""
+    if isinstance(first, Tensor) and first.ndim:
+        return torch.cat([first, second])
+    if isinstance(first, np.ndarray) and first.ndim:
+        return np.concatenate([first, second])
+    if isinstance(first, Mapping):
+        return {name: join_rows(value, second[name]) for name, value in first.items()}
+    if type(first) in (list, tuple):
+        return type(first)([join_rows(one, other) for one, other in zip(first, second, strict=True)])
+    return first
+
 
 def take_rows(cond: Mapping[str, Any], rows: Any) -> dict[str, Any]:
     """The conditions of some samples: arrays that have one entry a sample by row, also inside dictionaries and lists; the rest as it is."""

@@ -53,7 +53,12 @@ class Polisher:
         self.task, self.paths = task, paths
         self.denoiser, self.schedule = task.denoiser, task.schedule
 
-    def paired(self, numbers: Numbers, turns: int, robust: float) -> tuple[Numbers, Tensor | None]:
+    def with_paths(self, more: Paths, numbers: Numbers, jacobian: Tensor | None) -> tuple[Polisher, Tensor | None]:
+        """On more paths, with the Jacobian of these brought along, so that only that of the new ones is made."""
+        wider = Polisher(self.task, self.paths.joined(more))
+        return wider, None if jacobian is None else torch.cat([jacobian, self._jacobian(numbers, more)], 1)
+
+    def paired(self, numbers: Numbers, turns: int, robust: float, jacobian: Tensor | None = None) -> tuple[Numbers, Tensor | None]:
         """With less error of the samples.
 
         Args:
@@ -61,15 +66,18 @@ class Polisher:
             turns: the most Jacobians. Each serves as many steps as lower the loss, brought up to date after each by Broyden's formula,
                 which costs no calls.
             robust: scale of Cauchy's loss, in medians of the errors at the beginning.
+            jacobian: at these numbers, if there is one; it is changed.
 
         Returns:
             the numbers, and the last Jacobian.
         """
-        objective, jacobian = self._errors(numbers, robust), None
+        objective = self._errors(numbers, robust)
         samples = self.run(numbers, self.paths)[0][-1]
         loss = objective.loss(samples)
         for turn in range(turns):
-            before, jacobian = loss, self._jacobian(numbers)
+            before = loss
+            if turn or jacobian is None:
+                jacobian = self._jacobian(numbers, self.paths)
             numbers, samples, loss = self._steps_with(jacobian, numbers, samples, loss, objective)
             median = np.median(distances(samples, self.paths.target))
             self.task.report(f"polish: {turn + 1} of {turns}, median error {median:.4g}")
@@ -87,7 +95,8 @@ class Polisher:
 
     def _errors(self, numbers: Numbers, robust: float) -> Paired:
         samples = self.run(numbers, self.paths)[0][-1]
-        return Paired(self.paths.target, max(robust * float(np.median(distances(samples, self.paths.target))), 1e-150) ** 2)
+        scale = max(robust * float(np.median(distances(samples, self.paths.target))), 1e-150) ** 2
+        return Paired(self.paths.target, scale, self.paths.weights)
 
     def _steps_with(
         self, jacobian: Tensor, numbers: Numbers, samples: Tensor, loss: float, objective: Objective
@@ -126,7 +135,9 @@ class Polisher:
         paths, shape = self.paths, tuple(self.paths.noise.shape[1:])
         states, outputs = self.run(numbers, paths)
         errors = distances(states[-1], paths.target)
-        weights = torch.from_numpy(1.0 / (1.0 + errors**2 / max(robust * np.median(errors), 1e-150) ** 2)).to(states[-1].device)
+        shares = np.ones(len(errors)) if paths.weights is None else paths.weights
+        weights = shares / (1.0 + errors**2 / max(robust * np.median(errors), 1e-150) ** 2)
+        weights = torch.from_numpy(weights).to(states[-1].device)
         basis = torch.stack(differences([flat(term) for term in (states[-2], *reversed(outputs))]))
         weighted, residual = basis * weights[:, None], flat(paths.target - states[-1])
         matrices = torch.einsum("pne,qne->epq", weighted, basis).cpu().numpy()
@@ -154,11 +165,11 @@ class Polisher:
             states.append(combined(numbers.rows[i], states[i], outputs))
         return states, outputs
 
-    def _jacobian(self, numbers: Numbers) -> Tensor:
+    def _jacobian(self, numbers: Numbers, paths: Paths) -> Tensor:
         """``"numbers batch elements"``: the derivative of the samples, a block of them at a time."""
         blocks = []
-        for begin in range(0, self.paths.count, self.denoiser.block):
-            part = self.paths.take(slice(begin, begin + self.denoiser.block))
+        for begin in range(0, paths.count, self.denoiser.block):
+            part = paths.take(slice(begin, begin + self.denoiser.block))
             states, outputs = self.run(numbers, part)
             blocks.append(torch.stack([flat(column) for column in self._columns(numbers, part, states, outputs)]))
         return torch.cat(blocks, 1)

@@ -47,7 +47,7 @@ def prepare(
         if kept:
             kept.save_paths(PATH_FILES[0], fit)
             kept.save_paths(PATH_FILES[1], held_out)
-    return Task(counted, schedule, fit, held_out, final, seed, report, began)
+    return Task(counted, schedule, fit, held_out, final, seed, draw, effort.reference_calls, report, began)
 
 
 def _traced(counted: Counted, draw: Draws, effort: Effort, final: str, say: Callable[[str], None]) -> tuple[Paths, Paths]:

@@ -10,10 +10,11 @@ from fewstep.artefacts import json_value
 from fewstep.identity import identity
 from fewstep.plan import Plan
 from fewstep.tuners.effort import Effort
+from fewstep.tuners.hard import CHALLENGED, challenged
 from fewstep.tuners.task import Candidate, Task
 from fewstep.version import __version__
 
-__all__ = ["Tuned", "best_of", "summarised"]
+__all__ = ["Tuned", "best_of", "settled", "summarised"]
 
 SURE = 0.5
 """Standard errors by which a tuned plan's mean squared error must be less."""
@@ -74,13 +75,36 @@ class Tuned:
 
 
 def best_of(tried: list[Candidate]) -> Candidate:
-    """Of those that are not above the untuned plan in distance of the distributions, and below it in mean squared error by more than half a
-    standard error of the difference, the one with the least product of both and the median error. One sample that ends in another mode can
-    make a standard error, and which plan it befalls is chance.
+    """The best of all: of those that passed a challenge, else of those that were not challenged, else the untuned plan.
+
+    Considered are those that are not above the untuned plan in distance of the distributions, and below it in mean squared error by more
+    than half a standard error of the difference: one sample that ends in another mode can make a standard error, and which plan it befalls
+    is chance. The best has the least product of both errors and the distance.
     """
+    sure = _sure(tried)
+    passed = [c for c in sure if c.challenge is not None and c.challenge[0] <= c.challenge[1]]
+    return next(iter(passed or [c for c in sure if c.challenge is None] or tried))
+
+
+def _sure(tried: list[Candidate]) -> list[Candidate]:
+    """What is better than the untuned plan on the validation noise, best first."""
     base = tried[0]
     sure = [c for c in tried[1:] if c.gain > SURE and c.errors.rms <= base.errors.rms and c.distance <= base.distance]
-    return min([base, *sure], key=lambda c: c.errors.rms * c.errors.median * c.distance)
+    rms = {id(c): c.errors.rms if c.challenge is None else c.challenge[0] for c in sure}
+    return sorted(sure, key=lambda c: rms[id(c)] * c.errors.median * c.distance)
+
+
+def settled(task: Task, tried: list[Candidate], effort: Effort) -> list[Candidate]:
+    """The same, challenged a few at a time, best first, until one is better than the untuned plan on hard noise too, or none is left."""
+    while (best := best_of(tried)).tuned and best.challenge is None:
+        finalists = [c for c in _sure(tried) if c.challenge is None][:CHALLENGED]
+        outcomes = challenged(task, finalists, pool=effort.hard_pool, count=effort.hard)
+        found = {id(c): replace(c, challenge=outcome) for c, outcome in zip(finalists, outcomes, strict=True)}
+        tried = [found.get(id(c), c) for c in tried]
+        for finalist in finalists:
+            error, base = found[id(finalist)].challenge or (0.0, 0.0)
+            task.report(f"{best.plan.nfe} calls: {finalist.name}, with hard noise {error:.4g}, untuned {base:.4g}")
+    return tried
 
 
 def summarised(task: Task, candidates: dict[int, list[Candidate]], method: str, effort: Effort) -> Tuned:
@@ -89,7 +113,9 @@ def summarised(task: Task, candidates: dict[int, list[Candidate]], method: str, 
     cost = {"evaluations": task.denoiser.evaluations, "seconds": round(time.perf_counter() - task.began, 1)}
     for nfe, tried in candidates.items():
         best, base = best_of(tried), tried[0]
-        validation = {**asdict(best.errors), "distance": best.distance, "untuned": base.name, "untuned_rms": base.errors.rms}
+        rms, untuned_rms = best.challenge or (best.errors.rms, base.errors.rms)
+        validation = {"rms": rms, "median": best.errors.median, "distance": best.distance}
+        validation |= {"untuned": base.name, "untuned_rms": untuned_rms}
         plans[nfe] = best.plan
         if best.tuned:
             made = {
@@ -105,7 +131,7 @@ def summarised(task: Task, candidates: dict[int, list[Candidate]], method: str, 
             plans[nfe] = replace(best.plan, provenance=provenance)
         told[str(nfe)] = {
             "best": best.name,
-            "ratio": best.errors.rms / base.errors.rms if base.errors.rms > 0.0 else 1.0,
+            "ratio": rms / untuned_rms if untuned_rms > 0.0 else 1.0,
             **validation,
             "candidates": [c.told for c in tried],
         }

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,8 +18,11 @@ from fewstep.sampler import sample
 from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
 from fewstep.solvers import DEIS, IPNDM, Adams, DPMSolverPP, UniPC
-from fewstep.tuners.paths import Paths, take_rows
+from fewstep.tuners.paths import Paths, take_rows, trace_paths
 from fewstep.tuners.sliced import sliced_distance
+
+if TYPE_CHECKING:
+    from fewstep.tuners.draws import Draws
 
 __all__ = ["GRIDS", "UNTUNED", "Candidate", "Counted", "Errors", "Task", "errors_of"]
 
@@ -144,6 +147,8 @@ class Candidate:
         distance: of the distributions there: sliced Wasserstein between its samples and the exact ones.
         gain: in mean squared error over the untuned plan, in standard errors of the difference; 0 for an untuned plan.
         tuned: whether it was fitted to the model.
+        challenge: root mean square errors of this plan and of the untuned one on noise that is hard for one of them; see
+            `fewstep.tuners.hard`. None if it was not challenged.
     """
 
     name: str
@@ -152,11 +157,13 @@ class Candidate:
     distance: float
     gain: float = 0.0
     tuned: bool = True
+    challenge: tuple[float, float] | None = None
 
     @property
     def told(self) -> dict[str, Any]:
         """All but the plan, as JSON values."""
-        return {"name": self.name, "tuned": self.tuned, "distance": self.distance, "gain": self.gain, **asdict(self.errors)}
+        told = {"name": self.name, "tuned": self.tuned, "distance": self.distance, "gain": self.gain, **asdict(self.errors)}
+        return {**told, "challenge": None if self.challenge is None else list(self.challenge)}
 
 
 @dataclass
@@ -169,6 +176,8 @@ class Task:
         held_out: paths of noise that nothing is fitted to, with weights that make them a fair sample.
         final: where plans end, ``"t_end"`` or ``"zero"``.
         seed: of whatever is drawn at random.
+        draw: more noise like that of the paths, and conditions.
+        reference_calls: of an exact path.
         report: called with a line about what goes on.
         kept: what a method computes once for all numbers of calls, by the method's name.
         starts: number of calls -> a plan that learning may start from.
@@ -181,6 +190,8 @@ class Task:
     held_out: Paths
     final: str
     seed: int
+    draw: Draws
+    reference_calls: int
     report: Callable[[str], None] = field(default=lambda line: None)
     began: float = field(default_factory=time.perf_counter)
     kept: dict[str, Any] = field(default_factory=dict)
@@ -214,6 +225,10 @@ class Task:
     def run(self, plan: Plan, paths: Paths) -> Tensor:
         """The samples that a plan makes of the paths' noise; NaN where the network fails."""
         return sample(self.denoiser, paths.noise, plan, cond=paths.cond, check=False)
+
+    def trace(self, noise: Tensor, cond: dict[str, Any]) -> Paths:
+        """Exact paths of other noise, on the grid of those to fit to."""
+        return trace_paths(self.denoiser, noise, self.schedule, calls=self.reference_calls, cond=cond, final=self.final)
 
     def untuned(self, nfe: int) -> Candidate:
         """The best of the untuned solvers and grids at this number of calls, on the validation noise; found once."""
