@@ -1,0 +1,79 @@
+"""Noise on which plans go wrong is found, mended and judged on."""
+
+import numpy as np
+import pytest
+import torch
+
+import fewstep as fs
+from fewstep.tuners import Effort, Learned, hard
+from fewstep.tuners.draws import Draws
+from fewstep.tuners.preparation import prepare
+from fewstep.tuners.result import best_of, settled
+from fewstep.tuners.task import Counted, distances, errors_of
+
+EFFORT = Effort(trajectories=64, held_out=256, pool=2, hard_pool=2048, hard=256, trials=20, trial_paths=64, polish=3)
+POOL = {"pool": EFFORT.hard_pool, "count": EFFORT.hard}
+
+
+@pytest.fixture(scope="module")
+def task():
+    generator = torch.Generator().manual_seed(3)
+    means = 1.5 * torch.randn(6, 2, generator=generator, dtype=torch.float64)
+    denoiser = fs.exact.GaussianMixture(fs.schedules.VPLinear(), means, 0.1)
+    counted = Counted(denoiser, 4096)
+    draw = Draws(counted, fs.draw_noise((2,), range(64), dtype=torch.float64), {}, 0)
+    return prepare(counted, draw, EFFORT, final="t_end", seed=0)
+
+
+@pytest.fixture(scope="module")
+def candidates(task):
+    stages = Learned(trials=20, trial_paths=64, polish=3, hard=0, matched=False, entries=()).stages(task, 5)
+    return [task.untuned(5), *(task.judge(stage, numbers.plan(task.schedule, {})) for stage, numbers in stages)]
+
+
+def test_mined_paths_are_those_on_which_the_plans_are_farthest_apart(task, candidates):
+    plan = candidates[-1].plan
+    found = hard.mined(task, plan, **POOL)
+    noise, _ = task.draw.stream(hard.MINING, 5)(POOL["pool"])
+    apart = distances(*(fs.sample(task.denoiser, noise, each) for each in (plan, candidates[0].plan)))
+    ours = distances(*(fs.sample(task.denoiser, found.noise, each) for each in (plan, candidates[0].plan)))
+    assert ours == pytest.approx(np.sort(apart)[::-1][: POOL["count"]])
+    exact = fs.reference(task.denoiser, found.noise, task.schedule, tol=1e-6).plain()
+    assert errors_of(found.target, exact).rms < 0.02 * errors_of(fs.sample(task.denoiser, found.noise, plan), exact).rms
+
+
+def test_streams_of_noise_do_not_depend_on_what_was_drawn(task):
+    before = task.draw.stream(1, 2)(16)[0]
+    task.draw(7)
+    assert torch.equal(task.draw.stream(1, 2)(16)[0], before)
+    assert not torch.equal(task.draw.stream(1, 3)(16)[0], before)
+
+
+def test_challenge_tells_the_error_over_all_noise(task, candidates):
+    noise = fs.draw_noise((2,), range(50_000, 70_000), dtype=torch.float64)
+    exact = fs.sample(task.denoiser, noise, fs.make_plan("auto", task.schedule, 200))
+    told = hard.challenged(task, candidates[1:], **POOL)
+    for candidate, (mine, untuned) in zip(candidates[1:], told, strict=True):
+        for plan, error in ((candidate.plan, mine), (candidates[0].plan, untuned)):
+            assert error == pytest.approx(errors_of(fs.sample(task.denoiser, noise, plan), exact).rms, rel=0.2)
+
+
+def test_what_fails_its_challenge_is_not_chosen(task, candidates, monkeypatch):
+    assert best_of(candidates).tuned
+    heard = []
+    monkeypatch.setattr(
+        "fewstep.tuners.result.challenged", lambda task, found, **_: heard.append(len(found)) or [(2.0, 1.0)] * len(found)
+    )
+    after = settled(task, candidates, EFFORT)
+    assert best_of(after) is candidates[0]
+    assert sum(heard) == sum(c.challenge is not None for c in after) > 0
+
+
+def test_paths_join_with_their_weights(task):
+    first, second = task.fit.take(slice(3)), hard.mined(task, task.untuned(4).plan, pool=8, count=2)
+    both = first.joined(second)
+    assert both.count == 5
+    assert both.weights is not None
+    assert both.weights.tolist() == [1.0, 1.0, 1.0, hard.MINED_WEIGHT, hard.MINED_WEIGHT]
+    t = float(task.fit.times[5]) * 0.99
+    assert torch.equal(both.at(t), torch.cat([first.at(t), second.at(t)]))
