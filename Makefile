@@ -50,6 +50,7 @@ bench: $(VENV)/.dev  ## measure everything again (half an hour), and bring the t
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/models.py
 	$(BIN)/python tools/readme_table.py
+	$(BIN)/python tools/migration_table.py
 
 lowest: $(LOWEST)/.dev  ## the tests with the lowest versions that fewstep promises to work with
 	$(TEST) $(LOWEST)/bin/python -m pytest -m "not slow" -n $(JOBS)

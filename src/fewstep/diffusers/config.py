@@ -40,7 +40,7 @@ def is_flow(config: Mapping[str, Any]) -> bool:
 def is_flow_match(config: Mapping[str, Any]) -> bool:
     """Whether this is the config of a FlowMatch scheduler, which is for flows alone and has no need to say so."""
     named = str(config.get("_class_name", "")).startswith("FlowMatch")
-    return named or ("base_image_seq_len" in config and "beta_schedule" not in config)
+    return named or ("shift" in config and "beta_schedule" not in config)
 
 
 def check_config(config: Mapping[str, Any]) -> None:
