@@ -35,7 +35,7 @@ __all__ = ["Fault", "check_runtime", "check_static", "main"]
 PACKAGE = "fewstep"
 ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("0", ("errors", "numerics", "version")),
-    ("1", ("artefacts", "schedules", "predictions")),
+    ("1", ("artefacts", "preconditioning", "schedules", "predictions")),
     ("2", ("denoisers", "exact", "grids", "guidance", "identity", "models")),
     ("3", ("multistep", "plan", "recipes", "solver", "statistics")),
     ("4", ("solvers", "discrete")),

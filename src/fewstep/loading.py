@@ -24,6 +24,7 @@ from fewstep.denoisers import Denoiser, ModelInfo, check_conditions
 from fewstep.errors import ArtefactError, UnknownNameError
 from fewstep.models import read_model
 from fewstep.noise import draw_noise
+from fewstep.preconditioning import EDMPreconditioned
 from fewstep.predictions import data_coefficients
 from fewstep.schedules import EDM, Flow, FromBetas, NoiseSchedule, VPCosine, VPLinear
 
@@ -50,6 +51,8 @@ def load(
     *,
     schedule: NoiseSchedule | None = None,
     predicts: str | None = None,
+    preconditioning: str | None = None,
+    sigma_data: float | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     **options: Any,
@@ -64,6 +67,9 @@ def load(
             diffusers pipeline; a module or callable.
         schedule, predicts: needed with a module or callable, and with a diffusers model that has no scheduler's folder beside it; refused
             with what says them itself.
+        preconditioning: ``"edm"`` for the raw network inside EDM's preconditioning, called as ``network(x, c_noise, **cond)``; `schedule`
+            is then `EDM` and `predicts` is left out. A network that holds its preconditioning, ``network(x, sigma)``, predicts data.
+        sigma_data: of the preconditioning; 0.5 when left out.
         device: where a network goes; a pipeline in memory stays where it is.
         dtype: the precision of a network that is read; left out, the file's or, for diffusers, the one that it chooses.
         **options: of `Denoiser`, with a module or callable.
@@ -75,8 +81,8 @@ def load(
     Raises:
         ArtefactError: if the files are damaged, pickled, or of no form that is known.
         FileNotFoundError: if there is no such folder or name.
-        UnknownNameError: for a pipeline or model of diffusers that is not served.
-        TypeError: if schedule or predicts are missing or superfluous.
+        UnknownNameError: for a pipeline or model of diffusers that is not served, or another preconditioning.
+        TypeError: if schedule, predicts or sigma_data are missing or superfluous.
 
     Example:
         >>> load("digits").info.shape
@@ -88,12 +94,18 @@ def load(
         _refuse(source, type(source).__name__, schedule, predicts, options)
         return PipelineDenoiser(source)
     if callable(source):
+        if preconditioning is not None:
+            source, schedule, predicts, options = _preconditioned(source, schedule, predicts, preconditioning, sigma_data, options)
+        elif sigma_data is not None:
+            raise TypeError('sigma_data= belongs to preconditioning="edm".')
         if schedule is None or predicts is None:
             raise TypeError(
                 "a network needs its schedule= and what it predicts=, e.g. schedule=fewstep.schedules.EDM(), predicts='data'."
             )
         network: Callable[..., Any] = source.to(device, dtype) if isinstance(source, torch.nn.Module) else source
         return Denoiser(network, schedule, predicts, **options)
+    if preconditioning is not None or sigma_data is not None:
+        raise TypeError(f"preconditioning= and sigma_data= are for raw networks; {source} is none.")
     path, name = _located(source)
     if path.is_file():
         check_not_pickled(path)
@@ -130,6 +142,27 @@ def _refuse(source: Any, name: str, schedule: NoiseSchedule | None, predicts: st
     """Refuse what a source says itself."""
     if schedule is not None or predicts is not None or options:
         raise TypeError(f"{name} says its schedule and prediction itself; leave schedule=, predicts= and other options out.")
+
+
+def _preconditioned(
+    network: Callable[..., Tensor],
+    schedule: NoiseSchedule | None,
+    predicts: str | None,
+    name: str,
+    sigma_data: float | None,
+    options: dict[str, Any],
+) -> tuple[EDMPreconditioned, NoiseSchedule, str, dict[str, Any]]:
+    """A raw network as one that predicts data, and what else `load` then knows."""
+    if name != "edm":
+        raise UnknownNameError("preconditioning", name, ["edm"])
+    if predicts is not None or not isinstance(schedule, (EDM, type(None))):
+        raise TypeError(
+            "preconditioning='edm' is for raw networks on the noise levels of EDM: leave predicts= out, and give schedule=EDM(...)."
+        )
+    wrapped = EDMPreconditioned(network) if sigma_data is None else EDMPreconditioned(network, sigma_data)
+    parameters = [p.dtype for p in wrapped.parameters() if p.is_floating_point()]
+    around = {"network_dtype": torch.promote_types(parameters[0], torch.float32)} if parameters else {}
+    return wrapped, EDM() if schedule is None else schedule, "data", {**around, **options}
 
 
 def _located(source: str | Path) -> tuple[Path, str]:
