@@ -381,14 +381,21 @@ def _k_diffusion_sampling() -> types.ModuleType:
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("not installed")
     package = types.ModuleType("k_diffusion")
-    package.__path__ = list(spec.submodule_search_locations)
+    package.__path__, package.__spec__ = list(spec.submodule_search_locations), spec
     sys.modules["k_diffusion"] = package
-    for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
+    wanted = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
+    for name in wanted:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-        sys.modules.setdefault(name, types.ModuleType(name))
-    sys.modules["torchvision.transforms"].functional = sys.modules["torchvision.transforms.functional"]  # type: ignore[attr-defined]
-    return importlib.import_module("k_diffusion.sampling")
+    stand_ins = {name: types.ModuleType(name) for name in wanted if name not in sys.modules}
+    if stand_ins:
+        stand_ins["torchvision.transforms"].functional = stand_ins["torchvision.transforms.functional"]  # type: ignore[attr-defined]
+    sys.modules.update(stand_ins)
+    try:
+        return importlib.import_module("k_diffusion.sampling")
+    finally:
+        for name in stand_ins:  # others ask whether these are installed
+            del sys.modules[name]
 
 
 def _official_steppers(folder: Path) -> list[Stepper]:

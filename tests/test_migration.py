@@ -22,6 +22,7 @@ import fewstep as fs
 from fewstep.kdiffusion import kdiffusion_sampler
 from fewstep.noise import BrownianPath
 from fewstep.numerics import noise_clock
+from fewstep.preconditioning import edm_coefficients
 
 diffusers = pytest.importorskip("diffusers", minversion="0.32")
 
@@ -242,6 +243,44 @@ def from_no_signal(row, n, monkeypatch):
     assert torch.isfinite(x).all()
 
 
+def preconditioned(row, n, monkeypatch):
+    """The raw network of the exact prediction, in the loop of a pipeline."""
+    host = getattr(diffusers, row["theirs"])(**row.get("settings", {}))
+    ours = PlanScheduler.from_config(host.config, **row["ours"])
+    data = host.config.get("sigma_data", 1.0)
+    sign = -1.0 if host.config.prediction_type == "v_prediction" else 1.0
+    draws = [torch.randn(len(SEEDS), *SHAPE, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(n)]
+    samples, at = [], [0]
+    monkeypatch.setattr(sys.modules[type(host).__module__], "randn_tensor", lambda *_, **__: draws[at[0]], raising=False)
+    for scheduler in (host, ours):
+        scheduler.set_timesteps(n)
+        scheduler.noise_sampler = lambda *_: draws[at[0]]
+        x = first_noise() * float(scheduler.init_noise_sigma)
+        for i, t in enumerate(scheduler.timesteps):
+            at[0], sigma = i, float(scheduler.sigmas[i])
+            skip, out, scale = edm_coefficients(sigma, data)
+            state = scheduler.scale_model_input(x, t).double() / scale
+            said = sign * (ON_RATIO(state, sigma) - skip * state) / out
+            more = {"variance_noise": draws[i]} if scheduler is ours else {}
+            x = scheduler.step(said, t, x, return_dict=False, **more)[0].double()
+        samples.append(x)
+    assert_close(*samples[::-1])
+
+
+def inverted(row, n, monkeypatch):
+    host = diffusers.FlowMatchEulerDiscreteScheduler(**row["settings"])
+    ours = PlanScheduler.from_config(host.config, **row["ours"])
+    samples = []
+    for scheduler in (host, ours):
+        scheduler.set_timesteps(n)
+        x = first_noise()
+        for t in scheduler.timesteps:
+            said = -output("flow_prediction", x, float(t) / 1000.0, 1.0 - float(t) / 1000.0)
+            x = scheduler.step(said, t, x, return_dict=False)[0].double()
+        samples.append(x)
+    assert_close(*samples[::-1])
+
+
 def cogvideox(row, n, monkeypatch):
     peer = Peer({"theirs": row["theirs"], "test": {"settings": {"timestep_spacing": "trailing"}, "levels": "table"}}, n)
     scheduler = ours_for(row, peer)
@@ -286,6 +325,8 @@ KINDS = {
     "nan": nothing_comes_out,
     "inverse": inverse,
     "ipndm": from_no_signal,
+    "preconditioned": preconditioned,
+    "inverted": inverted,
     "cogvideox": cogvideox,
     "wuerstchen": wuerstchen,
 }

@@ -153,6 +153,39 @@ def controlled(scheduler):
     )
 
 
+def image_to_video(scheduler):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    unet = diffusers.UNetSpatioTemporalConditionModel(
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        sample_size=8,
+        in_channels=8,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        cross_attention_dim=8,
+        num_attention_heads=2,
+        projection_class_embeddings_input_dim=24,
+        addition_time_embed_dim=8,
+    )
+    decoder = diffusers.AutoencoderKLTemporalDecoder(
+        block_out_channels=[32, 32], down_block_types=["DownEncoderBlock2D"] * 2, latent_channels=4, sample_size=16
+    )
+    config = transformers.CLIPVisionConfig(
+        hidden_size=8,
+        projection_dim=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        intermediate_size=8,
+        patch_size=8,
+    )
+    encoder = transformers.CLIPVisionModelWithProjection(config)
+    reader = transformers.CLIPImageProcessor(crop_size=16, size=16)
+    return diffusers.StableVideoDiffusionPipeline(decoder, encoder, unet, scheduler, reader)
+
+
 def video(scheduler, text=None):
     pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ import torch
 
 diffusers = pytest.importorskip("diffusers", minversion="0.32")
 
-from tiny_pipelines import LATENT, controlled, dit, flux, sd3, sdxl, stable_diffusion, unconditional, video  # noqa: E402
+from tiny_pipelines import LATENT, controlled, dit, flux, image_to_video, sd3, sdxl, stable_diffusion, unconditional, video  # noqa: E402
 
 import fewstep as fs  # noqa: E402
 from fewstep.diffusers import PlanScheduler  # noqa: E402
@@ -160,6 +160,37 @@ def test_sdxl():
     wanted = images(pipe, **options)
     pipe.scheduler = PlanScheduler.from_config(host.config, solver="ddim")
     assert np.abs(images(pipe, **options) - wanted).max() < TOLERANCE * max(1.0, np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    ("host", "ours"),
+    [
+        (diffusers.EDMDPMSolverMultistepScheduler(), {"solver": "dpmpp_2m", "lower_order_final": 15}),
+        (diffusers.EDMEulerScheduler(prediction_type="v_prediction"), {"solver": "ddim"}),
+    ],
+    ids=["2M", "Euler"],
+)
+def test_a_preconditioned_network(host, ours):
+    """As Playground v2.5 has it."""
+    pipe = sdxl(diffusers.StableDiffusionXLPipeline, host)
+    options = {**TEXT, **POOLED, "num_inference_steps": 6, "height": 16, "width": 16}
+    assert_alike(pipe, host, PlanScheduler.from_config(host.config, **ours), **options)
+
+
+def test_image_to_video():
+    """Stable Video Diffusion: continuous timesteps."""
+    host = diffusers.EulerDiscreteScheduler(
+        **LATENT,
+        prediction_type="v_prediction",
+        timestep_type="continuous",
+        timestep_spacing="leading",
+        use_karras_sigmas=True,
+        sigma_min=0.002,
+        sigma_max=700.0,
+    )
+    pipe = image_to_video(host)
+    options = {"image": IMAGE, "num_inference_steps": 5, "height": 16, "width": 16, "num_frames": 2, "output_type": "latent"}
+    assert_alike(pipe, host, PlanScheduler.from_config(host.config, solver="ddim"), **options)
 
 
 @pytest.mark.parametrize("solver", ["ddim", "flow_euler"])

@@ -18,6 +18,7 @@ diffusers = pytest.importorskip("diffusers", minversion="0.32")
 import fewstep as fs  # noqa: E402
 from fewstep.diffusers import PlanScheduler  # noqa: E402
 from fewstep.diffusers.config import betas_of, schedule_of, times_of  # noqa: E402
+from fewstep.diffusers.networks import network_of  # noqa: E402
 from fewstep.diffusers.rows import Run  # noqa: E402
 from fewstep.plan import Interval, Row  # noqa: E402
 
@@ -199,6 +200,8 @@ def test_options_of_the_solver():
         ({"timestep_spacing": "trailin"}, ValueError, "trailing"),
         ({"prediction_type": "eps"}, ValueError, "epsilon"),
         ({"beta_schedule": "quadratic"}, ValueError, "scaled_linear"),
+        ({"timestep_type": "continuos"}, ValueError, "continuous"),
+        ({"sigma_data": -1.0}, ValueError, "sigma_data must be positive"),
         ({"use_karras_sigmas": True, "use_beta_sigmas": True}, ValueError, "only one"),
         ({"plan": "nowhere.safetensors"}, FileNotFoundError, "no plan nowhere"),
     ],
@@ -209,17 +212,16 @@ def test_refuses(arguments, error, message):
 
 
 @pytest.mark.parametrize(
-    "host",
+    ("config", "options"),
     [
-        diffusers.EDMEulerScheduler,
-        lambda: diffusers.EulerDiscreteScheduler(timestep_type="continuous"),
-        lambda: diffusers.EulerDiscreteScheduler(interpolation_type="log_linear"),
-        lambda: diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        (diffusers.CMStochasticIterativeScheduler().config, {}),
+        (diffusers.EDMEulerScheduler().config, {"prediction_type": "sample"}),
+        ({}, {"invert_sigmas": True}),
     ],
 )
-def test_refuses_networks_of_another_kind(host):
+def test_refuses_networks_of_another_kind(config, options):
     with pytest.raises(fs.FewstepError):
-        made(config=host().config)
+        made(config=config, **options)
 
 
 def test_a_json_round_trip(tmp_path):
@@ -431,7 +433,7 @@ def test_noise_of_overlapping_intervals_is_one_path():
     )
     plan = fs.Plan(fs.schedules.VPLinear(), [0.9, 0.8, 0.7, 0.6, 0.5], rows)
     x = torch.zeros(40_000, 1)
-    run = Run(plan, x, 0, "data", limited=False)
+    run = Run(plan, x, 0, network_of({"prediction_type": "sample"}), limited=False)
     generator = torch.Generator().manual_seed(0)
     drawn = [run.noise(i, x, generator, None) for i in range(4)]
     assert not run.drawn

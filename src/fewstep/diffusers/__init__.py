@@ -23,13 +23,23 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fewstep.denoisers import Clipped, DynamicThreshold
-from fewstep.diffusers.config import PREDICTS, betas_of, check_config, is_flow_match, same_noise, schedule_of, times_of
+from fewstep.diffusers.config import (
+    betas_of,
+    check_config,
+    is_edm,
+    is_flow_match,
+    same_noise,
+    schedule_of,
+    settings_of_edm,
+    times_of,
+)
+from fewstep.diffusers.networks import network_of
 from fewstep.diffusers.rows import Run, plan_on, tail, version, working
 from fewstep.errors import ArtefactError, MissingExtraError, PlanError
 from fewstep.grids import grid_names
 from fewstep.plan import Plan
 from fewstep.sampler import advance, transform_start
-from fewstep.schedules import Flow, FromAlphasCumprod, FromBetas, NoiseSchedule
+from fewstep.schedules import EDM, Flow, FromAlphasCumprod, FromBetas, NoiseSchedule
 from fewstep.solvers import SOLVERS, make_solver
 
 try:
@@ -57,7 +67,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 
     Make one with `from_config`, from the config of any other scheduler, or with `from_plan`; the arguments are those that diffusers'
     schedulers share, under their names, and the ones below. States have the scale of DPM-Solver++ in diffusers: alpha x_0 + sigma eps, with
-    alpha^2 + sigma^2 = 1 or, for flows, alpha + sigma = 1. `init_noise_sigma` is 1 for every model.
+    alpha^2 + sigma^2 = 1 or, for flows, alpha + sigma = 1; and `init_noise_sigma` is 1. Those of networks in EDM's preconditioning are
+    x_0 + sigma eps, `scale_model_input` scales them, and `init_noise_sigma` is (1 + sigma^2)^(1/2) at the first sigma.
 
     Args:
         solver: a name of `fewstep.solver_names`.
@@ -71,6 +82,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         final_sigmas_type: ``"zero"`` or ``"sigma_min"``; left out, ``"zero"``, but for DDIM and DDPM with `set_alpha_to_one` False.
         fractional_timesteps: tell the network of a table the exact time, which may lie between two entries, instead of the nearest one: for
             plans that were fitted so.
+        timestep_type: ``"discrete"``: the network is told an index of the table. ``"continuous"``, with ``"v_prediction"`` or `sigma_data`:
+            log(sigma / alpha) / 4. ``"arctangent"``: the angle over a right angle.
+        sigma_data: the data's standard deviation in the preconditioning of an EDM network; None for other networks.
+        rho: exponent of Karras sigmas.
+        invert_sigmas: the network of a flow is told (1 - sigma) N, and its output points to the data.
         clip_sample, thresholding: limit the data prediction, for models of pixels. They cost one more operation a step.
 
     Raises:
@@ -135,6 +151,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         clip_sample_range: float = 1.0,
         variance_type: str | None = None,
         fractional_timesteps: bool = False,
+        timestep_type: str = "discrete",
+        sigma_data: float | None = None,
+        rho: float = 7.0,
+        invert_sigmas: bool = False,
     ):
         check_config(self.config)
         self._solver = make_solver(solver, **(solver_options or {}))
@@ -144,11 +164,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self._fitted = None if plan is None else _plan_of(plan)
         if self._fitted is not None:
             self.register_to_config(plan=self._fitted.digest)
-        self._predicts = PREDICTS[prediction_type]
+        self._network = network_of(self.config)
         self._limit = _limit_of(self.config)
         self._plans: dict[Any, Plan] = {}
         self._warned = False
-        self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self._plan: Plan | None = None
         self._run: Run | None = None
@@ -156,8 +175,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self.betas = torch.from_numpy(betas_of(self.config)).float()
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas.double(), 0).float()
-        times = (np.arange(len(self.betas))[::-1] + 1.0) / len(self.betas)
-        self._told, self._host_steps = self._times_told(times)
+        times = self._training_times()
+        self._told = self._network.told(self._schedule, times)
         self.timesteps = torch.from_numpy(self._told)
         self.sigmas = self._ratios(times)
 
@@ -186,6 +205,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         _take_options(cls._get_init_keys(cls), config, kwargs)
         if "solver" in kwargs:
             kwargs.setdefault("plan", None)
+        if is_edm(config):
+            kwargs = {**settings_of_edm(config), **kwargs}
+        if config.get("interpolation_type") == "log_linear":
+            kwargs = {**_log_linear(config), **kwargs}
         if is_flow_match(config):
             kwargs.setdefault("prediction_type", config.get("prediction_type", "flow_prediction"))
             kwargs.setdefault("shift", config.get("shift", 1.0))
@@ -284,7 +307,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self._run = None
         self._begin_index = None
         self._transformed = False
-        self._told, self._host_steps = self._times_told(plan.tau)
+        self._told = self._network.told(plan.schedule, plan.tau)
         self.timesteps = torch.from_numpy(self._told).to(device=device)
         self.sigmas = self._ratios(plan.grid)
         self._levels = self._schedule_alpha_sigma(plan.grid)
@@ -314,12 +337,27 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         """The noise schedule of the config, to make plans for."""
         return self._schedule
 
+    @property
+    def init_noise_sigma(self) -> float:
+        """Deviation of the noise that a run begins with: 1, but for preconditioned networks, whose states are x_0 + sigma eps."""
+        return self._network.start_scale(float(self.sigmas[0]))
+
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """What the network is given: the sample itself, but for the first call of a plan with a start transform."""
-        if self._plan is None or self._plan.start is None or self._run is not None or self._begin_index not in (None, 0):
+        """What the network is given: the sample itself, scaled for preconditioned networks; transformed at the first call of a plan with
+        a start transform.
+        """
+        if self._plan is None:
             return sample
-        self._transformed = True
-        return transform_start(self._plan, working(sample)).to(sample.dtype)
+        if self._plan.start is not None and self._run is None and self._begin_index in (None, 0):
+            self._transformed = True
+            sample = transform_start(self._plan, working(sample)).to(sample.dtype)
+        return sample * self._scale_at(timestep) if self._network.scales else sample
+
+    def _scale_at(self, timestep: Any) -> float:
+        """Of the network's input at the next call."""
+        assert self._plan is not None
+        index = self._first(timestep) if self._run is None else min(self._run.index, self._plan.nfe - 1)
+        return self._network.input_scale(float(self._plan.schedule.sigma(self._plan.tau[index])))
 
     # ---- the step ------------------------------------------------------------------------------------------------------------------
 
@@ -385,7 +423,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"eta={eta:g} is an option of the solver: PlanScheduler.from_config(config, solver='ddim', eta={eta:g})."
             )
-        first = self._begin_index if self._begin_index is not None else self._index_of(timestep)
+        first = self._first(timestep)
         plan, x = self._plan_from(first), working(sample)
         if plan.start is not None:
             if not self._transformed:
@@ -393,7 +431,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
                     "this plan transforms the noise before the first call, in scale_model_input, which this pipeline does not ask."
                 )
             x = transform_start(plan, x)
-        self._run = run = Run(plan, x, first, self._predicts, limited=self._limit is not None)
+        self._run = run = Run(plan, x, first, self._network, limited=self._limit is not None)
         run.returned, run.version = sample, version(sample)
         return run
 
@@ -402,6 +440,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         if output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1] and output.shape[2:] == x.shape[2:]:
             return output[:, : x.shape[1]]
         raise PlanError(f"the network returned shape {tuple(output.shape)} for a sample of shape {tuple(x.shape)}.")
+
+    def _first(self, timestep: Any) -> int:
+        """The step at which a run begins."""
+        return self._index_of(timestep) if self._begin_index is None else self._begin_index
 
     def _index_of(self, timestep: Any) -> int:
         """Which of the timesteps this is; the nearest. A view of `timesteps` says its place without being read."""
@@ -423,7 +465,13 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         return self.add_noise(sample, noise, timestep)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The velocity alpha eps - sigma x_0, the target of v-prediction."""
+        """The velocity alpha eps - sigma x_0, the target of v-prediction.
+
+        Raises:
+            PlanError: for a preconditioned network, the target of which is another.
+        """
+        if self._network.scales:
+            raise PlanError("a network in EDM's preconditioning is not trained on the velocity of its states.")
         alpha, sigma = self._level_at(timesteps, sample)
         return alpha * noise - sigma * sample
 
@@ -432,7 +480,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             index = self._begin_index if self._run is None else self._run.index
             return float(self._levels[0][index]), float(self._levels[1][index])
         told = torch.as_tensor(timesteps).detach().double().cpu().numpy().reshape(-1)
-        times = self._times_of_told(told)
+        times = self._network.times(self._schedule if self._plan is None else self._plan.schedule, told)
         if self._plan is not None:  # the exact level of a timestep that was rounded for the network
             nearest = np.abs(told[:, None] - self._told[None]).argmin(1)
             times = np.where(np.abs(told - self._told[nearest]) <= NEAR * np.abs(told), self._plan.grid[nearest], times)
@@ -486,7 +534,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     def _are_fitted(self, timesteps: ArrayLike | None) -> bool:
         if timesteps is None or self._fitted is None:
             return False
-        mine, _ = self._times_told(self._fitted.tau)
+        mine = self._network.told(self._fitted.schedule, self._fitted.tau)
         theirs = np.asarray(timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps, np.float64)
         return theirs.shape == mine.shape and bool(np.allclose(theirs, mine, rtol=NEAR))
 
@@ -524,28 +572,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
                 f"the model's own schedule."
             )
 
-    def _times_told(self, times: ArrayLike) -> tuple[NDArray[Any], list[float]]:
-        """What the network is told at these times: whole indices into a table, or sigma times N."""
-        times = np.asarray(times, np.float64)
-        if isinstance(self._schedule, Flow):
-            sigma = self._schedule_alpha_sigma(times)[1]
-            told = (sigma * self.config["num_train_timesteps"]).astype(np.float32)
-        else:
-            count = len(self.betas)
-            told = np.clip(times * count - 1.0, 0, count - 1)
-            told = told.astype(np.float32) if self.config["fractional_timesteps"] else np.rint(told).astype(np.int64)
-        return told, told.tolist()
-
-    def _times_of_told(self, told: Floats) -> Floats:
-        if isinstance(self._schedule, Flow):
-            return self._own(told / self.config["num_train_timesteps"])
-        return (told + 1.0) / len(self.betas)
-
-    def _own(self, sigma: Floats) -> Floats:
-        """Times of the plan's flow, which may have a shift of its own, at these sigmas."""
-        schedule = self._schedule if self._plan is None else self._plan.schedule
-        with np.errstate(divide="ignore"):
-            return schedule.t_of_lam(np.log1p(-sigma) - np.log(sigma))
+    def _training_times(self) -> Floats:
+        """Times of the model's noise levels, noisiest first, for the attributes before the first `set_timesteps`."""
+        if isinstance(self._schedule, EDM):
+            return np.geomspace(self._schedule.sigma_max, self._schedule.sigma_min, self.config["num_train_timesteps"])
+        return (np.arange(len(self.betas))[::-1] + 1.0) / len(self.betas)
 
     def _schedule_alpha_sigma(self, times: Floats) -> tuple[Floats, Floats]:
         schedule = self._schedule if self._plan is None else self._plan.schedule
@@ -599,6 +630,13 @@ def _take_options(init: set[str], config: Mapping[str, Any], kwargs: dict[str, A
     options = {**kept, **given} or None
     if options != config.get("solver_options"):
         kwargs["solver_options"] = options
+
+
+def _log_linear(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings for levels uniform in log sigma that end at the least noisy entry, unless others are chosen."""
+    if any(config.get(name) for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")):
+        return {}
+    return {"use_exponential_sigmas": True, "final_sigmas_type": "sigma_min"}
 
 
 def _plan_of(plan: Any) -> Plan:

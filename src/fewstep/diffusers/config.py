@@ -13,9 +13,23 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fewstep.errors import GridError, MissingExtraError, PlanError, UnknownNameError
-from fewstep.schedules import Flow, FromAlphasCumprod, FromBetas, NoiseSchedule
+from fewstep.schedules import EDM, Flow, FromAlphasCumprod, FromBetas, NoiseSchedule
 
-__all__ = ["PREDICTS", "betas_of", "check_config", "is_flow", "is_flow_match", "same_noise", "schedule_of", "times_of"]
+__all__ = [
+    "PREDICTS",
+    "betas_of",
+    "check_config",
+    "is_edm",
+    "is_flow",
+    "is_flow_match",
+    "same_noise",
+    "schedule_of",
+    "settings_of_edm",
+    "sigma_data_of",
+    "sigma_of_told",
+    "times_of",
+    "told_of_sigma",
+]
 
 Floats = NDArray[np.float64]
 PREDICTS = {"epsilon": "noise", "sample": "data", "v_prediction": "velocity", "flow_prediction": "flow"}
@@ -25,6 +39,10 @@ ALMOST_ZERO = 2.0**-24
 LARGEST_BETA = 0.999
 SPACINGS = ("linspace", "leading", "trailing")
 FINALS = ("zero", "sigma_min")
+TIMESTEPS = ("discrete", "continuous", "arctangent")
+"""What networks are told of sigma / alpha: an index of a table, log(sigma) / 4, or the angle over a right angle."""
+SHAPES = {"karras": "use_karras_sigmas", "exponential": "use_exponential_sigmas"}
+"""How the schedulers for preconditioned networks call the spacings of sigmas, and how the others do."""
 RHO, BETA = 7.0, 0.6
 """The exponent of Karras sigmas, and both parameters of the Beta distribution of "beta" sigmas."""
 ENOUGH_ALIKE = 1e-3
@@ -43,6 +61,46 @@ def is_flow_match(config: Mapping[str, Any]) -> bool:
     return named or ("shift" in config and "beta_schedule" not in config)
 
 
+def is_edm(config: Mapping[str, Any]) -> bool:
+    """Whether this is the config of a scheduler for networks in EDM's preconditioning, which has no table."""
+    return "sigma_data" in config and "beta_schedule" not in config
+
+
+def settings_of_edm(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config of such a scheduler says, in the words of `PlanScheduler`."""
+    same = ("sigma_data", "sigma_min", "sigma_max", "rho", "prediction_type")
+    cosine = "solver_order" in config and "algorithm_type" not in config
+    settings = {name: config[name] for name in same if name in config}
+    shape = SHAPES[config.get("sigma_schedule", "karras")]
+    return {**settings, "timestep_type": "arctangent" if cosine else "continuous", shape: True}
+
+
+def sigma_data_of(config: Mapping[str, Any]) -> float | None:
+    """The data's deviation in the preconditioning of the network; None if it has none.
+
+    The input of a network with continuous timesteps and v-prediction is scaled as if it were 1.
+    """
+    if config.get("sigma_data") is not None:
+        return float(config["sigma_data"])
+    continuous = config.get("timestep_type", "discrete") != "discrete" and config.get("prediction_type") == "v_prediction"
+    return 1.0 if continuous else None
+
+
+def told_of_sigma(kind: str, sigma: Floats) -> Floats:
+    """What a preconditioned network is told.
+
+    Example:
+        >>> told_of_sigma("arctangent", np.array([1.0])).tolist()
+        [0.5]
+    """
+    return np.arctan(sigma) / (0.5 * math.pi) if kind == "arctangent" else 0.25 * np.log(sigma)
+
+
+def sigma_of_told(kind: str, told: Floats) -> Floats:
+    """The inverse of `told_of_sigma`."""
+    return np.tan(0.5 * math.pi * told) if kind == "arctangent" else np.exp(4.0 * told)
+
+
 def check_config(config: Mapping[str, Any]) -> None:
     """Refuse what cannot be served, or does not exist.
 
@@ -51,30 +109,35 @@ def check_config(config: Mapping[str, Any]) -> None:
         UnknownNameError: for a name that does not exist.
         ValueError: for settings that exclude each other.
     """
-    if "sigma_data" in config and "beta_schedule" not in config:
-        raise PlanError(
-            "this is the config of a scheduler for EDM-preconditioned networks. Wrap such a network in fewstep.Denoiser with "
-            "fewstep.schedules.EDM, and use fewstep.sample."
-        )
-    if config.get("timestep_type") == "continuous":
-        raise PlanError(
-            'timestep_type="continuous" is not supported: the network takes log(sigma) / 4 as its time, not a table\'s index.'
-        )
-    if config.get("invert_sigmas"):
-        raise PlanError("invert_sigmas=True is not supported: such a model runs from sigma = 0 to 1.")
-    if config.get("interpolation_type") == "log_linear":
-        raise PlanError('interpolation_type="log_linear" is not supported. Drop it, or use use_exponential_sigmas=True.')
+    if is_edm(config) and "clip_denoised" in config:
+        raise PlanError("this is the config of a scheduler for consistency models, which draw all noise anew at every step.")
+    _check_preconditioned(config)
+    if config.get("invert_sigmas") and not is_flow(config):
+        raise PlanError("invert_sigmas=True is for flow models.")
     for name, known in (
         ("prediction_type", tuple(PREDICTS)),
         ("timestep_spacing", (*SPACINGS, None)),
         ("final_sigmas_type", (*FINALS, None)),
         ("time_shift_type", ("exponential", "linear")),
+        ("timestep_type", TIMESTEPS),
+        ("sigma_schedule", tuple(SHAPES)),
     ):
         if name in config and config[name] not in known:
             raise UnknownNameError(name, config[name], [known_name for known_name in known if known_name])
     chosen = [name for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if config.get(name)]
     if len(chosen) > 1:
         raise ValueError(f"only one of {', '.join(chosen)} can be used.")
+
+
+def _check_preconditioned(config: Mapping[str, Any]) -> None:
+    data = sigma_data_of(config)
+    if data is None:
+        return
+    if not 0.0 < data < math.inf:
+        raise ValueError(f"sigma_data must be positive, got {data:g}.")
+    kind = config.get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "v_prediction"):
+        raise PlanError(f"a network in EDM's preconditioning predicts 'epsilon' or 'v_prediction', got {kind!r}.")
 
 
 # ---- the noise schedule ------------------------------------------------------------------------------------------------------------
@@ -89,6 +152,15 @@ def schedule_of(config: Mapping[str, Any]) -> NoiseSchedule:
     """
     if is_flow(config):
         return Flow(t_end=0.0)
+    table = _table_of(config)
+    if sigma_data_of(config) is None:
+        return table
+    ends = np.exp(-table.lam([1.0 / len(table.alphas_cumprod), 1.0])).tolist()
+    low, high = (config.get(name) or end for name, end in zip(("sigma_min", "sigma_max"), ends, strict=True))
+    return EDM(float(low), float(high))
+
+
+def _table_of(config: Mapping[str, Any]) -> FromAlphasCumprod:
     table = np.cumprod(1.0 - betas_of(config))
     if table[-1] <= 0.0:
         table[-1] = min(ALMOST_ZERO, 0.9 * table[-2]) if config.get("prediction_type", "epsilon") == "epsilon" else 0.0
@@ -219,6 +291,8 @@ def times_of(
     given = None if timesteps is None and sigmas is None else _floats(timesteps if sigmas is None else sigmas)  # type: ignore[arg-type]
     if isinstance(schedule, Flow):
         return _flow_times(config, nfe, given, sigmas is None, mu, final)
+    if isinstance(schedule, EDM):
+        return _levels(config, schedule, nfe, given, sigmas is None, final)
     return _table_times(config, schedule, nfe, given, sigmas is None, final, ancestral)
 
 
@@ -245,6 +319,22 @@ def _table_times(
     times = (np.clip(indices, 0, count - 1) + 1.0) / count
     # a last call at the least noisy entry already cannot end there: it goes on to zero
     return np.append(times, schedule.t_zero if times[-1] <= end else end)
+
+
+def _levels(
+    config: Mapping[str, Any], schedule: EDM, nfe: int | None, given: Floats | None, are_timesteps: bool, final: str
+) -> Floats:
+    """Sigmas of preconditioned networks, which are the times of `EDM`."""
+    if given is not None and not are_timesteps:
+        return given
+    if given is None and not _curved(config):  # where the table has the timesteps
+        table = _table_of(config)
+        return np.exp(-table.lam(_table_times(config, table, nfe, None, False, final, False)))
+    if given is None:
+        levels = _curve(config, schedule.sigma_max, schedule.sigma_min, int(nfe or 0) + (final == "sigma_min"))
+        return levels if final == "sigma_min" else np.append(levels, 0.0)
+    levels = sigma_of_told(str(config.get("timestep_type")), given)
+    return np.append(levels, schedule.sigma_min if final == "sigma_min" and levels[-1] > schedule.sigma_min else 0.0)
 
 
 def _indices(config: Mapping[str, Any], count: int, nfe: int, clipped: int, ancestral: bool) -> Floats:
@@ -282,7 +372,7 @@ def _flow_times(
 ) -> Floats:
     count, shift = int(config.get("num_train_timesteps", 1000)), _shift(config, mu)
     if given is not None and are_timesteps:
-        sigmas = given / count
+        sigmas = 1.0 - given / count if config.get("invert_sigmas") else given / count
     else:
         sigmas = shift(_plain_sigmas(config, int(nfe or 0), count) if given is None else given)
         terminal = config.get("shift_terminal")
@@ -324,7 +414,8 @@ def _curve(config: Mapping[str, Any], high: float, low: float, nodes: int) -> Fl
     """Sigmas ``"nodes"`` from `high` to `low`; a single one is `high`."""
     share: Floats = np.linspace(0.0, 1.0, nodes, dtype=np.float64)
     if config.get("use_karras_sigmas"):
-        return (high ** (1.0 / RHO) + share * (low ** (1.0 / RHO) - high ** (1.0 / RHO))) ** RHO
+        rho = float(config.get("rho") or RHO)
+        return (high ** (1.0 / rho) + share * (low ** (1.0 / rho) - high ** (1.0 / rho))) ** rho
     if config.get("use_beta_sigmas"):
         try:
             from scipy.stats import beta

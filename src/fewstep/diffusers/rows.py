@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fewstep.diffusers.networks import HostNetwork
 from fewstep.errors import PlanError
 from fewstep.plan import Plan, Row
-from fewstep.predictions import data_coefficients
 from fewstep.sampler import Step, open_memory, prepare
 from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
@@ -30,10 +30,10 @@ class Run:
 
     __slots__ = ("drawn", "first", "index", "limited", "outputs", "pieces", "returned", "states", "steps", "version")
 
-    def __init__(self, plan: Plan, x: Tensor, first: int, predicts: str, *, limited: bool):
-        coefficients = coefficients_of(plan, predicts)
+    def __init__(self, plan: Plan, x: Tensor, first: int, network: HostNetwork, *, limited: bool):
+        coefficients = coefficients_of(plan, network)
         self.limited = coefficients if limited else None
-        told = plan if limited else for_outputs(plan, predicts, coefficients)
+        told = plan if limited else for_outputs(plan, network, coefficients)
         self.steps: list[Step] = prepare(told, x)
         self.states: deque[Tensor]
         self.outputs: deque[Tensor]
@@ -78,23 +78,23 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def coefficients_of(plan: Plan, predicts: str) -> list[tuple[float, float]]:
+def coefficients_of(plan: Plan, network: HostNetwork) -> list[tuple[float, float]]:
     """A and b of d = a x + b f at every call."""
     pairs = []
     for i, tau in enumerate(plan.tau):
         alpha, sigma = float(plan.schedule.alpha(tau)), float(plan.schedule.sigma(tau))
-        if alpha == 0.0 and predicts == "noise":
+        if network.says_nothing_at(alpha):
             raise PlanError(
                 f"at call {i + 1} alpha is 0, where a noise prediction says nothing about the data. Start later, or say what the network "
                 f"predicts with prediction_type=."
             )
-        pairs.append(data_coefficients(predicts, alpha, sigma))
+        pairs.append(network.coefficients(alpha, sigma))
     return pairs
 
 
-def for_outputs(plan: Plan, predicts: str, coefficients: list[tuple[float, float]]) -> Plan:
+def for_outputs(plan: Plan, network: HostNetwork, coefficients: list[tuple[float, float]]) -> Plan:
     """The same run with the network's own outputs in place of the data predictions, and what is stored scaled to a gain of 1 of them."""
-    known = plan.prepared.get(("outputs", predicts))
+    known = plan.prepared.get(("outputs", network))
     if known is not None:
         return known
     rows, gains = [], []
@@ -116,7 +116,7 @@ def for_outputs(plan: Plan, predicts: str, coefficients: list[tuple[float, float
             )
         )
     made = Plan(plan.schedule, plan.grid, tuple(rows))
-    plan.prepared["outputs", predicts] = made
+    plan.prepared["outputs", network] = made
     return made
 
 
