@@ -28,7 +28,7 @@ from torch import Tensor
 from fewstep.denoisers import ModelInfo
 from fewstep.schedules import NoiseSchedule
 
-__all__ = ["ClassifierFree", "Distilled"]
+__all__ = ["ClassifierFree", "Distilled", "check_null", "null_like"]
 
 Time = float | Tensor | NDArray[np.float64]
 
@@ -82,7 +82,7 @@ class ClassifierFree:
         self.denoiser = denoiser
         self.schedule = schedule
         self.guidance_scale = float(guidance_scale)
-        self.null = _checked_null(null)
+        self.null = check_null(null)
         self.interval = None if interval is None else _checked_interval(interval)
         self.batched = batched
         self.calls = 0
@@ -165,19 +165,8 @@ class ClassifierFree:
     def _null_like(self, name: str, value: Any, batch: int) -> Any:
         """The null of a condition, in the form in which the condition came."""
         null = self.null[name]
-        if not isinstance(value, Tensor):
-            return null
-        if not isinstance(null, Tensor):
-            return torch.full_like(value, null)
-        null = self._null_on(name, null, value)
-        if null.shape == value.shape:
-            return null
-        if value.ndim and len(value) == batch and null.shape == value.shape[1:]:
-            return null.expand_as(value)
-        raise ValueError(
-            f"the null of {name!r} has shape {tuple(null.shape)}, but the condition {tuple(value.shape)}. "
-            f"Give it the shape of one sample's condition or of the batch's."
-        )
+        on = self._null_on(name, null, value) if isinstance(null, Tensor) and isinstance(value, Tensor) else null
+        return null_like(name, on, value, batch)
 
     def _null_on(self, name: str, null: Tensor, value: Tensor) -> Tensor:
         """The null on the condition's device and in its precision, moved there once."""
@@ -227,7 +216,37 @@ class Distilled:
         return self.denoiser(x, t, **cond, guidance=x.new_full((len(x),), self.guidance_scale, dtype=torch.float32))
 
 
-def _checked_null(null: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:
+def null_like(name: str, null: float | Tensor, value: Any, batch: int) -> Any:
+    """The null of a condition in the form of its value, a tensor for one sample or for a batch.
+
+    Raises:
+        ValueError: if their shapes do not fit.
+
+    Example:
+        >>> null_like("label", 10, torch.tensor([3, 4]), 2).tolist()
+        [10, 10]
+    """
+    if not isinstance(value, Tensor):
+        return null
+    if not isinstance(null, Tensor):
+        return torch.full_like(value, null)
+    if null.shape == value.shape:
+        return null
+    if value.ndim and len(value) == batch and null.shape == value.shape[1:]:
+        return null.expand_as(value)
+    raise ValueError(
+        f"the null of {name!r} has shape {tuple(null.shape)}, but the condition {tuple(value.shape)}. "
+        f"Give it the shape of one sample's condition or of the batch's."
+    )
+
+
+def check_null(null: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:
+    """The values that stand for "no condition", by the names of the conditions.
+
+    Raises:
+        ValueError: if there are none.
+        TypeError: for a value that is neither a number nor a tensor.
+    """
     if not null:
         raise ValueError("null is empty, so there is nothing to guide. Give the null value of a condition, e.g. {'label': 1000}.")
     for name, value in null.items():

@@ -33,6 +33,7 @@ from fewstep.diffusers.config import (
     settings_of_edm,
     times_of,
 )
+from fewstep.diffusers.guiders import GuidedNetwork
 from fewstep.diffusers.networks import network_of
 from fewstep.diffusers.rows import Run, plan_on, tail, version, working
 from fewstep.errors import ArtefactError, MissingExtraError, PlanError
@@ -48,7 +49,7 @@ try:
 except ImportError as missing:
     raise MissingExtraError("diffusers", "diffusers", "fewstep.diffusers") from missing
 
-__all__ = ["PlanScheduler"]
+__all__ = ["GuidedNetwork", "PlanScheduler"]
 
 Floats = NDArray[np.float64]
 PLAN_FILE = "plan.safetensors"
