@@ -45,6 +45,34 @@ SHAPES = {"karras": "use_karras_sigmas", "exponential": "use_exponential_sigmas"
 """How the schedulers for preconditioned networks call the spacings of sigmas, and how the others do."""
 RHO, BETA = 7.0, 0.6
 """The exponent of Karras sigmas, and both parameters of the Beta distribution of "beta" sigmas."""
+UNSERVED = {
+    "consistency models": ("CMStochasticIterativeScheduler", "SCMScheduler", "ConsistencyDecoderScheduler"),
+    "networks that predict more than a noisy state's data": (
+        "FlowMapEulerDiscreteScheduler",
+        "PiflowScheduler",
+        "HeliosScheduler",
+        "HeliosDMDScheduler",
+        "RFD4ProteinaScheduler",
+    ),
+    "networks on a schedule of their own": (
+        "IPNDMScheduler",
+        "DDPMWuerstchenScheduler",
+        "MiniMaxH3Scheduler",
+        "KarrasVeScheduler",
+        "ScoreSdeVeScheduler",
+        "ScoreSdeVpScheduler",
+    ),
+    "discrete tokens": (
+        "AmusedScheduler",
+        "BlockRefinementScheduler",
+        "DiscreteDDIMScheduler",
+        "EntropyBoundScheduler",
+        "VQDiffusionScheduler",
+    ),
+}
+"""What schedulers are for whose networks are asked in other ways than any that is served."""
+ONLY_THEIRS = {"clip_denoised": "consistency models", "scaler": "networks on a schedule of their own"}
+"""Settings by which such a config is known that does not say its class."""
 ENOUGH_ALIKE = 1e-3
 """By how much lambda of two tables may differ that are the same but for rounding to single precision."""
 
@@ -57,13 +85,13 @@ def is_flow(config: Mapping[str, Any]) -> bool:
 
 def is_flow_match(config: Mapping[str, Any]) -> bool:
     """Whether this is the config of a FlowMatch scheduler, which is for flows alone and has no need to say so."""
-    named = str(config.get("_class_name", "")).startswith("FlowMatch")
+    named = str(config.get("_class_name", "")).startswith(("FlowMatch", "LTXEuler"))
     return named or ("shift" in config and "beta_schedule" not in config)
 
 
 def is_edm(config: Mapping[str, Any]) -> bool:
     """Whether this is the config of a scheduler for networks in EDM's preconditioning, which has no table."""
-    return "sigma_data" in config and "beta_schedule" not in config
+    return {"sigma_data", "sigma_min"} <= config.keys() and "beta_schedule" not in config
 
 
 def settings_of_edm(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,8 +137,10 @@ def check_config(config: Mapping[str, Any]) -> None:
         UnknownNameError: for a name that does not exist.
         ValueError: for settings that exclude each other.
     """
-    if is_edm(config) and "clip_denoised" in config:
-        raise PlanError("this is the config of a scheduler for consistency models, which draw all noise anew at every step.")
+    name = config.get("_class_name")
+    other = [what for what, names in UNSERVED.items() if name in names] + [ONLY_THEIRS[key] for key in ONLY_THEIRS if key in config]
+    if other:
+        raise PlanError(f"this is the config of a scheduler for {other[0]}, which PlanScheduler cannot take the place of.")
     _check_preconditioned(config)
     if config.get("invert_sigmas") and not is_flow(config):
         raise PlanError("invert_sigmas=True is for flow models.")
@@ -292,7 +322,7 @@ def times_of(
     if isinstance(schedule, Flow):
         return _flow_times(config, nfe, given, sigmas is None, mu, final)
     if isinstance(schedule, EDM):
-        return _levels(config, schedule, nfe, given, sigmas is None, final)
+        return _levels(config, schedule, nfe, given, sigmas is None, final, ancestral)
     return _table_times(config, schedule, nfe, given, sigmas is None, final, ancestral)
 
 
@@ -322,14 +352,20 @@ def _table_times(
 
 
 def _levels(
-    config: Mapping[str, Any], schedule: EDM, nfe: int | None, given: Floats | None, are_timesteps: bool, final: str
+    config: Mapping[str, Any],
+    schedule: EDM,
+    nfe: int | None,
+    given: Floats | None,
+    are_timesteps: bool,
+    final: str,
+    ancestral: bool,
 ) -> Floats:
     """Sigmas of preconditioned networks, which are the times of `EDM`."""
     if given is not None and not are_timesteps:
         return given
     if given is None and not _curved(config):  # where the table has the timesteps
         table = _table_of(config)
-        return np.exp(-table.lam(_table_times(config, table, nfe, None, False, final, False)))
+        return np.exp(-table.lam(_table_times(config, table, nfe, None, False, final, ancestral)))
     if given is None:
         levels = _curve(config, schedule.sigma_max, schedule.sigma_min, int(nfe or 0) + (final == "sigma_min"))
         return levels if final == "sigma_min" else np.append(levels, 0.0)
