@@ -168,6 +168,14 @@ def test_dynamic_shift():
         ours.set_timesteps(6)
 
 
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "unipc"])
+def test_a_default_spacing_is_kept(solver):
+    """Euler's is "linspace", DDIM's "leading", which begins below the first timestep."""
+    ours = made(solver, diffusers.EulerDiscreteScheduler().config)
+    ours.set_timesteps(4)
+    assert ours.timesteps.tolist() == [999, 749, 500, 250]
+
+
 def test_flow_by_the_multistep_convention():
     """Where diffusers' UniPC puts the timesteps, but for its truncation to whole numbers and its 1e-6 at the start."""
     host = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")

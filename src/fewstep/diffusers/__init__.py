@@ -206,6 +206,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         _take_options(cls._get_init_keys(cls), config, kwargs)
         if "solver" in kwargs:
             kwargs.setdefault("plan", None)
+        if kwargs.get("solver") in ANCESTRAL and config.get("timestep_spacing") == "linspace":  # also where it is a default
+            kwargs.setdefault("timestep_spacing", "linspace")
         if is_edm(config):
             kwargs = {**settings_of_edm(config), **kwargs}
         if config.get("interpolation_type") == "log_linear":
