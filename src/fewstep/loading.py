@@ -105,7 +105,7 @@ def load(
         network: Callable[..., Any] = source.to(device, dtype) if isinstance(source, torch.nn.Module) else source
         return Denoiser(network, schedule, predicts, **options)
     if preconditioning is not None or sigma_data is not None:
-        raise TypeError(f"preconditioning= and sigma_data= are for raw networks; {source} is none.")
+        raise TypeError(f"{source} says its schedule and prediction itself; preconditioning= and sigma_data= are for raw networks.")
     path, name = _located(source)
     if path.is_file():
         check_not_pickled(path)
