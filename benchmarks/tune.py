@@ -82,7 +82,7 @@ class Problem:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure tuned plans beside every setting of every peer.")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON goes")
-    parser.add_argument("--problems", default="", help="part of the names of the problems to run; left out: all")
+    parser.add_argument("--problems", default="", help="parts of names of problems to run, by semicolons; left out: all")
     parser.add_argument("--seed", type=int, default=700, help="of mixtures, noise and tuning")
     parser.add_argument("--threads", type=int, default=1, help="of the processor")
     options = parser.parse_args()
@@ -134,7 +134,7 @@ def joined(cells: list[dict[str, Any]], costs: dict[str, Any], out: Path) -> tup
 
 def problems(options: argparse.Namespace) -> Iterator[Problem]:
     """One after the other, those whose names contain what was asked for."""
-    wanted = options.problems.split(",")
+    wanted = options.problems.split(";")
     names = [f"mixture {d}, {kind}" for d in DIMENSIONS for kind in SCHEDULES] + ["digits", "photos"]
     for name in names:
         for scale in (1.0, GUIDED):
@@ -156,7 +156,7 @@ def make_problem(told: str, name: str, scale: float, seed: int) -> Problem:
     else:
         denoiser = fs.load(name)
         schedule, shape, dtype = denoiser.schedule, denoiser.info.shape, torch.float32
-        count, few = (128, 24) if name == "digits" else (24, 8)
+        count, few = (512, 32) if name == "digits" else (48, 8)
         known = denoiser.info.conditions.get("label")
         cond = {"label": torch.arange(2 * count) % known["classes"]} if known else {}
         null = known["null"] if known else 0

@@ -31,13 +31,13 @@ class Effort:
         trials, trial_paths, polish, robust: see `Learned`.
     """
 
-    trajectories: int = 64
-    held_out: int = 160
+    trajectories: int = 48
+    held_out: int = 128
     pool: int = 4
     reference_calls: int = 64
-    hard_pool: int = 384
-    hard: int = 32
-    trials: int = 14
+    hard_pool: int = 256
+    hard: int = 24
+    trials: int = 8
     trial_paths: int = 40
     polish: int = 1
     robust: tuple[float, ...] = (10.0,)
@@ -103,10 +103,8 @@ def estimate(effort: Effort, nfe: Sequence[int], shape: Sequence[int]) -> tuple[
     for n in nfe:
         columns, calls = sum((i + 2) * (n - 1 - i) + (n - i) for i in range(n)), effort.reference_calls * 9 // 8
         fitted = (effort.trials + len(GRIDS)) * effort.trial_paths + 2 * effort.trajectories
-        steps = 14 * n + effort.polish * 10 * n + columns
-        polished = (
-            effort.trajectories * (effort.polish * columns + steps) + effort.hard * (steps + calls) + 2 * n * effort.hard_pool
-        )
+        polished = effort.trajectories * effort.polish * (columns + 9 * n) + (effort.trajectories + effort.hard) * 18 * n
+        polished += effort.hard * (columns + calls) + 2 * n * effort.hard_pool
         total += n * (fitted + 4 * len(effort.robust) * effort.held_out) + len(effort.robust) * polished
     columns = max(n * (n + 3) // 2 + n for n in nfe)
     return (

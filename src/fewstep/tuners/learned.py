@@ -48,6 +48,8 @@ from fewstep.tuners.times import Steps, finite_ends
 __all__ = ["Learned"]
 
 Floats = NDArray[np.float64]
+PATHS_A_WEIGHT = 16
+"""The fewest paths for every weight of an element's own: from fewer they learn the paths by heart."""
 MINED_ROBUST = 3.0
 """The scale of the loss, in units of that before, once samples in the wrong mode were added: they count more then."""
 
@@ -62,7 +64,8 @@ class Learned:
         polish: the most Jacobians; 0 leaves stage 3 out.
         ridge: how strongly rows are drawn to the solver's, relative to the mean square of every term.
         entries: ``"channel"``, ``"element"``, both or none: after the polish the last row is fitted once more in closed form, with weights
-            for every channel or element. Other rows keep one number for all: their states are what the polish has made room for.
+            for every channel, or for every element if there are 16 paths for each weight. Other rows keep one number for all: their
+            states are what the polish has made room for.
         matched: after the polish, with the Jacobian at hand, go on towards a smaller distance between all samples and all exact ones.
         hard: exact paths that are added after a first polish, of the noises on which it went wrong (`fewstep.tuners.hard`), for another;
             0 leaves that out.
@@ -118,18 +121,18 @@ class Learned:
                 polished, jacobian = polisher.paired(polished, 1, MINED_ROBUST * robust, jacobian)
                 told += ", mined"
                 yield told, polished
-            for name, groups in self._groups(task):
+            for name, groups in self._groups(task, len(polished.rows[-1]), polisher.paths.count):
                 yield f"{told}, last row per {name}", polisher.last_row(polished, robust, groups)
             if self.matched and jacobian is not None:
                 yield f"{told}, matched", polisher.matched(polished, jacobian, robust, task.features)
 
-    def _groups(self, task: Task) -> Iterator[tuple[str, NDArray[np.intp]]]:
+    def _groups(self, task: Task, weights: int, count: int) -> Iterator[tuple[str, NDArray[np.intp]]]:
         """The ways to part the elements of a sample that were asked for: the number of the group of every element."""
         shape = tuple(task.fit.noise.shape[1:])
         elements = np.arange(math.prod(shape))
         if "channel" in self.entries and len(shape) > 1 and shape[0] > 1:
             yield "channel", elements // math.prod(shape[1:])
-        if "element" in self.entries and len(elements) > 1:
+        if "element" in self.entries and len(elements) > 1 and count >= PATHS_A_WEIGHT * weights:
             yield "element", elements
 
 

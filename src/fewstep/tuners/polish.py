@@ -27,10 +27,10 @@ ROUNDED_SHIFT = 0.1
 """Finite differences of a time in lambda, where the network rounds its time to whole numbers."""
 LONGEST_MOVE = 0.5
 """The most a time moves in lambda in one Gauss-Newton step."""
-LEAST_GAIN = 0.003
-"""Steps of the polish that lower the loss by less than this fraction are the last."""
-MOST_STEPS, TRIES = 12, 4
-"""Steps from one Jacobian, and how often each may be damped more."""
+LEAST_GAIN, LEAST_STEP_GAIN = 0.003, 0.01
+"""A Jacobian, and a step from it, that lowers the loss by less than this fraction is the last."""
+MOST_STEPS, TRIES = 8, 2
+"""Steps from one Jacobian, and how often each is tried, damped more every time."""
 
 
 class Objective(Protocol):
@@ -124,7 +124,7 @@ class Polisher:
             jacobian += (scaled / (change @ scaled))[:, None, None] * surprise
             gained, damping = 1.0 - lower / loss, max(damping / 5.0, 1e-9)
             numbers, samples, loss = moved, found, lower
-            if gained < LEAST_GAIN:
+            if gained < LEAST_STEP_GAIN:
                 break
         return numbers, samples, loss
 
