@@ -19,6 +19,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,9 @@ def main() -> int:
         began = time.perf_counter()
         noise, cond = tuning_noise(problem, options.seed)
         tuned = fs.tune(problem.denoiser, nfe=CALLS, noise=noise, cond=cond, seed=options.seed)
-        costs[problem.name] = {k: tuned.report[k] for k in ("evaluations", "seconds", "effort", "reference_error")}
+        costs[problem.name] = {"date": f"{date.today()}"} | {
+            k: tuned.report[k] for k in ("evaluations", "seconds", "effort", "reference_error")
+        }
         untuned, names = {}, set()
         for n in tqdm(CALLS + MORE_CALLS, desc=problem.name, unit="cell"):
             untuned[n], order = best_untuned(problem, n, peers, names if n in MORE_CALLS else set())
@@ -156,7 +159,7 @@ def make_problem(told: str, name: str, scale: float, seed: int) -> Problem:
     else:
         denoiser = fs.load(name)
         schedule, shape, dtype = denoiser.schedule, denoiser.info.shape, torch.float32
-        count, few = (512, 32) if name == "digits" else (48, 8)
+        count, few = (256, 32) if name == "digits" else (48, 8)
         known = denoiser.info.conditions.get("label")
         cond = {"label": torch.arange(2 * count) % known["classes"]} if known else {}
         null = known["null"] if known else 0
