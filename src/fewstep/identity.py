@@ -20,6 +20,7 @@ __all__ = ["check_identity", "digest_of", "identity"]
 MOST_ELEMENTS = 1 << 16
 """Of a tensor of weights so many elements are read, evenly spread: a digest of billions would take minutes."""
 
+TUNE_ANEW = "tune it anew, or use an untuned plan."
 PROBES = 16
 """Numbers of a tensor that are looked at to see whether it has changed."""
 
@@ -76,25 +77,25 @@ def check_identity(made_for: Mapping[str, Any], denoiser: object) -> None:
         PlanError: names both.
     """
     found = identity(denoiser)
-    if json_value(made_for["guidance"]) != json_value(found["guidance"]):
-        raise PlanError(
-            f"this plan was tuned for {_told(made_for['guidance'])}, but the denoiser has {_told(found['guidance'])}: tune it anew, or use "
-            f"an untuned plan."
-        )
-    if json_value(made_for.get("limits")) != json_value(found["limits"]):
-        raise PlanError(
-            f"this plan was tuned for {_told_limits(made_for.get('limits'))}, but the denoiser has {_told_limits(found['limits'])}: tune "
-            f"it anew, or use an untuned plan."
-        )
-    read, reads = made_for.get("predicts"), found["predicts"]
-    if read is not None and reads is not None and read != reads:
-        raise PlanError(f"this plan was tuned for a network that predicts {read}, but the denoiser takes it to predict {reads}.")
     wanted, given = made_for["fingerprint"], found["fingerprint"]
     if wanted is not None and given is not None and wanted != given:
         raise PlanError(
             f"this plan was tuned for the model {made_for['name']} ({wanted[:12]}), but the denoiser is {found['name']} ({given[:12]}): "
-            f"tune it anew, or use an untuned plan."
+            f"{TUNE_ANEW}"
         )
+    mine, theirs = (json_value(told["guidance"]) for told in (made_for, found))
+    if mine != theirs:
+        before, now = _told(mine), _told(theirs)
+        now = "another null condition, such as a negative prompt" if now == before else now
+        raise PlanError(f"this plan was tuned for {before}, but the denoiser has {now}: {TUNE_ANEW}")
+    limits = made_for.get("limits")
+    if json_value(limits) != json_value(found["limits"]):
+        raise PlanError(
+            f"this plan was tuned for {_told_limits(limits)}, but the denoiser has {_told_limits(found['limits'])}: {TUNE_ANEW}"
+        )
+    read, reads = made_for.get("predicts"), found["predicts"]
+    if read is not None and reads is not None and read != reads:
+        raise PlanError(f"this plan was tuned for a network that predicts {read}, but the denoiser takes it to predict {reads}.")
 
 
 def _told(guidance: Any) -> str:
