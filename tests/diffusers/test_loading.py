@@ -104,6 +104,37 @@ def test_guided_latents_are_those_of_the_pipeline(family, kind, size, options, n
     assert_close(packed(found) if family == "flux" else found, wanted)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_preconditioned_network(prediction):
+    """As Playground v2.5 has it; and with the output of CosXL."""
+    host = diffusers.EDMDPMSolverMultistepScheduler(prediction_type=prediction)
+    pipe = planned(sdxl(diffusers.StableDiffusionXLPipeline, host, text_parts("sdxl")))
+    den = fs.load(pipe)
+    x = fs.draw_noise(den.info.shape, range(2))
+    size = {"height": 16, "width": 16}
+    wanted = pipe(PROMPTS, num_inference_steps=NFE, latents=x, guidance_scale=4.0, output_type="latent", **size)[0]
+    cond, null = den.encode(PROMPTS)
+    with torch.no_grad():
+        start = x * pipe.scheduler.init_noise_sigma
+        found = fs.sample(den.guided(4.0, null), start, pipe.scheduler.plan, cond=cond)
+    assert_close(found, wanted)
+    assert fs.load(pipe.to(torch.bfloat16)).network_dtype is torch.float32  # of what is around the network
+
+
+def test_a_noise_prediction_of_a_flow():
+    """The config says both."""
+    host = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="epsilon")
+    pipe = stable_diffusion(diffusers.StableDiffusionPipeline, host, text_parts("stable_diffusion"))
+    assert fs.load(pipe).predicts == "noise"
+
+
+def test_times_between_the_entries_of_the_table():
+    pipe = text_pipeline("stable_diffusion", "epsilon")
+    for fractional in (False, True):
+        pipe.scheduler = PlanScheduler.from_config(pipe.scheduler.config, fractional_timesteps=fractional)
+        assert fs.load(pipe).integer_time != fractional
+
+
 def test_distilled_guidance_is_a_condition():
     pipe = planned(flux(scheduler_of("dynamic"), text_parts("flux"), distilled=True))
     den = fs.load(pipe).with_size((16, 16))
@@ -246,12 +277,33 @@ def test_every_family_from_its_folder(pipeline, tmp_path):
 def test_precision(folder):
     den = fs.load(folder, dtype=torch.bfloat16)
     assert den.network_dtype is torch.bfloat16
-    assert den.pipeline.vae.dtype is torch.float32
     cond, null = den.encode(["a fox"])
     x = fs.draw_noise(den.info.shape, [0])
     x = fs.sample(den.guided(2.0, null), x, fs.make_plan("ddim", den.schedule, 2), cond=cond)
     assert x.dtype is torch.float32
     assert torch.isfinite(den.decode(x)).all()
+
+
+def test_a_pipeline_of_half_precision_goes_on_working(folder):
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    den = fs.load(pipe)
+    decoded = den.decode(torch.zeros(1, 4, 8, 8))
+    assert decoded.dtype is torch.float32
+    assert pipe.vae.dtype is torch.bfloat16
+    assert pipe(PROMPTS[:1], num_inference_steps=1, output_type="np")[0].shape == (1, 16, 16, 3)
+
+
+def test_a_pipeline_that_was_saved_with_a_plan(copied):
+    den = fs.load(copied)
+    plan = fs.make_plan("unipc", den.schedule, 4, final="zero")
+    PlanScheduler.from_plan(plan, den.pipeline.scheduler.config).save_pretrained(copied / "scheduler")
+    changed(copied / "model_index.json", scheduler=["fewstep.diffusers", "PlanScheduler"])
+    again = fs.load(copied)
+    assert again.schedule == den.schedule
+    assert again.predicts == den.predicts
+    again.pipeline.scheduler.set_timesteps(4)
+    assert again.pipeline.scheduler.plan == plan
 
 
 def test_a_variant_alone(copied):
@@ -415,6 +467,10 @@ def test_models_of_other_kinds_are_refused():
     pipe = text_pipeline("stable_diffusion", "epsilon")
     pipe.unet.register_to_config(time_cond_proj_dim=4)
     with pytest.raises(FewstepError, match="distilled"):
+        fs.load(pipe)
+    pipe = text_pipeline("sd3", "flow")
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    with pytest.raises(FewstepError, match="invert_sigmas"):
         fs.load(pipe)
     pipe = text_pipeline("stable_diffusion", "epsilon")
     pipe.vae = None

@@ -74,12 +74,12 @@ def guided(denoiser: Denoiser, scale: float, options: Prompted) -> Any:
         ValueError: for guidance of a model without conditions, or a negative prompt that nothing leads away from.
     """
     prompted = getattr(denoiser, "takes_prompts", False)
-    if prompted and options.negative is not None and (scale == 1.0 or denoiser.network.distilled()):  # type: ignore[union-attr]
+    if prompted and options.negative is not None and (scale == 1.0 or denoiser.family.distilled()):  # type: ignore[attr-defined]
         why = "has its guidance within" if scale != 1.0 else "is not guided; give --guidance as well"
         raise ValueError(f"--negative is what guidance leads away from, and {denoiser.info.name} {why}.")
     if not hasattr(denoiser, "guided"):
         return denoiser if scale == 1.0 else ClassifierFree(denoiser, scale, _null(denoiser))
-    if scale == 1.0 or (prompted and denoiser.network.distilled()):  # type: ignore[union-attr]
+    if scale == 1.0 or (prompted and denoiser.family.distilled()):  # type: ignore[attr-defined]
         return denoiser.guided(scale)  # type: ignore[attr-defined]
     null = denoiser.encode([""], options.negative)[1] if prompted else _null(denoiser)  # type: ignore[attr-defined]
     return denoiser.guided(scale, null)  # type: ignore[attr-defined]

@@ -26,12 +26,10 @@ from fewstep.denoisers import Clipped, DynamicThreshold
 from fewstep.diffusers.config import (
     betas_of,
     check_config,
-    is_edm,
-    is_flow_match,
     same_noise,
     schedule_of,
-    settings_of_edm,
     times_of,
+    unsaid,
 )
 from fewstep.diffusers.guiders import GuidedNetwork
 from fewstep.diffusers.networks import network_of
@@ -208,13 +206,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             kwargs.setdefault("plan", None)
         if kwargs.get("solver") in ANCESTRAL and config.get("timestep_spacing") == "linspace":  # also where it is a default
             kwargs.setdefault("timestep_spacing", "linspace")
-        if is_edm(config):
-            kwargs = {**settings_of_edm(config), **kwargs}
+        kwargs = {**unsaid(config), **kwargs}
         if config.get("interpolation_type") == "log_linear":
             kwargs = {**_log_linear(config), **kwargs}
-        if is_flow_match(config):
-            kwargs.setdefault("prediction_type", config.get("prediction_type", "flow_prediction"))
-            kwargs.setdefault("shift", config.get("shift", 1.0))
         check_config({**config, **kwargs})
         return super().from_config(config, return_unused_kwargs, **kwargs)
 

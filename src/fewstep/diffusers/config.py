@@ -24,11 +24,11 @@ __all__ = [
     "is_flow_match",
     "same_noise",
     "schedule_of",
-    "settings_of_edm",
     "sigma_data_of",
     "sigma_of_told",
     "times_of",
     "told_of_sigma",
+    "unsaid",
 ]
 
 Floats = NDArray[np.float64]
@@ -94,8 +94,21 @@ def is_edm(config: Mapping[str, Any]) -> bool:
     return {"sigma_data", "sigma_min"} <= config.keys() and "beta_schedule" not in config
 
 
-def settings_of_edm(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the config of such a scheduler says, in the words of `PlanScheduler`."""
+def unsaid(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config leaves to its class, in the words of `PlanScheduler`.
+
+    Example:
+        >>> unsaid({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+        {'prediction_type': 'flow_prediction', 'shift': 3.0}
+    """
+    if is_edm(config):
+        return _settings_of_edm(config)
+    if is_flow_match(config):
+        return {"prediction_type": config.get("prediction_type", "flow_prediction"), "shift": config.get("shift", 1.0)}
+    return {}
+
+
+def _settings_of_edm(config: Mapping[str, Any]) -> dict[str, Any]:
     same = ("sigma_data", "sigma_min", "sigma_max", "rho", "prediction_type")
     cosine = "solver_order" in config and "algorithm_type" not in config
     settings = {name: config[name] for name in same if name in config}

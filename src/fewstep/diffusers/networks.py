@@ -20,7 +20,7 @@ from fewstep.preconditioning import edm_coefficients
 from fewstep.predictions import data_coefficients
 from fewstep.schedules import NoiseSchedule
 
-__all__ = ["HostNetwork", "network_of"]
+__all__ = ["FlowNetwork", "HostNetwork", "PreconditionedNetwork", "TableNetwork", "network_of"]
 
 Floats = NDArray[np.float64]
 

@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,13 @@ from torch import Tensor
 
 from fewstep.artefacts import check_not_pickled
 from fewstep.denoisers import Clipped, Denoiser, DynamicThreshold, ModelInfo
-from fewstep.diffusers.config import PREDICTS, check_config, is_flow, schedule_of
+from fewstep.diffusers.config import check_config, schedule_of, unsaid
 from fewstep.diffusers.families import FAMILIES, Family, family_of
+from fewstep.diffusers.networks import FlowNetwork, PreconditionedNetwork, TableNetwork, network_of
 from fewstep.errors import ArtefactError, FewstepError, UnknownNameError
 from fewstep.guidance import ClassifierFree, Distilled
 from fewstep.identity import digest_of
+from fewstep.preconditioning import EDMPreconditioned
 from fewstep.schedules import NoiseSchedule
 
 __all__ = ["PipelineDenoiser", "download", "load_file", "load_folder"]
@@ -36,6 +38,8 @@ __all__ = ["PipelineDenoiser", "download", "load_file", "load_folder"]
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler/scheduler_config.json"
 LEFT_OUT = ("feature_extractor", "image_encoder", "safety_checker")
 """Parts of a pipeline that text and class conditions do not need."""
+LIBRARIES = ("diffusers", "transformers", "fewstep.diffusers")
+"""Where the classes of a pipeline's parts may come from; the last for `PlanScheduler`."""
 WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([^.]+?))?(?:-\d+-of-\d+)?\.safetensors")
 """Names of files with weights, and the variant (fp16) that a name may say."""
@@ -61,7 +65,7 @@ class PipelineDenoiser(Denoiser):
 
     Args:
         pipeline: a text-to-image, class-conditional or unconditional pipeline of diffusers; the module's page lists them. Its networks
-            are put into evaluation mode.
+            are put into evaluation mode, and their parameters need no gradient any more.
         name: how to call it in messages; left out, the name of its class.
 
     Attributes:
@@ -81,16 +85,15 @@ class PipelineDenoiser(Denoiser):
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.eval().requires_grad_(False)
-        if family.latent and pipeline.vae.dtype != torch.float32:
-            pipeline.vae.to(torch.float32)  # decoders overflow in half precision
-        super().__init__(network, info=_info(network, name or class_name), **_reading(pipeline.scheduler.config))
+        super().__init__(info=_info(network, name or class_name), **_reading(network, pipeline.scheduler.config))
         self.pipeline = pipeline
+        self._family = network
         self._encoded: dict[str, dict[str, Tensor]] = {}
 
     @property
     def family(self) -> Family:
-        """The network."""
-        return self.network  # type: ignore[return-value]
+        """The network, without the preconditioning of those that have one."""
+        return self._family
 
     @property
     def takes_prompts(self) -> bool:
@@ -207,8 +210,9 @@ class PipelineDenoiser(Denoiser):
         if not self.family.latent:
             return x
         vae = self.pipeline.vae
-        pieces = _unscaled(vae.config, x.to(self._device, torch.float32), self.family.shifts_latents).split(at_once)
-        return torch.cat([vae.decode(piece, return_dict=False)[0] for piece in pieces])
+        with _without_half_precision(vae) as dtype:
+            latents = _unscaled(vae.config, x.to(self._device, dtype), self.family.shifts_latents)
+            return torch.cat([vae.decode(piece, return_dict=False)[0] for piece in latents.split(at_once)])
 
     @property
     def _device(self) -> torch.device:
@@ -243,17 +247,49 @@ def _info(network: Family, name: str) -> ModelInfo:
     )
 
 
-def _reading(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `Denoiser` from a scheduler's config."""
+def _reading(network: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `Denoiser`: the network, and what a scheduler's config says of it, as `PlanScheduler` reads it.
+
+    Raises:
+        FewstepError: for a network that is asked in a way that is not served.
+    """
     check_config(config)
-    schedule = schedule_of(config)
-    if is_flow(config):
-        return {"schedule": schedule, "predicts": "flow", **_flow_time(schedule, config.get("num_train_timesteps", 1000))}
-    return {"schedule": schedule, "predicts": PREDICTS[config.get("prediction_type", "epsilon")], "integer_time": True}
+    schedule, host = schedule_of(config), network_of({**config, **unsaid(config)})
+    if isinstance(host, PreconditionedNetwork) and host.time == "continuous":
+        inner = network if host.sign > 0.0 else _Opposite(network)
+        dtype = torch.promote_types(network.model.dtype, torch.float32)  # type: ignore[arg-type]
+        wrapped = EDMPreconditioned(inner, host.sigma_data)
+        return {"network": wrapped, "schedule": schedule, "predicts": "data", "network_dtype": dtype}
+    reading: dict[str, Any] = {"network": network, "schedule": schedule}
+    if isinstance(host, FlowNetwork) and not host.inverted:
+        return {**reading, "predicts": host.predicts, "network_time": lambda t: host.count * schedule.sigma(t)}
+    if isinstance(host, TableNetwork):
+        return {**reading, "predicts": host.predicts, "integer_time": not host.fractional}
+    raise FewstepError("a network that is told 1 - sigma (invert_sigmas), or an angle, is not served.")
 
 
-def _flow_time(schedule: NoiseSchedule, count: int) -> dict[str, Callable[[Any], Any]]:
-    return {"network_time": lambda t: count * schedule.sigma(t)}
+class _Opposite(torch.nn.Module):
+    """The network of a velocity in EDM's preconditioning, which has the opposite sign."""
+
+    def __init__(self, network: Family):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
+        """The output, ``"batch *shape"``."""
+        return -self.network(x, time, **cond)
+
+
+@contextmanager
+def _without_half_precision(vae: Any) -> Iterator[torch.dtype]:
+    """The decoder in at least single precision, because some overflow in half; as it was afterwards."""
+    own = vae.dtype
+    dtype = torch.promote_types(own, torch.float32)
+    vae.to(dtype)
+    try:
+        yield dtype
+    finally:
+        vae.to(own)
 
 
 def _limited(denoiser: Any, config: Mapping[str, Any]) -> Any:
@@ -312,7 +348,7 @@ def load_folder(
     family = _served("pipeline", str(index.get("_class_name")))
     parts = {key: value for key, value in index.items() if isinstance(value, list) and value[0] and key not in LEFT_OUT}
     for key, value in parts.items():
-        if value[0] not in ("diffusers", "transformers"):
+        if value[0] not in LIBRARIES:
             raise ArtefactError(f"{folder}: its {key} comes from {value[0]}; only diffusers and transformers are served.")
     variants = {key: _variant(folder / key) for key in parts if key not in WITHOUT_WEIGHTS}
     left_out: dict[str, Any] = {key: None for key in LEFT_OUT if key in index}
@@ -340,9 +376,9 @@ def _load_model(
     family = _served("model", class_name, config)
     beside = folder.parent / SCHEDULER
     if schedule is not None and predicts is not None:
-        reading: dict[str, Any] = {"schedule": schedule, "predicts": predicts}
+        said: Mapping[str, Any] | None = None
     elif schedule is None and predicts is None and beside.is_file():
-        reading = _reading(_read_json(beside))
+        said = _read_json(beside)
     else:
         raise TypeError(f"{folder} is a model alone: it needs schedule= and predicts=, or a scheduler's folder beside it.")
     import diffusers
@@ -351,7 +387,8 @@ def _load_model(
     with _explained(folder):
         model = getattr(diffusers, class_name).from_pretrained(folder, use_safetensors=True, variant=variant, torch_dtype=dtype)
     network = family(model.to(device)).eval().requires_grad_(False)
-    return Denoiser(network, info=_info(network, name), **reading)
+    reading = {"network": network, "schedule": schedule, "predicts": predicts} if said is None else _reading(network, said)
+    return Denoiser(info=_info(network, name), **reading)
 
 
 def load_file(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> PipelineDenoiser:
