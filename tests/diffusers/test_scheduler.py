@@ -488,6 +488,31 @@ def test_a_plan_at_its_own_number_of_steps_and_at_others():
         scheduler.set_timesteps(9)  # said once
 
 
+@pytest.mark.parametrize("final", ["zero", "t_end"])
+@pytest.mark.parametrize("schedule", [schedule_of({}), fs.schedules.Flow(shift=3.0)], ids=["table", "flow"])
+@pytest.mark.filterwarnings("ignore:the plan has:UserWarning")
+def test_other_numbers_of_steps_are_planned_as_the_plan_was(schedule, final):
+    """With its solver, kind of grid, shift and end."""
+    scheduler = PlanScheduler.from_plan(fs.make_plan("unipc", schedule, 5, grid="time", final=final))
+    scheduler.set_timesteps(8)
+    assert scheduler.plan == fs.make_plan("unipc", schedule, 8, grid="time", final=final)
+
+
+@pytest.mark.parametrize(
+    ("solver", "name", "options"),
+    [
+        (fs.solvers.UniPC(), "unipc", None),
+        (fs.solvers.UniPC(order=2, corrector_skip=(0,)), "unipc", {"order": 2, "corrector_skip": [0]}),
+        (fs.solvers.SASolver(interval=(0.2, 0.8)), "sa", {"interval": [0.2, 0.8]}),
+        (fs.solvers.DualFast(fs.solvers.DEIS()), "deis", None),
+    ],
+)
+def test_the_base_solver_of_a_plan(solver, name, options, tmp_path):
+    PlanScheduler.from_plan(solver.plan(schedule_of({}), 5)).save_pretrained(tmp_path)
+    config = PlanScheduler.from_pretrained(tmp_path).config
+    assert (config.solver, config.solver_options) == (name, options)
+
+
 def test_a_plan_from_the_middle_is_its_base_solvers():
     scheduler = PlanScheduler.from_plan(fitted(6))
     scheduler.set_timesteps(6)

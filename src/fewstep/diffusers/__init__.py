@@ -22,6 +22,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from fewstep.artefacts import json_value
 from fewstep.denoisers import Clipped, DynamicThreshold
 from fewstep.diffusers.config import (
     betas_of,
@@ -219,8 +220,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         Args:
             plan: a plan, or the path of its file.
             config: of the pipeline's scheduler. Left out, it says what the plan's schedule says; give `prediction_type` then.
-            **kwargs: of `from_config`. `solver` and `grid` are for other numbers of steps than the plan's; left out, they are those that
-                the plan was made from.
+            **kwargs: of `from_config`. `solver`, `grid` and `final_sigmas_type` are for other numbers of steps than the plan's; left out,
+                they are those of the plan.
 
         Example:
             >>> import fewstep as fs
@@ -237,6 +238,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         named = plan.provenance.get("grid")
         if "grid" not in kwargs and named in grid_names():
             kwargs["grid"] = named
+        ends_clean = float(plan.schedule.sigma(plan.grid[-1])) == 0.0
+        kwargs.setdefault("final_sigmas_type", "zero" if ends_clean else "sigma_min")
         made = cls.from_config(settings, plan=plan, **kwargs)
         made._check_fitted(plan)
         return made
@@ -503,7 +506,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         if self.config["grid"] is not None and not own_times:
             key: Any = (count,)
             if key not in self._plans:
-                self._plans[key] = self._solver.plan(self._schedule, count, self.config["grid"], final=self._final_of_grid())
+                schedule = (
+                    self._schedule if self._fitted is None else self._fitted.schedule
+                )  # with the shift and the end of the plan
+                self._plans[key] = self._solver.plan(schedule, count, self.config["grid"], final=self._final_of_grid())
             return self._plans[key]
         times = times_of(
             self.config,
@@ -664,19 +670,21 @@ def _plan_beside(source: Any, subfolder: str | None, digest: str) -> Plan:
 
 
 def _solver_of(plan: Plan) -> tuple[str, dict[str, Any]]:
-    """Name and options of the solver that a plan was made by, or the one that is good for anything."""
-    told = plan.provenance.get("solver")
+    """Name and options of the solver that a plan was made by, without wrappers around it; or the one that is good for anything."""
+    told = json_value(plan.provenance).get("solver")
     if not isinstance(told, Mapping):
         return DEFAULT_SOLVER, {}
-    options = {
-        key: value for key, value in dict(told.get("options") or {}).items() if not isinstance(value, (Mapping, list, tuple))
-    }
+    options = dict(told.get("options") or {})
+    while isinstance(options.get("solver"), Mapping):
+        told = options["solver"]
+        options = dict(told.get("options") or {})
     of_class = [name for name, (solver, _) in SOLVERS.items() if solver.__name__ == told.get("name")]
-    if not of_class or len(options) < len(told.get("options") or {}):
+    if not of_class or any(isinstance(value, Mapping) for value in options.values()):
         return DEFAULT_SOLVER, {}
-    made = make_solver(of_class[0], **options)
-    plain = [name for name in of_class if make_solver(name) == made]
-    return (plain[0], {}) if plain else (of_class[0], options)
+    changes = [
+        {key: options[key] for key, value in make_solver(name).options().items() if options[key] != value} for name in of_class
+    ]
+    return min(zip(of_class, changes, strict=True), key=lambda found: len(found[1]))
 
 
 def _config_of(schedule: NoiseSchedule) -> dict[str, Any]:
