@@ -681,9 +681,8 @@ def _solver_of(plan: Plan) -> tuple[str, dict[str, Any]]:
     of_class = [name for name, (solver, _) in SOLVERS.items() if solver.__name__ == told.get("name")]
     if not of_class or any(isinstance(value, Mapping) for value in options.values()):
         return DEFAULT_SOLVER, {}
-    changes = [
-        {key: options[key] for key, value in make_solver(name).options().items() if options[key] != value} for name in of_class
-    ]
+    defaults = [make_solver(name).options() for name in of_class]
+    changes = [{key: options[key] for key in known if key in options and options[key] != known[key]} for known in defaults]
     return min(zip(of_class, changes, strict=True), key=lambda found: len(found[1]))
 
 
