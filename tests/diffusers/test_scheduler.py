@@ -542,6 +542,23 @@ def test_a_plan_in_files(tmp_path):
     assert PlanScheduler.from_pretrained(tmp_path / "scheduler", solver="unipc").config.plan is None
 
 
+def test_a_plan_of_the_hub(tmp_path, monkeypatch):
+    """It comes from where the config came from."""
+    import huggingface_hub
+
+    scheduler, asked = PlanScheduler.from_plan(fitted()), []
+    scheduler.save_pretrained(tmp_path)
+
+    def found(name, file, **told):
+        asked.append((name, told))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", found)
+    monkeypatch.setattr(PlanScheduler, "load_config", lambda name, **told: (dict(scheduler.config), {}))
+    assert PlanScheduler.from_pretrained("owner/name", subfolder="scheduler", revision="v2").config.plan == fitted().digest
+    assert asked == [("owner/name", {"subfolder": "scheduler", "revision": "v2"})]
+
+
 def test_a_plan_of_other_noise_levels_is_refused():
     with pytest.raises(fs.FewstepError, match="noise levels"):
         PlanScheduler.from_plan(fitted(), {"beta_schedule": "scaled_linear"})
@@ -688,6 +705,12 @@ def test_times_need_one_argument():
         made().set_timesteps(0)
     with pytest.raises(ValueError, match="there are 2 times"):
         made().set_timesteps(5, timesteps=[500, 20])
+    for outside in ([1000, 20], [500, -1], [float("nan"), 20]):
+        with pytest.raises(ValueError, match="between 0 and 999"):
+            made().set_timesteps(timesteps=outside)
+    for nothing in ({"timesteps": []}, {"sigmas": []}):
+        with pytest.raises(ValueError, match="there are no times"):
+            made().set_timesteps(**nothing)
     with pytest.raises(ValueError, match="places them itself"):
         made(use_karras_sigmas=True).set_timesteps(timesteps=[500, 20])
     scheduler = made()

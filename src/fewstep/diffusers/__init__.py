@@ -53,6 +53,8 @@ __all__ = ["GuidedNetwork", "PlanScheduler"]
 Floats = NDArray[np.float64]
 PLAN_FILE = "plan.safetensors"
 """The plan's file, beside the scheduler's JSON."""
+OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+"""Arguments of `from_pretrained` that say where on the hub, or how."""
 KNOWN: WeakValueDictionary[str, Plan] = WeakValueDictionary()
 """Plans of living schedulers by their digest, so that a config, which is JSON, can name one."""
 NEAR = 1e-6
@@ -262,9 +264,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             ArtefactError: if the plan beside it is not the one that the config names.
             FileNotFoundError: if it is missing.
         """
+        hub = {name: kwargs[name] for name in OF_THE_HUB if name in kwargs}
         config, kwargs = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder, return_unused_kwargs=True, **kwargs)
         if config.get("plan") is not None and "plan" not in kwargs and "solver" not in kwargs:
-            kwargs["plan"] = _plan_beside(pretrained_model_name_or_path, subfolder, config["plan"])
+            kwargs["plan"] = _plan_beside(pretrained_model_name_or_path, subfolder, config["plan"], hub)
         return cls.from_config(config, return_unused_kwargs, **kwargs)
 
     def save_config(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -300,6 +303,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         """
         if timesteps is not None or sigmas is not None:
             length = len(timesteps if sigmas is None else sigmas)  # type: ignore[arg-type]
+            if not length:
+                raise ValueError("there are no times: a run has at least one call.")
             if num_inference_steps is not None and num_inference_steps != length:
                 raise ValueError(f"num_inference_steps={num_inference_steps}, but there are {length} times. Leave it out.")
             num_inference_steps = None
@@ -655,14 +660,14 @@ def _plan_of(plan: Any) -> Plan:
     return KNOWN.setdefault(plan.digest, plan)
 
 
-def _plan_beside(source: Any, subfolder: str | None, digest: str) -> Plan:
+def _plan_beside(source: Any, subfolder: str | None, digest: str, hub: Mapping[str, Any]) -> Plan:
     path = Path(source) / (subfolder or "") / PLAN_FILE
     if not path.is_file():
         if Path(source).is_dir() or Path(source).is_file():
             raise FileNotFoundError(f"the scheduler has a plan, but {path} is missing. Give plan=, or another solver=.")
         from huggingface_hub import hf_hub_download
 
-        path = hf_hub_download(str(source), PLAN_FILE, subfolder=subfolder)
+        path = hf_hub_download(str(source), PLAN_FILE, subfolder=subfolder, **hub)
     plan = Plan.load(path)
     if plan.digest != digest:
         raise ArtefactError(f"{path} is not the plan that the scheduler's config names. Save both again with save_pretrained.")

@@ -358,6 +358,8 @@ def _table_times(
         nodes = nfe + (final == "sigma_min")
         times = _times_of_sigmas(schedule, _curve(config, float(high), float(low), nodes))
         return times if final == "sigma_min" else np.append(times, end)
+    if given is not None and not (given.min() >= 0.0 and given.max() <= count - 1.0):
+        raise ValueError(f"timesteps lie between 0 and {count - 1}, got {given.min():g} to {given.max():g}.")
     indices = given if given is not None else _indices(config, count, int(nfe or 0), _clipped(config, schedule, count), ancestral)
     times = (np.clip(indices, 0, count - 1) + 1.0) / count
     # a last call at the least noisy entry already cannot end there: it goes on to zero
