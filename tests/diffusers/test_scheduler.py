@@ -140,6 +140,23 @@ def test_zero_snr_starts_at_no_signal():
     assert bool(torch.isfinite(loop(scheduler, noise())).all())
 
 
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+@pytest.mark.parametrize("name", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+def test_sigmas_from_no_signal(name, final):
+    """The first state is the noise itself; the curve is theirs, from 4096."""
+    config = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "beta_schedule": "scaled_linear", name: True}
+    ours = made(config=config, final_sigmas_type=final)
+    host = diffusers.DPMSolverMultistepScheduler(**config)
+    for n in (1, 2, 8):
+        host.set_timesteps(n + (final == "sigma_min"))  # theirs repeats the last
+        ours.set_timesteps(n)
+        assert float(ours.plan.schedule.alpha(ours.plan.grid[0])) == 0.0
+        assert int(ours.timesteps[0]) == 999
+        theirs = host.sigmas[1 : n + 1]
+        np.testing.assert_allclose(ours.sigmas[1:], theirs, rtol=2e-3)
+        assert bool(torch.isfinite(loop(ours, noise())).all())
+
+
 @pytest.mark.parametrize("name", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"])
 def test_sigmas(name):
     """Theirs exactly with "zero". With "sigma_min" theirs spends the last call on a step of length 0; ours has n steps."""

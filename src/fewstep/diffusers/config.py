@@ -36,6 +36,8 @@ PREDICTS = {"epsilon": "noise", "sample": "data", "v_prediction": "velocity", "f
 """diffusers' names of the predictions, and ours."""
 ALMOST_ZERO = 2.0**-24
 """What diffusers puts in place of a last alpha_cumprod of 0; here only for a noise prediction, which says nothing there."""
+HIGHEST_RATIO = (1.0 / ALMOST_ZERO - 1.0) ** 0.5
+"""Sigma / alpha there, where Karras and other curves of sigmas begin if the table ends at infinity."""
 LARGEST_BETA = 0.999
 SPACINGS = ("linspace", "leading", "trailing")
 FINALS = ("zero", "sigma_min")
@@ -355,8 +357,9 @@ def _table_times(
     if nfe is not None and _curved(config):
         ratios = np.exp(-schedule.lam(np.array([count - _clipped(config, schedule, count), 1.0]) / count))
         high, low = (config.get(name) or value for name, value in zip(("sigma_max", "sigma_min"), ratios, strict=True))
-        nodes = nfe + (final == "sigma_min")
-        times = _times_of_sigmas(schedule, _curve(config, float(high), float(low), nodes))
+        curve = _curve(config, min(float(high), HIGHEST_RATIO), float(low), nfe + (final == "sigma_min"))
+        times = _times_of_sigmas(schedule, curve)
+        times[0] = 1.0 if np.isinf(high) else times[0]
         return times if final == "sigma_min" else np.append(times, end)
     if given is not None and not (given.min() >= 0.0 and given.max() <= count - 1.0):
         raise ValueError(f"timesteps lie between 0 and {count - 1}, got {given.min():g} to {given.max():g}.")
