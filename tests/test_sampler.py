@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -28,6 +30,27 @@ def test_samples_do_not_depend_on_the_batch(name, dtype):
     assert torch.equal(whole, pieces)
     order = np.random.default_rng(0).permutation(64)
     assert torch.equal(fs.sample(each, x[order], plan, seeds=[seeds[i] for i in order]), whole[order])
+
+
+def test_two_threads_on_one_plan_get_what_each_gets_alone():
+    den = fs.Denoiser(lambda x, t: torch.tanh(1.3 * x) * torch.cos(t)[:, None, None], VP)
+    plan = fs.make_plan("dpmpp_2m_sde", VP, 12)
+    starts = [fs.draw_noise((8, 8), range(k, k + 4), plan) for k in (0, 100)]
+
+    def run(k, into):
+        for _ in range(5):
+            into[k] = fs.sample(den, starts[k], plan, seeds=range(k, k + 4))
+
+    alone, together = {}, {}
+    for k in (0, 1):
+        run(k, alone)
+    threads = [threading.Thread(target=run, args=(k, together)) for k in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(alone[0], together[0])
+    assert torch.equal(alone[1], together[1])
 
 
 def test_the_noise_of_stochastic_plans_is_one_path_for_all_numbers_of_steps():

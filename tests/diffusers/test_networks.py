@@ -237,3 +237,15 @@ def test_velocity_is_no_target():
     scheduler = PlanScheduler.from_config(diffusers.EDMEulerScheduler().config)
     with pytest.raises(fs.FewstepError, match="preconditioning"):
         scheduler.get_velocity(noise(), noise(1), torch.tensor([0.5]))
+
+
+@pytest.mark.parametrize("karras", [False, True])
+def test_a_preconditioned_network_begins_at_a_finite_sigma(karras):
+    """Where the table has zero terminal SNR; as theirs."""
+    config = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_type": "continuous"}
+    host = diffusers.EulerDiscreteScheduler(**config, beta_schedule="scaled_linear", use_karras_sigmas=karras)
+    ours = PlanScheduler.from_config(host.config, solver="ddim")
+    host.set_timesteps(6)
+    ours.set_timesteps(6)
+    assert float(ours.sigmas[0]) == pytest.approx(float(host.sigmas[0]), rel=1e-5)
+    assert bool(torch.isfinite(loop(ours, noise())).all())

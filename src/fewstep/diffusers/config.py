@@ -202,7 +202,7 @@ def schedule_of(config: Mapping[str, Any]) -> NoiseSchedule:
         return table
     ends = np.exp(-table.lam([1.0 / len(table.alphas_cumprod), 1.0])).tolist()
     low, high = (config.get(name) or end for name, end in zip(("sigma_min", "sigma_max"), ends, strict=True))
-    return EDM(float(low), float(high))
+    return EDM(float(low), HIGHEST_RATIO if math.isinf(high) else float(high))
 
 
 def _table_of(config: Mapping[str, Any]) -> FromAlphasCumprod:
@@ -328,9 +328,7 @@ def times_of(
         raise ValueError("give exactly one of num_inference_steps, timesteps and sigmas.")
     if nfe is not None and (isinstance(nfe, bool) or int(nfe) != nfe or nfe < 1):
         raise GridError(f"num_inference_steps must be a whole number of at least 1, got {nfe!r}.")
-    chosen = [
-        name for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas") if config.get(name)
-    ]
+    chosen = _curves_of(config)
     if timesteps is not None and chosen:
         raise ValueError(f"timesteps cannot be set with {chosen[0]}=True, which places them itself.")
     given = None if timesteps is None and sigmas is None else _floats(timesteps if sigmas is None else sigmas)  # type: ignore[arg-type]
@@ -354,12 +352,13 @@ def _table_times(
     if given is not None and not are_timesteps:
         return _times_of_sigmas(schedule, given)
     end = schedule.t_zero if final == "zero" else 1.0 / count
-    if nfe is not None and _curved(config):
+    if nfe is not None and _curves_of(config):
         ratios = np.exp(-schedule.lam(np.array([count - _clipped(config, schedule, count), 1.0]) / count))
         high, low = (config.get(name) or value for name, value in zip(("sigma_max", "sigma_min"), ratios, strict=True))
-        curve = _curve(config, min(float(high), HIGHEST_RATIO), float(low), nfe + (final == "sigma_min"))
+        endless = math.isinf(high)
+        curve = _curve(config, HIGHEST_RATIO if endless else float(high), float(low), nfe + (final == "sigma_min"))
         times = _times_of_sigmas(schedule, curve)
-        times[0] = 1.0 if np.isinf(high) else times[0]
+        times[0] = 1.0 if endless else times[0]
         return times if final == "sigma_min" else np.append(times, end)
     if given is not None and not (given.min() >= 0.0 and given.max() <= count - 1.0):
         raise ValueError(f"timesteps lie between 0 and {count - 1}, got {given.min():g} to {given.max():g}.")
@@ -381,9 +380,10 @@ def _levels(
     """Sigmas of preconditioned networks, which are the times of `EDM`."""
     if given is not None and not are_timesteps:
         return given
-    if given is None and not _curved(config):  # where the table has the timesteps
+    if given is None and not _curves_of(config):  # where the table has the timesteps
         table = _table_of(config)
-        return np.exp(-table.lam(_table_times(config, table, nfe, None, False, final, ancestral)))
+        levels = np.exp(-table.lam(_table_times(config, table, nfe, None, False, final, ancestral)))
+        return np.where(np.isinf(levels), HIGHEST_RATIO, levels)
     if given is None:
         levels = _curve(config, schedule.sigma_max, schedule.sigma_min, int(nfe or 0) + (final == "sigma_min"))
         return levels if final == "sigma_min" else np.append(levels, 0.0)
@@ -432,7 +432,7 @@ def _flow_times(
         terminal = config.get("shift_terminal")
         if terminal and sigmas[-1] < 1.0:  # a single call has no other sigma to stretch to
             sigmas = 1.0 - (1.0 - sigmas) * (1.0 - terminal) / (1.0 - sigmas[-1])
-        if _curved(config):
+        if _curves_of(config):
             sigmas = _curve(config, float(sigmas[0]), float(sigmas[-1]), len(sigmas))
     end = 0.0 if final == "zero" else float(shift(np.array([1.0 / count]))[0])
     return sigmas if sigmas[-1] == 0.0 else np.append(sigmas, end if sigmas[-1] > end else 0.0)
@@ -460,8 +460,10 @@ def _shifted(sigmas: Floats, shift: float) -> Floats:
     return shift * sigmas / (1.0 + (shift - 1.0) * sigmas)
 
 
-def _curved(config: Mapping[str, Any]) -> bool:
-    return any(config.get(name) for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"))
+def _curves_of(config: Mapping[str, Any]) -> list[str]:
+    """The settings that place sigmas on a curve, whatever the timesteps."""
+    names = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+    return [name for name in names if config.get(name)]
 
 
 def _curve(config: Mapping[str, Any], high: float, low: float, nodes: int) -> Floats:
