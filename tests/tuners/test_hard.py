@@ -77,3 +77,13 @@ def test_paths_join_with_their_weights(task):
     assert both.weights.tolist() == [1.0, 1.0, 1.0, hard.MINED_WEIGHT, hard.MINED_WEIGHT]
     t = float(task.fit.times[5]) * 0.99
     assert torch.equal(both.at(t), torch.cat([first.at(t), second.at(t)]))
+
+
+def test_ends_of_paths_forget_the_states_between(task):
+    ends = task.fit.ends()
+    assert torch.equal(ends.noise, task.fit.noise)
+    assert torch.equal(ends.target, task.fit.target)
+    assert ends.states.numel() < task.fit.states.numel() / 16
+    with pytest.raises(ValueError, match="the ends alone were kept"):
+        ends.at(0.5)
+    assert not task.held_out.whole

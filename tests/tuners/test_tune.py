@@ -356,3 +356,10 @@ def test_weights_written_past_autograd_are_noticed():
     before = fs.identity.identity(denoiser)["fingerprint"]
     network.weight.data.mul_(2.0)
     assert fs.identity.identity(denoiser)["fingerprint"] != before
+
+
+@pytest.mark.parametrize("method", ["learned", "closed-form", "compensation", "recipe", "timesteps"])
+def test_a_method_keeps_its_budget(method):
+    denoiser, budget = mixture(), 150_000
+    tuned = fs.tune(denoiser, nfe=4, noise=start(denoiser), method=method, evaluations=budget)
+    assert 0.25 * budget < tuned.report["evaluations"] < 1.25 * budget

@@ -17,7 +17,7 @@ from fewstep.plan import Plan
 from fewstep.tuners.checkpoint import Checkpoint, Spending, check_savable
 from fewstep.tuners.compensation import compensation_candidates
 from fewstep.tuners.draws import Draws, seconds_of
-from fewstep.tuners.effort import Effort, estimate, suitable
+from fewstep.tuners.effort import PRICES, Effort, estimate, suitable
 from fewstep.tuners.learned import Learned
 from fewstep.tuners.numbers import Numbers
 from fewstep.tuners.preparation import checked_denoiser, checked_starts, prepare, probe
@@ -131,12 +131,12 @@ def tune(
     if spending is None:
         budget = evaluations if minutes is None else round(60.0 * minutes / seconds)
         first = None if budget is None else round((FIRST_SHARE if method == "auto" else 1.0) * budget)
-        spending = Spending(effort or suitable(seconds, calls, draw.given.shape[1:], first), budget)
+        spending = Spending(effort or suitable(seconds, calls, draw.given.shape[1:], first, method), budget)
     if kept:
         kept.save_spending(spending)
     counted.evaluations = spending.evaluations
     shape = draw.given.shape[1:]
-    total, memory = estimate(spending.effort, calls, shape)
+    total, memory = estimate(spending.effort, calls, shape, method)
     with Bar(counted, spending.budget or total, shown=progress, report=report) as bar:
         left = max(0, (spending.budget or total) - spending.evaluations)
         bar.say(f"about {left} evaluations, {left * seconds / 60.0:.1f} minutes and {memory / 1e6:.0f} MB")
@@ -216,16 +216,8 @@ MAKERS: dict[str, Callable[[Task, int, Effort], Iterator[Candidate]]] = {
 """What makes candidates, by the name of the method."""
 METHODS = ("auto", *MAKERS)
 """What can be asked for."""
-OTHERS: dict[str, Callable[[Effort, int], int]] = {
-    "compensation": lambda effort, nfe: nfe * (3000 + 4 * effort.held_out),
-    "statistics": lambda effort, nfe: 100 * min(256, effort.trajectories) + nfe * (800 + 4 * effort.held_out),
-    "teleport": lambda effort, nfe: nfe * (3000 + 4 * effort.held_out),
-    "recipe": lambda effort, nfe: nfe * 300 * effort.trajectories,
-    "timesteps": lambda effort, nfe: nfe * (330 * effort.trajectories + 2 * effort.held_out),
-}
-"""What ``"auto"`` tries after ``"learned"``, in the order of what they are expected to gain for their price, and about how many evaluations
-they take.
-"""
+OTHERS = ("compensation", "statistics", "teleport", "recipe", "timesteps")
+"""What ``"auto"`` tries after ``"learned"``, in the order of what they are expected to gain for their price."""
 
 
 def _candidates(task: Task, nfe: int, method: str, effort: Effort, budget: int | None) -> Iterator[Candidate]:
@@ -237,7 +229,7 @@ def _candidates(task: Task, nfe: int, method: str, effort: Effort, budget: int |
     found = [base]
     for name in ("learned", *OTHERS) if method == "auto" else (method,):
         if len(found) > 1 and name in OTHERS:
-            spent, price = task.denoiser.evaluations - begun, OTHERS[name](effort, nfe)
+            spent, price = task.denoiser.evaluations - begun, PRICES[name](effort, nfe)
             enough = best_of(found).errors.rms <= ENOUGH * base.errors.rms or price > spent
             if enough if budget is None else spent + price > budget:
                 continue

@@ -102,7 +102,8 @@ class Checkpoint:
         }
         weights = artefact.tensors["weights"] if artefact.meta["weighted"] else None
         cond |= artefact.meta["cond"]
-        return Paths(schedule, artefact.tensors["times"], states, predictions, target, cond, artefact.meta["error"], weights)
+        told = artefact.meta["error"], weights, artefact.meta["whole"]
+        return Paths(schedule, artefact.tensors["times"], states, predictions, target, cond, *told)
 
     def save_paths(self, name: str, paths: Paths) -> None:
         """Save exact paths."""
@@ -111,7 +112,14 @@ class Checkpoint:
         arrays |= {f"cond.{key}": _array(value) for key, value in kept.items()}
         dtypes = {key: str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else "" for key, value in kept.items()}
         plain = {key: value for key, value in paths.cond.items() if key not in kept}
-        meta = {"key": self.key, "error": paths.error, "weighted": paths.weights is not None, "cond": plain, "dtypes": dtypes}
+        meta = {
+            "key": self.key,
+            "error": paths.error,
+            "weighted": paths.weights is not None,
+            "whole": paths.whole,
+            "cond": plain,
+            "dtypes": dtypes,
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
         Artefact(KIND, meta, arrays).save(self.folder / f"{name}.safetensors")
 

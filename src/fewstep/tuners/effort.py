@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +11,7 @@ from fewstep.tuners.draws import SENSITIVITY_CALLS
 from fewstep.tuners.hard import CHALLENGED
 from fewstep.tuners.task import FINALISTS, GRIDS, SCREENED, UNTUNED
 
-__all__ = ["Effort", "estimate", "suitable", "validation_cost"]
+__all__ = ["PRICES", "Effort", "estimate", "suitable", "validation_cost"]
 
 SLOW = 1e-4
 """Seconds of an evaluation (one sample, one call) from which a network counts as slow, and less is spent on it by default."""
@@ -81,36 +81,31 @@ FAST_EFFORT = Effort(
 )
 
 
-def suitable(seconds: float, nfe: Sequence[int], shape: Sequence[int], budget: int | None) -> Effort:
+def suitable(seconds: float, nfe: Sequence[int], shape: Sequence[int], budget: int | None, method: str = "auto") -> Effort:
     """How much to spend on a network of this speed, within a budget of evaluations if one is given."""
     if budget is None:
         return FAST_EFFORT if seconds < SLOW else SLOW_EFFORT
     for factor in SPENDING:
         effort = SLOW_EFFORT.scaled(factor)
-        if estimate(effort, nfe, shape)[0] <= budget:
+        if estimate(effort, nfe, shape, method)[0] <= budget:
             return effort
-    least = estimate(SLOW_EFFORT.scaled(SPENDING[-1]), nfe, shape)[0]
+    least = estimate(SLOW_EFFORT.scaled(SPENDING[-1]), nfe, shape, method)[0]
     raise ValueError(
         f"{budget} evaluations, {budget * seconds / 60.0:.2g} minutes here, do not suffice: the least takes about {least}, "
         f"{least * seconds / 60.0:.2g} minutes. Ask for fewer numbers of calls."
     )
 
 
-def estimate(effort: Effort, nfe: Sequence[int], shape: Sequence[int]) -> tuple[int, int]:
-    """About how many evaluations (one sample, one call) tuning takes, and how many bytes of memory in single precision."""
-    paths, size = effort.trajectories + effort.held_out, int(np.prod(shape))
-    total = _path_cost(effort) * effort.trajectories + validation_cost(effort, nfe)
-    for n in nfe:
-        columns, calls = sum((i + 2) * (n - 1 - i) + (n - i) for i in range(n)), effort.reference_calls * 9 // 8
-        fitted = (effort.trials + len(GRIDS)) * effort.trial_paths + 2 * effort.trajectories
-        polished = effort.trajectories * effort.polish * (columns + 9 * n) + (effort.trajectories + effort.hard) * 18 * n
-        polished += effort.hard * (columns + calls) + 2 * n * effort.hard_pool
-        total += n * (fitted + 4 * len(effort.robust) * effort.held_out) + len(effort.robust) * polished
-    columns = max(n * (n + 3) // 2 + n for n in nfe)
-    return (
-        total,
-        paths * size * 8 * effort.reference_calls + 3 * effort.trajectories * size * 8 * columns,
-    )  # the Jacobian, weighted, and a copy
+def estimate(effort: Effort, nfe: Sequence[int], shape: Sequence[int], method: str = "auto") -> tuple[int, int]:
+    """About how many evaluations (one sample, one call) tuning takes, and how many bytes of memory in single precision.
+
+    Of ``"auto"`` it is what its first method takes.
+    """
+    size, price = int(np.prod(shape)), PRICES[FIRST if method == "auto" else method]
+    total = _path_cost(effort) * effort.trajectories + validation_cost(effort, nfe) + sum(price(effort, n) for n in nfe)
+    columns, polished = max(n * (n + 3) // 2 + n for n in nfe), effort.trajectories + effort.hard
+    paths = effort.trajectories * 2 * effort.reference_calls + effort.held_out * 5
+    return total, 4 * size * (paths + 3 * polished * columns)  # the Jacobian, weighted, and a copy
 
 
 def validation_cost(effort: Effort, nfe: Sequence[int]) -> int:
@@ -127,3 +122,29 @@ def validation_cost(effort: Effort, nfe: Sequence[int]) -> int:
 def _path_cost(effort: Effort) -> int:
     """Of an exact path, and of choosing its noise."""
     return effort.reference_calls * 9 // 8 + 2 * SENSITIVITY_CALLS * effort.pool
+
+
+def _closed_form(effort: Effort, n: int) -> int:
+    return n * (len(GRIDS) * effort.trial_paths + effort.trajectories + effort.held_out)
+
+
+def _learned(effort: Effort, n: int) -> int:
+    columns, calls = sum((i + 2) * (n - 1 - i) + (n - i) for i in range(n)), effort.reference_calls * 9 // 8
+    fitted = n * (effort.trials * effort.trial_paths + effort.trajectories)
+    polished = effort.trajectories * effort.polish * (columns + 9 * n) + (effort.trajectories + effort.hard) * 18 * n
+    polished += effort.hard * (columns + calls) + 2 * n * effort.hard_pool
+    return _closed_form(effort, n) + fitted + len(effort.robust) * (polished + 4 * n * effort.held_out)
+
+
+PRICES: dict[str, Callable[[Effort, int], int]] = {
+    "learned": _learned,
+    "closed-form": _closed_form,
+    "compensation": lambda effort, n: n * (3000 + 4 * effort.held_out),
+    "statistics": lambda effort, n: 100 * min(256, effort.trajectories) + n * (800 + 4 * effort.held_out),
+    "teleport": lambda effort, n: n * (3000 + 4 * effort.held_out),
+    "recipe": lambda effort, n: n * 300 * effort.trajectories,
+    "timesteps": lambda effort, n: n * (330 * effort.trajectories + 2 * effort.held_out),
+}
+"""About how many evaluations a method takes for a number of calls, by its name."""
+FIRST = "learned"
+"""What ``"auto"`` begins with."""

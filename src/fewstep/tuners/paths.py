@@ -47,6 +47,7 @@ class Paths:
         target: ``"batch *shape"``, the exact samples: the states at the end, or the prediction of the clean data made there.
         cond: conditions, tensors with one entry a sample.
         weights: ``"batch"``: how many samples each path stands for, where they are no fair sample of the noise.
+        whole: whether the states between are kept.
         error: how far the ends are from those of half as many calls, root mean square over all elements: an upper estimate.
     """
 
@@ -58,6 +59,7 @@ class Paths:
     cond: dict[str, Any]
     error: float
     weights: Floats | None = None
+    whole: bool = True
 
     @property
     def noise(self) -> Tensor:
@@ -70,7 +72,13 @@ class Paths:
         return self.states.shape[1]
 
     def at(self, t: float) -> Tensor:
-        """``"batch *shape"``: the states at a time between the first and the last."""
+        """``"batch *shape"``: the states at a time between the first and the last.
+
+        Raises:
+            ValueError: if they were not kept.
+        """
+        if not self.whole:
+            raise ValueError(f"of these paths the ends alone were kept, not the states at {t:g}.")
         angles = _angles(self.schedule, self.times)
         angle = float(_angles(self.schedule, np.array([t]))[0])
         k = int(np.clip(np.searchsorted(-angles, -angle, side="right") - 1, 0, len(angles) - 2))
@@ -101,8 +109,13 @@ class Paths:
             weights=None if self.weights is None else self.weights[rows],
         )
 
+    def ends(self) -> Paths:
+        """Without the states between, which are nearly all of the memory."""
+        kept = [0, -1]
+        return replace(self, times=self.times[kept], states=self.states[kept], predictions=self.predictions[kept], whole=False)
+
     def joined(self, other: Paths) -> Paths:
-        """These and others on the same grid."""
+        """These and others on the same grid, or the ends of both."""
         weights = [np.ones(paths.count) if paths.weights is None else paths.weights for paths in (self, other)]
         return replace(
             self,

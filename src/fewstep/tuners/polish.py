@@ -50,12 +50,12 @@ class Polisher:
     """
 
     def __init__(self, task: Task, paths: Paths):
-        self.task, self.paths = task, paths
+        self.task, self.paths = task, paths.ends() if paths.whole else paths
         self.denoiser, self.schedule = task.denoiser, task.schedule
 
     def with_paths(self, more: Paths, numbers: Numbers, jacobian: Tensor | None) -> tuple[Polisher, Tensor | None]:
         """On more paths, with the Jacobian of these brought along, so that only that of the new ones is made."""
-        wider = Polisher(self.task, self.paths.joined(more))
+        wider = Polisher(self.task, self.paths.joined(more.ends()))
         return wider, None if jacobian is None else torch.cat([jacobian, self._jacobian(numbers, more)], 1)
 
     def paired(self, numbers: Numbers, turns: int, robust: float, jacobian: Tensor | None = None) -> tuple[Numbers, Tensor | None]:

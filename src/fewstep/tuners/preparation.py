@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ __all__ = ["checked_denoiser", "checked_starts", "prepare", "probe"]
 FIT_UNIFORM, HELD_OUT_UNIFORM = 0.3, 0.5
 """Share of the noises that are chosen with equal probability: the more, the less the weights differ."""
 PATH_FILES = ("fit", "held-out")
+LARGEST_PIECE = 2**27
+"""Bytes of the states of exact paths of which the ends alone are kept, and which are traced at a time."""
 
 
 def prepare(
@@ -58,8 +61,14 @@ def _traced(counted: Counted, draw: Draws, effort: Effort, final: str, say: Call
         f"exact paths of {len(fit.noise)} noises to fit to and {len(held_out.noise)} to validate on, {effort.reference_calls} calls each"
     )
     options = {"calls": effort.reference_calls, "final": final}
-    paths = [trace_paths(counted, chosen.noise, counted.schedule, cond=chosen.cond, **options) for chosen in (fit, held_out)]
-    return paths[0], replace(paths[1], weights=held_out.weights)
+    paths = trace_paths(counted, fit.noise, counted.schedule, cond=fit.cond, **options)
+    piece = max(1, LARGEST_PIECE // (held_out.noise[0].numel() * held_out.noise.element_size() * effort.reference_calls))
+    pieces = []
+    for part in (slice(begin, begin + piece) for begin in range(0, len(held_out.noise), piece)):
+        whole = trace_paths(counted, held_out.noise[part], counted.schedule, cond=take_rows(held_out.cond, part), **options)
+        pieces.append(whole.ends())
+    error = math.sqrt(sum(each.error**2 for each in pieces) / len(pieces))
+    return paths, replace(reduce(Paths.joined, pieces), weights=held_out.weights, error=error)
 
 
 def checked_denoiser(denoiser: Callable[..., Tensor], final: str) -> Callable[..., Tensor]:
