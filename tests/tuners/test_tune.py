@@ -358,8 +358,8 @@ def test_weights_written_past_autograd_are_noticed():
     assert fs.identity.identity(denoiser)["fingerprint"] != before
 
 
-@pytest.mark.parametrize("method", ["learned", "closed-form", "compensation", "recipe", "timesteps"])
+@pytest.mark.parametrize("method", ["learned", "recipe"])
 def test_a_method_keeps_its_budget(method):
-    denoiser, budget = mixture(), 150_000
+    denoiser, budget = mixture(), 60_000
     tuned = fs.tune(denoiser, nfe=4, noise=start(denoiser), method=method, evaluations=budget)
     assert 0.25 * budget < tuned.report["evaluations"] < 1.25 * budget
