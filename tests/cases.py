@@ -18,12 +18,14 @@ class SolverCase(NamedTuple):
     higher, and the method's own test measures it.
     `coarse`: the number of calls from which that order can be seen on every interval and grid; it is measured from there to twice as
     many. The default is whole steps of 2, 3 and 4 calls.
+    `renews`: all noise is drawn anew, at once or over a few steps: the limit of an infinite eta.
     """
 
     order: int
     stochastic: bool = False
     at_least: bool = False
     coarse: int = 168
+    renews: bool = False
 
 
 SOLVERS: dict[str, SolverCase] = {
@@ -62,12 +64,14 @@ SOLVERS: dict[str, SolverCase] = {
     "flow_midpoint": SolverCase(2, coarse=336),
     "flow_rk4": SolverCase(4, coarse=672),
     "ipndm": SolverCase(2),
+    "lcm": SolverCase(1, stochastic=True, renews=True),
     "lms": SolverCase(3, coarse=320),
     "rho_heun": SolverCase(2, coarse=336),
     "rho_kutta3": SolverCase(3, coarse=504),
     "rho_midpoint": SolverCase(2, coarse=336),
     "rho_rk4": SolverCase(4, coarse=672),
     "sa": SolverCase(3, stochastic=True),
+    "tcd": SolverCase(1, stochastic=True, coarse=1280, renews=True),
     "dpmpp_3s": SolverCase(3, coarse=336),
     "dpmpp_3s_sde": SolverCase(3, stochastic=True),
     "edm_euler": SolverCase(1),

@@ -13,6 +13,7 @@ from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
 from fewstep.solvers.adams import Adams
 from fewstep.solvers.compensated import CascadePolynomial, Compensated
+from fewstep.solvers.consistency import LCM, TCD
 from fewstep.solvers.ddim import DDIM
 from fewstep.solvers.deis import DEIS, IPNDM
 from fewstep.solvers.dpm import DPMSolver, DPMSolverPP, DPMSolverPPSinglestep, DPMSolverSinglestep
@@ -31,7 +32,9 @@ __all__ = [
     "DDIM",
     "DEIS",
     "IPNDM",
+    "LCM",
     "SOLVERS",
+    "TCD",
     "Adams",
     "CascadePolynomial",
     "Compensated",
@@ -94,12 +97,14 @@ SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "flow_midpoint": (FlowRK, {"kind": "midpoint"}),
     "flow_rk4": (FlowRK, {"kind": "rk4"}),
     "ipndm": (IPNDM, {}),
+    "lcm": (LCM, {}),
     "lms": (Adams, {}),
     "rho_heun": (RhoRK, {"kind": "heun"}),
     "rho_kutta3": (RhoRK, {"kind": "kutta3"}),
     "rho_midpoint": (RhoRK, {"kind": "midpoint"}),
     "rho_rk4": (RhoRK, {"kind": "rk4"}),
     "sa": (SASolver, {}),
+    "tcd": (TCD, {}),
     "dpmpp_3s": (DPMSolverPPSinglestep, {"order": 3}),
     "dpmpp_3s_sde": (DPMSolverPPSinglestep, {"order": 3, "eta": 1.0}),
     "edm_euler": (EDMEuler, {}),
