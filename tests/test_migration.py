@@ -103,6 +103,9 @@ class Peer:
         bars = self.scheduler.alphas_cumprod.double().numpy()[self.scheduler.timesteps]
         return [*np.sqrt(1.0 / bars - 1.0).tolist(), 0.0]
 
+    def _table_to_first(self):
+        return [*self._table()[:-1], float(np.sqrt(1.0 / float(self.scheduler.alphas_cumprod[0].double()) - 1.0))]
+
     def _sigmas(self):
         return self.scheduler.sigmas.double().tolist()[: len(self.scheduler.timesteps)] + self.scheduler.sigmas[-1:].tolist()
 

@@ -193,6 +193,30 @@ def test_a_default_spacing_is_kept(solver):
     assert ours.timesteps.tolist() == [999, 749, 500, 250]
 
 
+@pytest.mark.parametrize(("solver", "end"), [("lcm", 0.0), ("tcd", 0.0292)])
+def test_timesteps_of_consistency_models(solver, end):
+    """Some of those on which the model was distilled; LCM ends at clean data, TCD at the table's first entry."""
+    for original in (50, 40, 1000):
+        host = (diffusers.LCMScheduler if solver == "lcm" else diffusers.TCDScheduler)(original_inference_steps=original)
+        ours = made(solver, host.config)
+        for n in range(1, 51 if original >= 50 else 41):
+            host.set_timesteps(n)
+            ours.set_timesteps(n)
+            assert ours.timesteps.tolist() == host.timesteps.tolist()
+            assert float(ours.sigmas[-1]) == pytest.approx(end, abs=1e-4)
+    made(solver).set_timesteps(4)  # another config: LCM's default
+    with pytest.raises(fs.FewstepError, match="distilled on 40 timesteps"):
+        made(solver, original_inference_steps=40).set_timesteps(41)
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler", "CogVideoXDDIMScheduler"])
+def test_a_default_table_is_kept(name):
+    """Theirs is another than that of most schedulers."""
+    host = getattr(diffusers, name)(**({"snr_shift_scale": 1.0, "rescale_betas_zero_snr": False} if "Cog" in name else {}))
+    ours = made("ddim", host.config)
+    np.testing.assert_allclose(ours.alphas_cumprod.numpy(), host.alphas_cumprod.float().numpy(), rtol=1e-5)
+
+
 def test_flow_by_the_multistep_convention():
     """Where diffusers' UniPC puts the timesteps, but for its truncation to whole numbers and its 1e-6 at the start."""
     host = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
@@ -410,7 +434,7 @@ def test_eta_is_an_option_of_the_solver():
 # ---- noise -------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m_sde", "dpmpp_2s_sde", "dpmpp_3s_sde", "sa", "edm_heun"])
+@pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m_sde", "dpmpp_2s_sde", "dpmpp_3s_sde", "sa", "edm_heun", "lcm", "tcd"])
 def test_noise_of_the_generator(solver):
     """Reproducible, and of the law of `fewstep.sample`: the same deviations of the samples, within 5 sigmas of the estimate."""
     options = {"s_churn": 10.0} if solver == "edm_heun" else {}

@@ -25,6 +25,7 @@ from torch import Tensor
 from fewstep.artefacts import json_value
 from fewstep.denoisers import Clipped, DynamicThreshold
 from fewstep.diffusers.config import (
+    ORIGINAL_STEPS,
     betas_of,
     check_config,
     same_noise,
@@ -62,6 +63,10 @@ NEAR = 1e-6
 DEFAULT_SOLVER = "dpmpp_2m"
 ANCESTRAL = ("ddim", "ddpm")
 """Solvers whose "leading" times and last noise level are those of diffusers' DDIM and DDPM."""
+OF_THE_TABLE = ("beta_start", "beta_end", "beta_schedule")
+"""Settings that LCM, TCD and CogVideoX have other defaults of."""
+DISTILLED = ("lcm", "tcd")
+"""Solvers for consistency models, whose times are those of diffusers' LCM and TCD; TCD's last noise level is the table's least."""
 
 
 class PlanScheduler(SchedulerMixin, ConfigMixin):
@@ -81,7 +86,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             In the saved config this is the plan's digest, and the plan lies beside it.
         timestep_spacing: ``"linspace"``, ``"leading"`` or ``"trailing"``; left out, ``"leading"`` for DDIM and DDPM, ``"linspace"`` else,
             as with diffusers' own.
-        final_sigmas_type: ``"zero"`` or ``"sigma_min"``; left out, ``"zero"``, but for DDIM and DDPM with `set_alpha_to_one` False.
+        final_sigmas_type: ``"zero"`` or ``"sigma_min"``; left out, ``"zero"``, but for TCD, and for DDIM and DDPM with `set_alpha_to_one`
+            False.
         fractional_timesteps: tell the network of a table the exact time, which may lie between two entries, instead of the nearest one: for
             plans that were fitted so.
         timestep_type: ``"discrete"``: the network is told an index of the table. ``"continuous"``, with ``"v_prediction"`` or `sigma_data`:
@@ -89,6 +95,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         sigma_data: the data's standard deviation in the preconditioning of an EDM network; None for other networks.
         rho: exponent of Karras sigmas.
         invert_sigmas: the network of a flow is told (1 - sigma) N, and its output points to the data.
+        original_inference_steps: on how many timesteps of the table a consistency model was distilled, for ``"lcm"`` and ``"tcd"``, which
+            call it at some of them.
         clip_sample, thresholding: limit the data prediction, for models of pixels. They cost one more operation a step.
 
     Raises:
@@ -157,6 +165,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         sigma_data: float | None = None,
         rho: float = 7.0,
         invert_sigmas: bool = False,
+        original_inference_steps: int = ORIGINAL_STEPS,
     ):
         check_config(self.config)
         self._solver = make_solver(solver, **(solver_options or {}))
@@ -205,6 +214,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
                 f"from_config takes a config, e.g. pipe.scheduler.config, got {type(config).__name__}. See from_pretrained."
             )
         _take_options(cls._get_init_keys(cls), config, kwargs)
+        kwargs = {**{name: config[name] for name in OF_THE_TABLE if name in config}, **kwargs}  # also where they are defaults
         if "solver" in kwargs:
             kwargs.setdefault("plan", None)
         if kwargs.get("solver") in ANCESTRAL and config.get("timestep_spacing") == "linspace":  # also where it is a default
@@ -525,6 +535,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             mu=mu,
             final=self._final(),
             ancestral=self.config["solver"] in ANCESTRAL,
+            distilled=self.config["solver"] in DISTILLED,
         )
         key = tuple(times.tolist())
         if key not in self._plans:
@@ -534,7 +545,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     def _final(self) -> str:
         if self.config["final_sigmas_type"] is not None:
             return self.config["final_sigmas_type"]
-        return "sigma_min" if self.config["solver"] in ANCESTRAL and not self.config["set_alpha_to_one"] else "zero"
+        least = self.config["solver"] == "tcd" or (self.config["solver"] in ANCESTRAL and not self.config["set_alpha_to_one"])
+        return "sigma_min" if least else "zero"
 
     def _final_of_grid(self) -> str:
         return "zero" if self._final() == "zero" else "t_end"

@@ -16,6 +16,7 @@ from fewstep.errors import GridError, MissingExtraError, PlanError, UnknownNameE
 from fewstep.schedules import EDM, Flow, FromAlphasCumprod, FromBetas, NoiseSchedule
 
 __all__ = [
+    "ORIGINAL_STEPS",
     "PREDICTS",
     "betas_of",
     "check_config",
@@ -47,6 +48,8 @@ SHAPES = {"karras": "use_karras_sigmas", "exponential": "use_exponential_sigmas"
 """How the schedulers for preconditioned networks call the spacings of sigmas, and how the others do."""
 RHO, BETA = 7.0, 0.6
 """The exponent of Karras sigmas, and both parameters of the Beta distribution of "beta" sigmas."""
+ORIGINAL_STEPS = 50
+"""On how many timesteps latent consistency models are distilled, if the config does not say."""
 UNSERVED = {
     "consistency models": ("CMStochasticIterativeScheduler", "SCMScheduler", "ConsistencyDecoderScheduler"),
     "networks that predict more than a noisy state's data": (
@@ -304,6 +307,7 @@ def times_of(
     mu: float | None = None,
     final: str = "zero",
     ancestral: bool = False,
+    distilled: bool = False,
 ) -> Floats:
     """The times ``"nfe+1"`` of the states, noisiest first, where a diffusers scheduler of this config has them.
 
@@ -314,6 +318,7 @@ def times_of(
         mu: logarithm of the shift of flow models with dynamic shifting. Pipelines hand it to others as well, which ignore it.
         final: ``"zero"``, or ``"sigma_min"`` for the least noisy entry of the table.
         ancestral: "leading" times are spaced as for DDIM and DDPM, by N // nfe instead of N // (nfe + 1), and are the default.
+        distilled: the table's entries are those of LCM and TCD, some of the `original_inference_steps` on which a model was distilled.
 
     Raises:
         ValueError: if not one of the three is given, or `mu` is missing.
@@ -331,6 +336,8 @@ def times_of(
     chosen = _curves_of(config)
     if timesteps is not None and chosen:
         raise ValueError(f"timesteps cannot be set with {chosen[0]}=True, which places them itself.")
+    if distilled and nfe is not None and not chosen and not isinstance(schedule, (Flow, EDM)):
+        timesteps, nfe = _distilled_indices(config, nfe), None
     given = None if timesteps is None and sigmas is None else _floats(timesteps if sigmas is None else sigmas)  # type: ignore[arg-type]
     if isinstance(schedule, Flow):
         return _flow_times(config, nfe, given, sigmas is None, mu, final)
@@ -402,6 +409,17 @@ def _indices(config: Mapping[str, Any], count: int, nfe: int, clipped: int, ance
     parts = nfe if ancestral else nfe + 1
     places = np.arange(parts, dtype=np.float64)[::-1][:nfe]
     return places * (last // parts or last / parts) + offset
+
+
+def _distilled_indices(config: Mapping[str, Any], nfe: int) -> Floats:
+    """The table's entries that a consistency model is called at, of those on which it was distilled; evenly spaced, noisiest first."""
+    original = int(config.get("original_inference_steps") or ORIGINAL_STEPS)
+    if nfe > original:
+        raise GridError(
+            f"a model distilled on {original} timesteps (original_inference_steps) makes at most as many calls, got {nfe}."
+        )
+    entries: Floats = np.arange(original, 0.0, -1.0) * (int(config.get("num_train_timesteps", 1000)) // original) - 1.0
+    return entries[np.floor(np.linspace(0.0, original, nfe, endpoint=False)).astype(np.int64)]
 
 
 def _whole(indices: Floats) -> Floats:

@@ -1,15 +1,15 @@
 r"""Sampling from consistency models in several steps: each predicts clean data and draws their noise anew, all of it or a share.
 
 Sources: "Consistency Models" (arXiv 2303.01469, algorithm 1); "Latent Consistency Models" (arXiv 2310.04378, section 4 for the boundary
-conditions, algorithm 3 for the sampling); "Trajectory Consistency Distillation" (arXiv 2402.19159, algorithm 4, "strategic stochastic
-sampling"). With D the network's data prediction at the state $x$ of time $t$, the next time $t'$ and fresh noise $\xi$:
+conditions); "Trajectory Consistency Distillation" (arXiv 2402.19159, "strategic stochastic sampling"). With D the network's data
+prediction at the state $x$ of time $t$, the next time $t'$ and fresh noise $\xi$:
 
 $$ x' = \alpha_{t'} \left( c_\text{out} D + c_\text{skip}\, x \right) + \sigma_{t'}\, \xi $$
 
 for LCM, with $c_\text{skip} = 0$ and $c_\text{out} = 1$, or those of the paper:
-$c_\text{skip} = \sigma_d^2 / (u^2 + \sigma_d^2)$ and $c_\text{out} = u / \sqrt{u^2 + \sigma_d^2}$, where u is what the network is told of the
-time, scaled, and $\sigma_d = 0.5$. TCD goes down by DDIM to a time $s$ with $(1 - \gamma)$ of what the network would be told at $t'$, and
-from there up to $t'$ by noise:
+$c_\text{skip} = \sigma_d^2 / (u^2 + \sigma_d^2)$ and $c_\text{out} = u / \sqrt{u^2 + \sigma_d^2}$, where u is what the network is told
+of the time, scaled, and $\sigma_d = 0.5$. TCD goes down by DDIM to a time $s$ with $(1 - \gamma)$ of what the network would be told at
+$t'$, and from there up to $t'$ by noise:
 
 $$ x_s = \alpha_s D + \sigma_s \frac{x - \alpha_t D}{\sigma_t}, \qquad
    x' = \frac{\alpha_{t'}}{\alpha_s} x_s + \sqrt{\sigma_{t'}^2 - \frac{\alpha_{t'}^2}{\alpha_s^2} \sigma_s^2}\;\xi . $$
@@ -38,7 +38,7 @@ Floats = NDArray[np.float64]
 SIGMA_DATA = 0.5
 """The data's deviation in the boundary conditions of latent consistency models."""
 NEAR = 1e-3
-"""How much less than a whole index counts as that index."""
+"""How far from a whole index counts as that index: levels that come from single precision are not exact."""
 
 
 @dataclass(frozen=True)
@@ -135,15 +135,14 @@ class TCD(Solver):
 
     def _kept(self, schedule: NoiseSchedule, t: float) -> float:
         """The share of the noise at this time that is not drawn anew: sigma / alpha at s over that at t."""
-        first = float(schedule.network_time(0.0))
-        rate = float(schedule.network_time(1.0)) - first  # of the network's time: the entries of a table, or 1
-        told = (1.0 - self.gamma) * float(schedule.network_time(t))
+        first, now = schedule.network_time([0.0, t]).tolist()
+        told, near = (1.0 - self.gamma) * now, 0.0
         if isinstance(schedule, (FromBetas, FromAlphasCumprod)):
-            told = math.floor(told + NEAR)
-        s = (told - first) / rate
-        alpha, sigma = schedule.alpha([s, t]).tolist(), schedule.sigma([s, t]).tolist()
-        if self.gamma == 0.0 or sigma[1] == 0.0 or sigma[0] * alpha[1] > sigma[1] * alpha[0]:  # t lies below the first entry
+            told, near = max(0, math.floor(told + NEAR)), NEAR
+        if self.gamma == 0.0 or told >= now - near:  # at or below the first entry
             return 1.0
+        s = (told - first) / (float(schedule.network_time(1.0)) - first)
+        alpha, sigma = schedule.alpha([s, t]).tolist(), schedule.sigma([s, t]).tolist()
         return sigma[0] * alpha[1] / (alpha[0] * sigma[1])
 
 
