@@ -63,8 +63,8 @@ NEAR = 1e-6
 DEFAULT_SOLVER = "dpmpp_2m"
 ANCESTRAL = ("ddim", "ddpm")
 """Solvers whose "leading" times and last noise level are those of diffusers' DDIM and DDPM."""
-OF_THE_TABLE = ("beta_start", "beta_end", "beta_schedule")
-"""Settings that LCM, TCD and CogVideoX have other defaults of."""
+OTHER_TABLES = ("LCMScheduler", "TCDScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
+"""Schedulers for models of one kind, whose default table is that of these models."""
 DISTILLED = ("lcm", "tcd")
 """Solvers for consistency models, whose times are those of diffusers' LCM and TCD; TCD's last noise level is the table's least."""
 
@@ -214,7 +214,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
                 f"from_config takes a config, e.g. pipe.scheduler.config, got {type(config).__name__}. See from_pretrained."
             )
         _take_options(cls._get_init_keys(cls), config, kwargs)
-        kwargs = {**{name: config[name] for name in OF_THE_TABLE if name in config}, **kwargs}  # also where they are defaults
+        if config.get("_class_name") in OTHER_TABLES:  # also where they are defaults
+            kwargs = {**{name: config[name] for name in ("beta_start", "beta_end", "beta_schedule")}, **kwargs}
         if "solver" in kwargs:
             kwargs.setdefault("plan", None)
         if kwargs.get("solver") in ANCESTRAL and config.get("timestep_spacing") == "linspace":  # also where it is a default
