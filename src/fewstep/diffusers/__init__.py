@@ -63,8 +63,9 @@ NEAR = 1e-6
 DEFAULT_SOLVER = "dpmpp_2m"
 ANCESTRAL = ("ddim", "ddpm")
 """Solvers whose "leading" times and last noise level are those of diffusers' DDIM and DDPM."""
-OTHER_TABLES = ("LCMScheduler", "TCDScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
-"""Schedulers for models of one kind, whose default table is that of these models."""
+TABLE = ("beta_start", "beta_end", "beta_schedule")
+OTHER_TABLES = ("timestep_scaling", "snr_shift_scale")
+"""Settings of schedulers for models of one kind (LCM and TCD; CogVideoX), whose default table is that of these models."""
 DISTILLED = ("lcm", "tcd")
 """Solvers for consistency models, whose times are those of diffusers' LCM and TCD; TCD's last noise level is the table's least."""
 
@@ -214,8 +215,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
                 f"from_config takes a config, e.g. pipe.scheduler.config, got {type(config).__name__}. See from_pretrained."
             )
         _take_options(cls._get_init_keys(cls), config, kwargs)
-        if config.get("_class_name") in OTHER_TABLES:  # also where they are defaults
-            kwargs = {**{name: config[name] for name in ("beta_start", "beta_end", "beta_schedule")}, **kwargs}
+        if any(name in config for name in OTHER_TABLES):
+            kwargs = {**{name: config[name] for name in TABLE if name in config}, **kwargs}  # also where they are defaults
         if "solver" in kwargs:
             kwargs.setdefault("plan", None)
         if kwargs.get("solver") in ANCESTRAL and config.get("timestep_spacing") == "linspace":  # also where it is a default
