@@ -63,7 +63,7 @@ NEAR = 1e-6
 DEFAULT_SOLVER = "dpmpp_2m"
 ANCESTRAL = ("ddim", "ddpm")
 """Solvers whose "leading" times and last noise level are those of diffusers' DDIM and DDPM."""
-TABLE = ("beta_start", "beta_end", "beta_schedule")
+TABLE = ("beta_start", "beta_end", "beta_schedule", "snr_shift_scale")
 OTHER_TABLES = ("timestep_scaling", "snr_shift_scale")
 """Settings of schedulers for models of one kind (LCM and TCD; CogVideoX), whose default table is that of these models."""
 DISTILLED = ("lcm", "tcd")
@@ -98,6 +98,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         invert_sigmas: the network of a flow is told (1 - sigma) N, and its output points to the data.
         original_inference_steps: on how many timesteps of the table a consistency model was distilled, for ``"lcm"`` and ``"tcd"``, which
             call it at some of them.
+        snr_shift_scale: by what the signal-to-noise ratios of the table are divided (CogVideoX).
         clip_sample, thresholding: limit the data prediction, for models of pixels. They cost one more operation a step.
 
     Raises:
@@ -167,6 +168,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         rho: float = 7.0,
         invert_sigmas: bool = False,
         original_inference_steps: int = ORIGINAL_STEPS,
+        snr_shift_scale: float = 1.0,
     ):
         check_config(self.config)
         self._solver = make_solver(solver, **(solver_options or {}))

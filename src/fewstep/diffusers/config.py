@@ -233,6 +233,7 @@ def betas_of(config: Mapping[str, Any]) -> Floats:
         betas = RAMPS[name](low, high, count)
     else:
         raise UnknownNameError("beta_schedule", name, [*RAMPS, *CURVES])
+    betas = _divided_snr(betas, float(config.get("snr_shift_scale") or 1.0))
     return _zero_snr(betas) if config.get("rescale_betas_zero_snr") else betas
 
 
@@ -257,6 +258,15 @@ RAMPS: dict[str, Callable[[float, float, int], Floats]] = {
     "sigmoid": lambda low, high, count: low + (high - low) / (1.0 + np.exp(-np.linspace(-6.0, 6.0, count))),
 }
 """Schedules that are given by beta."""
+
+
+def _divided_snr(betas: Floats, scale: float) -> Floats:
+    """Betas whose table has 1 / scale times the signal-to-noise ratios, alpha^2 / sigma^2."""
+    if scale == 1.0:
+        return betas
+    bars = np.cumprod(1.0 - betas)
+    bars = bars / (scale + (1.0 - scale) * bars)
+    return 1.0 - bars / np.concatenate([[1.0], bars[:-1]])
 
 
 def _zero_snr(betas: Floats) -> Floats:
