@@ -93,7 +93,7 @@ class Peer:
         self.step = row.get("step", {})
         self.scheduler = getattr(diffusers, row["theirs"])(**row.get("settings", {}), **test.get("settings", {}))
         self.scheduler.set_timesteps(n)
-        self.flow = row["theirs"].startswith("Flow") or self.scheduler.config.get("use_flow_sigmas", False)
+        self.flow = row["theirs"].startswith(("Flow", "LTXEuler")) or self.scheduler.config.get("use_flow_sigmas", False)
         self.kind = "flow_prediction" if self.flow else self.scheduler.config.get("prediction_type", "epsilon")
         self.stages = test.get("stages", 1)
         ratios = getattr(self, "_" + test.get("levels", "sigmas"))()
@@ -112,6 +112,11 @@ class Peer:
     def _interpolated(self):
         found = self._sigmas()
         found[1:-1:2] = self.scheduler.sigmas_interpol[1 : len(found) - 1 : 2].tolist()
+        return found
+
+    def _below(self):
+        found = self._sigmas()
+        found[1:-1:2] = self.scheduler.sigmas_interpol[: len(found) - 2 : 2].tolist()
         return found
 
     def _middle(self):
@@ -170,7 +175,7 @@ def path_of(plan, stages):
     path, nothing = BrownianPath(SEEDS, SHAPE), torch.zeros(len(SEEDS), *SHAPE, dtype=torch.float64)
     mine, other = [nothing] * plan.nfe, [nothing] * plan.nfe
     for i, noise in ((i, row.noise) for i, row in enumerate(plan.rows) if row.noise is not None):
-        first = plan.rows[i - i % stages].noise
+        first = plan.rows[i - i % stages].noise or noise
         mine[i] = torch.from_numpy(path.normalised(noise.begin, noise.end))
         other[i] = torch.from_numpy(path.normalised(first.begin, noise.end))
     return mine, other

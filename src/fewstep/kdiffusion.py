@@ -305,7 +305,7 @@ def _steps_of(plan: Plan, levels: tuple[float, ...], space: str) -> list[int | N
 def _noise_levels(plan: Plan, space: str) -> tuple[tuple[Any, float, float] | None, ...]:
     """Of every row: the scale of its noise, and the host's levels between which it is drawn.
 
-    An interval begins where an earlier one ended; if none did, where its row's state lies.
+    An interval begins where an earlier one ended; if none did, where the oldest state lies that its row carries on.
     """
     if not plan.stochastic:
         return (None,) * plan.nfe
@@ -314,7 +314,7 @@ def _noise_levels(plan: Plan, space: str) -> tuple[tuple[Any, float, float] | No
         if row.noise is None:
             found.append(None)
             continue
-        begin = known.get(row.noise.begin, levels[i])
+        begin = known.get(row.noise.begin, levels[i - max(0, len(row.carry) - 1)])
         end = known.setdefault(row.noise.end, levels[i + 1])
         known.setdefault(row.noise.begin, begin)
         found.append((row.noise.scale, begin, end))

@@ -91,7 +91,7 @@ def is_flow(config: Mapping[str, Any]) -> bool:
 def is_flow_match(config: Mapping[str, Any]) -> bool:
     """Whether this is the config of a FlowMatch scheduler, which is for flows alone and has no need to say so."""
     named = str(config.get("_class_name", "")).startswith(("FlowMatch", "LTXEuler"))
-    return named or ("shift" in config and "beta_schedule" not in config)
+    return named or (bool({"shift", "s_noise"} & config.keys()) and "beta_schedule" not in config)
 
 
 def is_edm(config: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from fewstep.plan import Plan
 from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
 from fewstep.solvers.adams import Adams
+from fewstep.solvers.ancestral import DPM2Ancestral, DPMPP2SAncestral, EulerAncestral, FlowAncestral
 from fewstep.solvers.compensated import CascadePolynomial, Compensated
 from fewstep.solvers.consistency import LCM, TCD
 from fewstep.solvers.ddim import DDIM
@@ -38,6 +39,8 @@ __all__ = [
     "Adams",
     "CascadePolynomial",
     "Compensated",
+    "DPM2Ancestral",
+    "DPMPP2SAncestral",
     "DPMSolver",
     "DPMSolverPP",
     "DPMSolverPPSinglestep",
@@ -47,6 +50,8 @@ __all__ = [
     "EDMEuler",
     "EDMHeun",
     "EpsilonScale",
+    "EulerAncestral",
+    "FlowAncestral",
     "FlowRK",
     "GaussianPrior",
     "Mixed",
@@ -70,6 +75,7 @@ SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "deis_rho": (DEIS, {"variable": "rho"}),
     "dpm_2m": (DPMSolver, {"order": 2}),
     "dpm_2s": (DPMSolverSinglestep, {"order": 2}),
+    "dpm_2s_ancestral": (DPM2Ancestral, {}),
     "dpm_3m": (DPMSolver, {"order": 3}),
     "dpm_3s": (DPMSolverSinglestep, {"order": 3}),
     "dpm_fast": (DPMSolverSinglestep, {"order": 3, "budget": "fast"}),
@@ -80,6 +86,7 @@ SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "dpmpp_2m_sde": (DPMSolverPP, {"order": 2, "eta": 1.0}),
     "dpmpp_1_sde": (DPMSolverPP, {"order": 1, "eta": 1.0}),
     "dpmpp_2s": (DPMSolverPPSinglestep, {"order": 2}),
+    "dpmpp_2s_ancestral": (DPMPP2SAncestral, {}),
     "dpmpp_2s_sde": (DPMSolverPPSinglestep, {"order": 2, "eta": 1.0}),
     "dpmpp_3m": (DPMSolverPP, {"order": 3}),
     "dpmpp_3m_official": (DPMSolverPP, {"order": 3, "compat": "official"}),
@@ -91,8 +98,10 @@ SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "unipc_2": (UniPC, {"order": 2, "shortcut": "bh2"}),
     "unipc_4": (UniPC, {"order": 4}),
     "unipc_noise": (UniPC, {"prediction": "noise"}),
+    "euler_ancestral": (EulerAncestral, {}),
     "flow_adams": (Adams, {"order": 2, "prediction": "flow", "corrector": "every"}),
     "flow_euler": (FlowRK, {"kind": "euler"}),
+    "flow_euler_ancestral": (FlowAncestral, {}),
     "flow_heun": (FlowRK, {"kind": "heun"}),
     "flow_midpoint": (FlowRK, {"kind": "midpoint"}),
     "flow_rk4": (FlowRK, {"kind": "rk4"}),
