@@ -70,6 +70,7 @@ SOLVERS: dict[str, SolverCase] = {
     "ipndm": SolverCase(2),
     "lcm": SolverCase(1, stochastic=True, renews=True),
     "lms": SolverCase(3, coarse=320),
+    "pndm": SolverCase(2),
     "rho_heun": SolverCase(2, coarse=336),
     "rho_kutta3": SolverCase(3, coarse=504),
     "rho_midpoint": SolverCase(2, coarse=336),

@@ -321,6 +321,19 @@ def wuerstchen(row, n, monkeypatch):
     assert_close(ours - last.scale * mine[-1], x)
 
 
+def pndm(row, n, monkeypatch):
+    """Both on the timesteps that they choose."""
+    peer = diffusers.PNDMScheduler(**row["settings"])
+    ours = PlanScheduler.from_config(peer.config, **row["ours"])
+    peer.set_timesteps(n)
+    ours.set_timesteps(len(peer.timesteps))
+    assert ours.timesteps.tolist() == peer.timesteps.tolist()
+    bars, x = peer.alphas_cumprod.double(), first_noise()
+    for t in peer.timesteps:
+        x = peer.step(output("epsilon", x, *preserving((1.0 / bars[t] - 1.0) ** 0.5)), t, x, return_dict=False)[0].double()
+    assert_close(our_loop(ours, first_noise(), [None] * ours.plan.nfe, "epsilon"), x)
+
+
 KINDS = {
     "agrees": agrees,
     "before the end": agrees_before_the_end,
@@ -329,6 +342,7 @@ KINDS = {
     "ipndm": from_no_signal,
     "preconditioned": preconditioned,
     "inverted": inverted,
+    "pndm": pndm,
     "cogvideox": cogvideox,
     "wuerstchen": wuerstchen,
 }

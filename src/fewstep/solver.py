@@ -32,10 +32,12 @@ class Solver(abc.ABC):
     Attributes:
         source: the paper, for the command line's list.
         cost: how many network calls a step takes, in words.
+        even: of methods whose steps differ in calls, whether a grid spaces the steps; else it spaces the calls.
     """
 
     source: ClassVar[str]
     cost: ClassVar[str] = "1 call a step"
+    even: ClassVar[bool] = False
 
     @property
     @abc.abstractmethod
@@ -50,6 +52,17 @@ class Solver(abc.ABC):
     def split(self, budget: int) -> list[int]:
         """How single-step methods spend `budget` calls on steps between finite lambdas: the calls of every step."""
         return [self.stages] * (budget // self.stages) + [budget % self.stages] * (budget % self.stages > 0)
+
+    def most(self, steps: int) -> list[int]:
+        """The calls that each of so many steps between finite lambdas can take."""
+        return [self.stages] * steps
+
+    def spent(self, budget: int, lams: Floats) -> list[int]:
+        """The calls of every step if there are `budget` in all, from the first to the last of these lambdas."""
+        ends = self.single_call(lams[[0, -1]])
+        first = int(ends[0])
+        last = int(ends[1]) if budget > 1 else 0
+        return [1] * first + self.split(budget - first - last) + [1] * last
 
     def single_call(self, lams: Floats) -> NDArray[np.bool_]:
         """At which lambdas a step that begins or ends there takes one call: the infinite ones."""
@@ -136,7 +149,8 @@ class Solver(abc.ABC):
                 f"{type(self).__name__} transforms the noise before the first call, and a way back would have to undo that after the "
                 f"last. Plan the way back with a solver that starts with a call."
             )
-        times, calls = times[::-1].copy(), calls[::-1]
+        times = times[::-1].copy()
+        calls = self._shares(schedule, times, sum(calls)) if self.even else calls[::-1]
         rows = tuple(self.rows(schedule, times, calls))
         made_with = {**self._provenance(grid, start, "t_end"), "inverse": True}
         return Plan(schedule, np.array([*(row.tau for row in rows), times[-1]]), rows, provenance=made_with)
@@ -152,18 +166,18 @@ class Solver(abc.ABC):
             times = make_grid(grid, schedule, start=start, final=final)
             return times, self._shares(schedule, times, nfe)
         fine = make_grid(grid, schedule, nfe, start=start, final=final)
-        ends = self.single_call(schedule.lam(fine[[0, -1]]))
-        first = int(ends[0])
-        last = int(ends[1]) if len(fine) > 2 else 0
-        calls = [1] * first + self.split(len(fine) - 1 - first - last) + [1] * last
-        if grid in ("lambda", Lambda()):  # the steps, not the calls, are equally long
+        calls = self.spent(len(fine) - 1, schedule.lam(fine))
+        if self.even or grid in ("lambda", Lambda()):  # the steps, not the calls, are equally long
             return make_grid(grid, schedule, len(calls), start=start, final=final), calls
         return fine[[0, *np.cumsum(calls)]], calls
 
     def _shares(self, schedule: NoiseSchedule, times: Floats, nfe: int | None) -> list[int]:
         """The calls of every step of an explicit grid."""
-        single = self.single_call(schedule.lam(times))
-        most = [1 if single[k : k + 2].any() else self.stages for k in range(len(times) - 1)]
+        ends = self.single_call(schedule.lam(times))
+        single = ends[:-1] | ends[1:]
+        most = [1] * len(single)
+        for k, calls in zip(np.flatnonzero(~single).tolist(), self.most(int((~single).sum())), strict=True):
+            most[k] = calls
         if nfe is None:
             return most
         if not len(most) <= nfe <= sum(most):
@@ -210,6 +224,9 @@ class Wrapper(Solver):
 
     def split(self, budget: int) -> list[int]:
         return self.solver.split(budget)
+
+    def most(self, steps: int) -> list[int]:
+        return self.solver.most(steps)
 
     def single_call(self, lams: Floats) -> NDArray[np.bool_]:
         return self.solver.single_call(lams)

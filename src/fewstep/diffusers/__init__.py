@@ -61,8 +61,8 @@ KNOWN: WeakValueDictionary[str, Plan] = WeakValueDictionary()
 NEAR = 1e-6
 """Relative difference below which two lists of times are the same."""
 DEFAULT_SOLVER = "dpmpp_2m"
-ANCESTRAL = ("ddim", "ddpm")
-"""Solvers whose "leading" times and last noise level are those of diffusers' DDIM and DDPM."""
+ANCESTRAL = ("ddim", "ddpm", "pndm")
+"""Solvers whose "leading" times and last noise level are those of diffusers' DDIM, DDPM and PNDM."""
 TABLE = ("beta_start", "beta_end", "beta_schedule", "snr_shift_scale")
 OTHER_TABLES = ("timestep_scaling", "snr_shift_scale")
 """Settings of schedulers for models of one kind (LCM and TCD; CogVideoX), whose default table is that of these models."""
@@ -85,10 +85,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             them.
         plan: a `fewstep.Plan` or the path of its file. It runs when asked for its own number of steps; the solver plans any other number.
             In the saved config this is the plan's digest, and the plan lies beside it.
-        timestep_spacing: ``"linspace"``, ``"leading"`` or ``"trailing"``; left out, ``"leading"`` for DDIM and DDPM, ``"linspace"`` else,
-            as with diffusers' own.
-        final_sigmas_type: ``"zero"`` or ``"sigma_min"``; left out, ``"zero"``, but for TCD, and for DDIM and DDPM with `set_alpha_to_one`
-            False.
+        timestep_spacing: ``"linspace"``, ``"leading"`` or ``"trailing"``; left out, ``"leading"`` for DDIM, DDPM and PNDM, ``"linspace"``
+            else, as with diffusers' own.
+        final_sigmas_type: ``"zero"`` or ``"sigma_min"``; left out, ``"zero"``, but for TCD, and for DDIM, DDPM and PNDM with
+            `set_alpha_to_one` False.
         fractional_timesteps: tell the network of a table the exact time, which may lie between two entries, instead of the nearest one: for
             plans that were fitted so.
         timestep_type: ``"discrete"``: the network is told an index of the table. ``"continuous"``, with ``"v_prediction"`` or `sigma_data`:
@@ -530,7 +530,16 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
                 )  # with the shift and the end of the plan
                 self._plans[key] = self._solver.plan(schedule, count, self.config["grid"], final=self._final_of_grid())
             return self._plans[key]
-        times = times_of(
+        times = self._times(nfe, timesteps, sigmas, mu)
+        if nfe is not None and self._solver.even:
+            times = self._times(len(self._solver.spent(nfe, self._schedule.lam(times))), None, None, mu)
+        key = (nfe if self._solver.even else None, *times.tolist())
+        if key not in self._plans:
+            self._plans[key] = plan_on(self._solver, self._schedule, times, nfe)
+        return self._plans[key]
+
+    def _times(self, nfe: int | None, timesteps: ArrayLike | None, sigmas: ArrayLike | None, mu: float | None) -> Floats:
+        return times_of(
             self.config,
             self._schedule,
             nfe,
@@ -541,10 +550,6 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             ancestral=self.config["solver"] in ANCESTRAL,
             distilled=self.config["solver"] in DISTILLED,
         )
-        key = tuple(times.tolist())
-        if key not in self._plans:
-            self._plans[key] = plan_on(self._solver, self._schedule, times)
-        return self._plans[key]
 
     def _final(self) -> str:
         if self.config["final_sigmas_type"] is not None:
@@ -581,8 +586,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             if plan is self._fitted:
                 self._warn(f"the plan begins at its first call, but the run at call {first}")
                 solver = solver if solver.stages == 1 else make_solver(DEFAULT_SOLVER)
-            if solver.stages == 1:
-                rest = solver.plan(plan.schedule, grid=plan.grid[first:])
+            if solver.stages == 1 or (solver.even and (np.diff(plan.schedule.lam(plan.grid[first:])) > 0.0).all()):
+                rest = solver.plan(plan.schedule, plan.nfe - first, grid=plan.grid[first:])
                 rows = tuple(dataclasses.replace(row, tau=tau) for row, tau in zip(rest.rows, plan.tau[first:], strict=True))
                 self._plans[key] = dataclasses.replace(rest, rows=rows)
             else:

@@ -327,7 +327,7 @@ def times_of(
             included, or for a flow model those before the shift, the last (0) left out; as diffusers has it.
         mu: logarithm of the shift of flow models with dynamic shifting. Pipelines hand it to others as well, which ignore it.
         final: ``"zero"``, or ``"sigma_min"`` for the least noisy entry of the table.
-        ancestral: "leading" times are spaced as for DDIM and DDPM, by N // nfe instead of N // (nfe + 1), and are the default.
+        ancestral: "leading" times are spaced as for DDIM, DDPM and PNDM, by N // nfe instead of N // (nfe + 1), and are the default.
         distilled: the table's entries are those of LCM and TCD, some of the `original_inference_steps` on which a model was distilled.
 
     Raises:

@@ -136,10 +136,13 @@ def pieces_of(plan: Plan) -> list[list[tuple[int, float, bool]]]:
     ]
 
 
-def plan_on(solver: Solver, schedule: NoiseSchedule, times: Floats) -> Plan:
-    """The plan of a solver with one call at each of these times, but for inner stages, which single-step methods place themselves."""
-    if solver.stages == 1:
-        return solver.plan(schedule, grid=times)
+def plan_on(solver: Solver, schedule: NoiseSchedule, times: Floats, nfe: int | None = None) -> Plan:
+    """The plan of a solver with one call at each of these times, but for inner stages, which single-step methods place themselves.
+
+    Where a solver's steps differ in calls, and times are those of its steps, `nfe` says the calls; left out, the most they can take.
+    """
+    if solver.stages == 1 or solver.even:
+        return solver.plan(schedule, nfe if solver.even else None, grid=times)
     ends_clean = float(schedule.sigma(times[-1])) == 0.0
     if not ends_clean:
         schedule = dataclasses.replace(schedule, t_end=float(times[-1]))  # type: ignore[type-var]

@@ -23,6 +23,7 @@ from fewstep.solvers.dualfast import DualFast
 from fewstep.solvers.edm import EDMEuler, EDMHeun
 from fewstep.solvers.epsilon_scale import EpsilonScale
 from fewstep.solvers.mixed import Mixed
+from fewstep.solvers.pndm import PNDM
 from fewstep.solvers.runge_kutta import FlowRK, RhoRK
 from fewstep.solvers.sa import SASolver
 from fewstep.solvers.teleport import GaussianPrior, Teleport
@@ -34,6 +35,7 @@ __all__ = [
     "DEIS",
     "IPNDM",
     "LCM",
+    "PNDM",
     "SOLVERS",
     "TCD",
     "Adams",
@@ -108,6 +110,7 @@ SOLVERS: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "ipndm": (IPNDM, {}),
     "lcm": (LCM, {}),
     "lms": (Adams, {}),
+    "pndm": (PNDM, {}),
     "rho_heun": (RhoRK, {"kind": "heun"}),
     "rho_kutta3": (RhoRK, {"kind": "kutta3"}),
     "rho_midpoint": (RhoRK, {"kind": "midpoint"}),
