@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "EQUAL_STEPS",
     "decaying_moments",
     "exponential_weights",
     "gauss_legendre",
@@ -34,6 +35,8 @@ __all__ = [
 
 Floats = NDArray[np.float64]
 
+EQUAL_STEPS = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+"""Adams-Bashforth weights on equal steps, newest first."""
 SERIES_TERMS = 40
 """Enough terms for full double precision of the series at `SERIES_BELOW`."""
 SERIES_BELOW = 2.0

@@ -440,6 +440,25 @@ def test_eta_is_an_option_of_the_solver():
     assert made("ddim", eta=0.5).config.solver_options == {"eta": 0.5}
 
 
+def test_pndm_that_begins_later():
+    """Behind its start it goes on as iPNDM would; inside, where two calls are at one time, in first-order steps. Any budget is planned."""
+    config = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False).config
+    scheduler, x = made("pndm", config), noise()
+    for n in (1, 2, 3, 4):
+        scheduler.set_timesteps(n)
+        assert len(scheduler.timesteps) == n
+    scheduler.set_timesteps(9)
+    assert scheduler.timesteps.tolist() == [876, 751, 751, 626, 501, 376, 251, 126, 1]
+    scheduler.set_begin_index(3)
+    ours = loop(scheduler, x, first=3)
+    other = made("ipndm", config, final_sigmas_type="sigma_min")
+    other.set_timesteps(timesteps=scheduler.timesteps[3:])
+    torch.testing.assert_close(ours, loop(other, x), rtol=1e-5, atol=1e-5)
+    scheduler.set_timesteps(9)
+    scheduler.set_begin_index(1)
+    assert bool(torch.isfinite(loop(scheduler, x, first=1)).all())
+
+
 # ---- noise -------------------------------------------------------------------------------------------------------------------------
 
 

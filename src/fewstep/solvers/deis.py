@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from fewstep.errors import UnknownNameError
 from fewstep.multistep import trapezoidal_end
-from fewstep.numerics import exponential_weights, lagrange_polynomials
+from fewstep.numerics import EQUAL_STEPS, exponential_weights, lagrange_polynomials
 from fewstep.plan import Row
 from fewstep.schedules import FromAlphasCumprod, FromBetas, NoiseSchedule
 from fewstep.solver import Solver, check_order
@@ -42,8 +42,6 @@ VARIABLES = ("t", "rho", "logrho")
 POINTS, PANEL = 20, 1.0
 """Gauss-Legendre points on a panel, and the greatest length of a panel in lambda. The nearest singularities of t(lambda) on the shipped
 schedules lie pi / 2 from the real axis, so the rule errs by less than 1e-30 before rounding."""
-EQUAL_STEPS = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
-"""Adams-Bashforth weights on equal steps, newest first."""
 
 
 @dataclass(frozen=True)

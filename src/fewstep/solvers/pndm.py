@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.errors import GridError, UnknownNameError
+from fewstep.numerics import EQUAL_STEPS
 from fewstep.plan import Row
 from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver, check_order
@@ -31,13 +32,6 @@ from fewstep.solver import Solver, check_order
 __all__ = ["PNDM"]
 
 Floats = NDArray[np.float64]
-ADAMS = {
-    1: (1.0,),
-    2: (3 / 2, -1 / 2),
-    3: (23 / 12, -16 / 12, 5 / 12),
-    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-}
-"""Weights of equal steps, newest first."""
 STAGES = {
     1: ((1.0,),),
     2: ((1.0,), (1 / 2, 1 / 2)),
@@ -130,7 +124,7 @@ class PNDM(Solver):
     def _adams(self, schedule: NoiseSchedule, begin: float, end: float, call: int, begins: Sequence[int]) -> Row:
         newest = begins[: -self.order - 1 : -1]
         weights = np.zeros(call - newest[-1] + 1)
-        weights[[call - made for made in newest]] = ADAMS[len(newest)]
+        weights[[call - made for made in newest]] = EQUAL_STEPS[len(newest)]
         return _row(schedule, begin, (begin, end), (), weights.tolist())
 
 
