@@ -32,12 +32,10 @@ class Solver(abc.ABC):
     Attributes:
         source: the paper, for the command line's list.
         cost: how many network calls a step takes, in words.
-        even: of methods whose steps differ in calls, whether a grid spaces the steps; else it spaces the calls.
     """
 
     source: ClassVar[str]
     cost: ClassVar[str] = "1 call a step"
-    even: ClassVar[bool] = False
 
     @property
     @abc.abstractmethod
@@ -52,6 +50,11 @@ class Solver(abc.ABC):
     def split(self, budget: int) -> list[int]:
         """How single-step methods spend `budget` calls on steps between finite lambdas: the calls of every step."""
         return [self.stages] * (budget // self.stages) + [budget % self.stages] * (budget % self.stages > 0)
+
+    @property
+    def even(self) -> bool:
+        """Whether a grid spaces the steps, of which some take more calls than others; else it spaces the calls."""
+        return False
 
     def most(self, steps: int) -> list[int]:
         """The calls that each of so many steps between finite lambdas can take."""
@@ -224,6 +227,10 @@ class Wrapper(Solver):
 
     def split(self, budget: int) -> list[int]:
         return self.solver.split(budget)
+
+    @property
+    def even(self) -> bool:
+        return self.solver.even
 
     def most(self, steps: int) -> list[int]:
         return self.solver.most(steps)

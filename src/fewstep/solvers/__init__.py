@@ -24,6 +24,7 @@ from fewstep.solvers.edm import EDMEuler, EDMHeun
 from fewstep.solvers.epsilon_scale import EpsilonScale
 from fewstep.solvers.mixed import Mixed
 from fewstep.solvers.pndm import PNDM
+from fewstep.solvers.restart import Restart
 from fewstep.solvers.runge_kutta import FlowRK, RhoRK
 from fewstep.solvers.sa import SASolver
 from fewstep.solvers.teleport import GaussianPrior, Teleport
@@ -57,6 +58,7 @@ __all__ = [
     "FlowRK",
     "GaussianPrior",
     "Mixed",
+    "Restart",
     "RhoRK",
     "SASolver",
     "Solver",

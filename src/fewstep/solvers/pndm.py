@@ -71,7 +71,6 @@ class PNDM(Solver):
 
     source: ClassVar[str] = "Pseudo Numerical Methods for Diffusion Models on Manifolds, arXiv 2202.09778"
     cost: ClassVar[str] = "1 call a step, 2 or 4 in the first"
-    even: ClassVar[bool] = True
 
     order: int = 4
     startup: str = "heun"
@@ -88,6 +87,10 @@ class PNDM(Solver):
     @property
     def stages(self) -> int:
         return STARTS[self.startup]
+
+    @property
+    def even(self) -> bool:
+        return True
 
     def most(self, steps: int) -> list[int]:
         first = min(steps, 1 if self.startup == "heun" else self.order - 1)
