@@ -41,6 +41,8 @@ from fewstep.statistics import ModelStatistics
 RESULTS = Path(__file__).parent / "results" / "orders.json"
 CALLS = (24, 48, 96, 192, 384)
 INTERVALS = {"midway": (0.5, 0.05), "from noise": (1.0, 0.01)}
+FOR_CONSISTENCY_MODELS = ("lcm", "tcd")
+"""Solvers that draw the noise anew, and so follow neither the ODE nor the SDE."""
 LOOSEST = 1e-2
 """First tolerance of the adaptive solvers; they fall so that the calls double."""
 MEANS = torch.tensor([[1.0, 0.5], [-1.0, -0.3], [0.2, -1.2]], dtype=torch.float64)
@@ -122,7 +124,7 @@ def our_rows() -> dict[str, Make]:
 
     corrected = {"corrector": 1, "relaxation": "bh1", "corrector_relaxation": "bh1"}
     return {
-        **{name: fixed(fs.solvers.make_solver(name)) for name in fs.solver_names()},
+        **{name: fixed(fs.solvers.make_solver(name)) for name in fs.solver_names() if name not in FOR_CONSISTENCY_MODELS},
         "DEIS, order 4": fixed(fs.solvers.DEIS(order=4)),
         **{f"IPNDM, order {order}": fixed(fs.solvers.IPNDM(order=order)) for order in (1, 2, 3)},
         "UniPC, lower_order_final": fixed(fs.solvers.UniPC(lower_order_final=True)),
