@@ -99,6 +99,33 @@ def test_class_conditional(guidance):
     assert_alike(pipe, peer, PlanScheduler.from_config(host.config, lower_order_final=15), **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "solver"), [("LCMScheduler", {"solver": "lcm", "timestep_scaling": 10.0}), ("TCDScheduler", {"solver": "tcd"})]
+)
+def test_stable_diffusion_of_consistency_models(name, solver):
+    """As it is done with a LoRA: from the config of Stable Diffusion. Both draw the same noise; TCD's gamma is the pipeline's eta."""
+    host = diffusers.PNDMScheduler(**LATENT, skip_prk_steps=True)
+    pipe = stable_diffusion(diffusers.StableDiffusionPipeline, host)
+    peer = getattr(diffusers, name).from_config(host.config)
+    options = {**TEXT, "num_inference_steps": 4, "guidance_scale": 1.0, "height": 16, "width": 16}
+    pipe.scheduler = peer
+    wanted = images(pipe, **options, eta=0.3)
+    pipe.scheduler = PlanScheduler.from_config(host.config, **solver)
+    found = images(pipe, **options)
+    assert np.abs(found - wanted).max() < TOLERANCE * max(1.0, np.abs(wanted).max())
+
+
+def test_stable_diffusion_pndm():
+    """The default of early pipelines; asked for n steps, it makes n + 1 calls."""
+    host = diffusers.PNDMScheduler(**LATENT, skip_prk_steps=True, set_alpha_to_one=False)
+    pipe = stable_diffusion(diffusers.StableDiffusionPipeline, host)
+    options = {**TEXT, "guidance_scale": 5.0, "height": 16, "width": 16}
+    wanted = images(pipe, **options, num_inference_steps=6)
+    pipe.scheduler = PlanScheduler.from_config(host.config, solver="pndm")
+    found = images(pipe, **options, num_inference_steps=7)
+    assert np.abs(found - wanted).max() < TOLERANCE * max(1.0, np.abs(wanted).max())
+
+
 @pytest.mark.parametrize(("peer", "changes", "ours"), MULTISTEP.values(), ids=MULTISTEP)
 def test_stable_diffusion(peer, changes, ours):
     host = diffusers.PNDMScheduler(**LATENT, skip_prk_steps=True)
