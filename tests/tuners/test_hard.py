@@ -34,7 +34,7 @@ def candidates(task):
 def test_mined_paths_are_those_on_which_the_plans_are_farthest_apart(task, candidates):
     plan = candidates[-1].plan
     found = hard.mined(task, plan, **POOL)
-    noise, _ = task.draw.stream(hard.MINING, 5)(POOL["pool"])
+    noise, _ = task.draw.stream(hard.MINING, 5, 0)(POOL["pool"])
     apart = distances(*(fs.sample(task.denoiser, noise, each) for each in (plan, candidates[0].plan)))
     ours = distances(*(fs.sample(task.denoiser, found.noise, each) for each in (plan, candidates[0].plan)))
     assert ours == pytest.approx(np.sort(apart)[::-1][: POOL["count"]])

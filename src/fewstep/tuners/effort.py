@@ -31,13 +31,13 @@ class Effort:
         trials, trial_paths, polish, robust: see `Learned`.
     """
 
-    trajectories: int = 48
-    held_out: int = 128
+    trajectories: int = 64
+    held_out: int = 160
     pool: int = 4
     reference_calls: int = 64
-    hard_pool: int = 256
-    hard: int = 24
-    trials: int = 8
+    hard_pool: int = 384
+    hard: int = 32
+    trials: int = 14
     trial_paths: int = 40
     polish: int = 1
     robust: tuple[float, ...] = (10.0,)

@@ -22,7 +22,7 @@ from fewstep.sampler import sample
 from fewstep.tuners.paths import Paths, take_rows
 from fewstep.tuners.task import Candidate, Task, distances
 
-__all__ = ["CHALLENGED", "challenged", "mined"]
+__all__ = ["CHALLENGED", "challenged", "led_astray", "mined"]
 
 Floats = NDArray[np.float64]
 MINED_WEIGHT = 0.2
@@ -33,12 +33,18 @@ MINING, CHALLENGE = 1, 2
 """Streams of noise."""
 
 
-def mined(task: Task, plan: Plan, *, pool: int, count: int) -> Paths:
-    """Exact paths of the `count` noises of a pool on which the plan is farthest from the best untuned one."""
-    noise, cond = task.draw.stream(MINING, plan.nfe)(pool)
+def mined(task: Task, plan: Plan, *, pool: int, count: int, turn: int = 0) -> Paths:
+    """Exact paths of the `count` noises of a pool, another one every turn, on which the plan is farthest from the best untuned one."""
+    noise, cond = task.draw.stream(MINING, plan.nfe, turn)(pool)
     runs = [sample(task.denoiser, noise, each, cond=cond, check=False) for each in (task.untuned(plan.nfe).plan, plan)]
     picked = torch.from_numpy(_farthest(_between(*runs), count)).to(noise.device)
     return replace(task.trace(noise[picked], take_rows(cond, picked)), weights=np.full(len(picked), MINED_WEIGHT))
+
+
+def led_astray(task: Task, plan: Plan, paths: Paths) -> bool:
+    """Whether the plan's mean squared error on these paths is above that of the best untuned plan."""
+    mine, untuned = (distances(task.run(each, paths), paths.target) for each in (plan, task.untuned(plan.nfe).plan))
+    return bool((mine**2).mean() > (untuned**2).mean())
 
 
 def challenged(task: Task, candidates: Sequence[Candidate], *, pool: int, count: int) -> list[tuple[float, float]]:

@@ -38,7 +38,7 @@ from fewstep.errors import UnknownNameError
 from fewstep.grids import make_grid
 from fewstep.plan import Plan
 from fewstep.solvers import Adams
-from fewstep.tuners.hard import mined
+from fewstep.tuners.hard import led_astray, mined
 from fewstep.tuners.numbers import Numbers, combined, flat
 from fewstep.tuners.paths import Paths
 from fewstep.tuners.polish import Polisher, damped, differences, from_differences
@@ -50,6 +50,8 @@ __all__ = ["Learned"]
 Floats = NDArray[np.float64]
 PATHS_A_WEIGHT = 16
 """The fewest paths for every weight of an element's own: from fewer they learn the paths by heart."""
+ROUNDS = 3
+"""How often hard noise is sought and the polish repeated, if the plan is still worse than an untuned one on it."""
 MINED_ROBUST = 3.0
 """The scale of the loss, in units of that before, once samples in the wrong mode were added: they count more then."""
 
@@ -115,11 +117,14 @@ class Learned:
             told, polisher = f"{stage}, s = {robust:g} medians", Polisher(task, task.fit)
             polished, jacobian = polisher.paired(numbers, self.polish, robust)
             yield told, polished
-            if self.hard:
-                found = mined(task, polished.plan(task.schedule, {}), pool=self.hard_pool, count=self.hard)
+            for turn in range(ROUNDS if self.hard else 0):
+                plan = polished.plan(task.schedule, {})
+                found = mined(task, plan, pool=self.hard_pool, count=self.hard, turn=turn)
+                if turn and not led_astray(task, plan, found):
+                    break
                 polisher, jacobian = polisher.with_paths(found, polished, jacobian)
                 polished, jacobian = polisher.paired(polished, 1, MINED_ROBUST * robust, jacobian)
-                told += ", mined"
+                told += ", mined" if not turn else " again"
                 yield told, polished
             for name, groups in self._groups(task, len(polished.rows[-1]), polisher.paths.count):
                 yield f"{told}, last row per {name}", polisher.last_row(polished, robust, groups)
