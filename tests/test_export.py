@@ -44,6 +44,14 @@ def arrays():
     return fs.Plan(SCHEDULE, np.array([1.0, 0.6, 0.3, 0.001]), rows, start)
 
 
+def block(which):
+    """The source of a block of Python of the page, run."""
+    (found,) = re.findall(rf"<!-- {which} -->\n```python\n(.*?)```", PAGE, re.DOTALL)
+    scope = {}
+    exec(compile(found, "docs/export.md", "exec"), scope)
+    return scope
+
+
 def plan_of(name):
     if name == "arrays":
         return arrays()
@@ -67,8 +75,7 @@ def expected(plan):
 
 @pytest.mark.parametrize("name", ["arrays", "teleport", *cases.SOLVERS])
 def test_the_runner_in_numpy(name):
-    plan, scope = plan_of(name), {}
-    exec(compile(runner("numpy"), "docs/export.md", "exec"), scope)
+    plan, scope = plan_of(name), block("runner:numpy")
     known = json.loads(json.dumps(table(plan)))
 
     def denoise(x, step):
@@ -77,6 +84,31 @@ def test_the_runner_in_numpy(name):
     xi = draws(plan, SEEDS, SHAPE, dtype=torch.float64).numpy()
     found = scope["run"](known, denoise, noise_of(plan).numpy(), xi)
     np.testing.assert_allclose(found, expected(plan), rtol=1e-10, atol=1e-10)
+
+
+TABLE = fs.schedules.FromBetas(np.linspace(1e-4, 0.02, 1000))
+
+
+@pytest.mark.parametrize("schedule", [TABLE, SCHEDULE], ids=["table", "continuous"])
+@pytest.mark.parametrize("name", ["auto", "unipc", "edm_heun"])
+def test_the_page_asks_a_network_at_its_own_time(schedule, name):
+    """A table's network is told its index, in the page's denoiser and in ours."""
+    plan = fs.make_plan(name, schedule, 6, final="zero")
+    den = fs.Denoiser(lambda x, time: torch.tanh(x) * torch.cos(time / 300)[:, None, None], schedule)
+    scope = block("denoise:numpy")
+    scope["network"] = lambda x, time: np.tanh(x) * np.cos(time / 300)
+    known, noise = json.loads(json.dumps(table(plan))), noise_of(plan)
+    found = block("runner:numpy")["run"](known, scope["denoise"], noise.numpy())
+    np.testing.assert_allclose(found, fs.sample(den, noise, plan).numpy(), rtol=1e-10, atol=1e-10)
+
+
+def test_the_network_time_of_a_table_is_its_index():
+    plan = fs.make_plan("ddim", TABLE, 4)
+    assert table(plan)["steps"][0]["network_time"] == 999.0
+    assert [step["network_time"] for step in table(plan)["steps"]] == TABLE.network_time(plan.tau).tolist()
+    flow = fs.make_plan("ddim", fs.schedules.Flow(), grid=[1.0, 0.25, 0.0])
+    assert [step["network_time"] for step in table(flow)["steps"]] == [1.0, 0.25]
+    assert [step["network_time"] for step in table(flow, network_time=lambda t: 1000 * t)["steps"]] == [1000.0, 250.0]
 
 
 HARNESS = """

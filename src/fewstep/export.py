@@ -27,12 +27,16 @@ __all__ = ["Unrolled", "draws", "table", "unrolled"]
 VERSION = 1
 
 
-def table(plan: Plan, shape: Sequence[int] | None = None) -> dict[str, Any]:
+def table(
+    plan: Plan, shape: Sequence[int] | None = None, *, network_time: Callable[[np.ndarray], Any] | None = None
+) -> dict[str, Any]:
     """A plan as JSON values.
 
     Args:
         plan: any plan.
         shape: of one sample. With it arrays are written at full size, so that a runner needs no broadcasting.
+        network_time: ``den.network_time`` of a denoiser that was wrapped with a time of its own; left out, that of the plan's schedule:
+            the (fractional) index of a table, or the schedule's own time.
 
     Returns:
         ``"format": "fewstep-plan"``, ``"version"``, ``"schedule"``, ``"provenance"``, ``"digest"``; ``"start"``: null or the transform of
@@ -62,6 +66,8 @@ def table(plan: Plan, shape: Sequence[int] | None = None) -> dict[str, Any]:
                 ) from None
         return {"shape": list(array.shape), "data": array.ravel().tolist()}
 
+    told = plan.schedule.network_time if network_time is None else network_time
+
     def level(t: float) -> dict[str, float]:
         return {"alpha": float(plan.schedule.alpha(t)), "sigma": float(plan.schedule.sigma(t))}
 
@@ -71,6 +77,7 @@ def table(plan: Plan, shape: Sequence[int] | None = None) -> dict[str, Any]:
     steps = [
         {
             "tau": row.tau,
+            "network_time": float(told(np.asarray(row.tau))),
             **level(row.tau),
             "state_gain": entry(row.state_gain),
             "output_gain": entry(row.output_gain),
