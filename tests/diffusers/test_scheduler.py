@@ -187,8 +187,8 @@ def test_dynamic_shift():
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm", "unipc"])
 def test_a_default_spacing_is_kept(solver):
-    """Euler's is "linspace", DDIM's "leading", which begins below the first timestep."""
-    ours = made(solver, diffusers.EulerDiscreteScheduler().config)
+    """That of DPM-Solver++ is "linspace", DDIM's "leading", which begins below the first timestep."""
+    ours = made(solver, diffusers.DPMSolverMultistepScheduler().config)
     ours.set_timesteps(4)
     assert ours.timesteps.tolist() == [999, 749, 500, 250]
 
@@ -224,6 +224,137 @@ def test_a_default_table_is_kept(name, settings):
     host = getattr(diffusers, name)(**settings)
     ours = made("ddim", host.config)
     np.testing.assert_allclose(ours.alphas_cumprod.numpy(), host.alphas_cumprod.float().numpy(), rtol=1e-4, atol=1e-6)
+
+
+# ---- the times of the class that a config came from --------------------------------------------------------------------------------
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+EULERS = {
+    "EulerDiscreteScheduler": "ddim",
+    "EulerAncestralDiscreteScheduler": "ddpm",
+    "HeunDiscreteScheduler": "edm_heun",
+    "KDPM2DiscreteScheduler": "dpm_2s",
+    "LMSDiscreteScheduler": "lms",
+    "DPMSolverSDEScheduler": "dpmpp_2s_sde",
+}
+TWO_CALLS = ("edm_heun", "dpm_2s", "dpmpp_2s_sde")
+CURVES = ("use_karras_sigmas", "use_exponential_sigmas")
+
+
+def peer_of(name, **settings):
+    """A scheduler of diffusers, or a skip where it needs a library that is not installed."""
+    found = getattr(diffusers, name)
+    if found.__module__.startswith("diffusers.utils"):
+        pytest.skip(f"{name} is not installed")
+    return found(**SD, **settings)
+
+
+def assert_same_times(ours, host, calls_a_step, n):
+    """Those at which a step begins, and the end; KDPM2 rounds the timesteps of Karras sigmas."""
+    rounded = 0.5 if isinstance(host, diffusers.KDPM2DiscreteScheduler) else 0.06
+    host.set_timesteps(n)
+    ours.set_timesteps(calls_a_step * n - calls_a_step + 1)
+    np.testing.assert_allclose(ours.timesteps.double()[::calls_a_step], host.timesteps.double()[::calls_a_step], atol=rounded)
+    begins, theirs = host.sigmas.double()[: len(host.timesteps)][::calls_a_step], ours.sigmas.double()[:-1][::calls_a_step]
+    np.testing.assert_allclose(theirs, begins, rtol=1e-3)
+    assert float(ours.sigmas[-1]) == pytest.approx(float(host.sigmas[-1]), rel=1e-4)
+
+
+@pytest.mark.parametrize("curve", [None, *CURVES])
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+@pytest.mark.parametrize(("name", "solver"), EULERS.items())
+def test_the_times_of_eulers_family(name, solver, spacing, curve, tmp_path):
+    """In memory and from a folder, where every setting is said."""
+    if curve and name == "EulerAncestralDiscreteScheduler":
+        pytest.skip("it has no curves")
+    host = peer_of(name, timestep_spacing=spacing, **({curve: True} if curve else {}))
+    host.save_pretrained(tmp_path)
+    calls = 2 if solver in TWO_CALLS else 1
+    for config in (
+        getattr(diffusers, name)(**SD, timestep_spacing=spacing, **({curve: True} if curve else {})).config,
+        host.config,
+    ):
+        ours = PlanScheduler.from_config(config, solver=solver)
+        assert ours.config.times_as in EULERS
+        for n in (5, 10, 20):
+            assert_same_times(ours, host, calls, n)
+    saved = PlanScheduler.from_pretrained(tmp_path, solver=solver)
+    assert saved.config.times_as == name
+    assert_same_times(saved, host, calls, 10)
+
+
+def test_eulers_samples_with_karras_sigmas_as_models_ship_them():
+    """SDXL's config, with Karras sigmas: those between its own timesteps."""
+    host = peer_of("EulerDiscreteScheduler", timestep_spacing="leading", use_karras_sigmas=True)
+    ours = PlanScheduler.from_config(host.config, solver="ddim")
+    host.set_timesteps(20)
+    ours.set_timesteps(20)
+    x = noise() * float(host.init_noise_sigma)
+    for t in host.timesteps:
+        x = host.step(network(host.scale_model_input(x, t), t), t, x, return_dict=False)[0]
+    np.testing.assert_allclose(loop(ours, noise()), x, atol=1e-3 * float(x.abs().max()))
+
+
+@pytest.mark.parametrize(("name", "solver"), [("DEISMultistepScheduler", "deis_logrho"), ("SASolverScheduler", "sa")])
+@pytest.mark.parametrize("spacing", ["linspace", "leading"])
+def test_deis_and_sa_end_where_theirs_do(name, solver, spacing):
+    host = peer_of(name, timestep_spacing=spacing)
+    assert_same_times(PlanScheduler.from_config(host.config, solver=solver), host, 1, 10)
+    other = PlanScheduler.from_config(host.config, solver="unipc")
+    other.set_timesteps(10)
+    assert float(other.sigmas[-1]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "solver", "end"),
+    [("EulerDiscreteScheduler", "ddim", 0.0), ("DDPMScheduler", "ddpm", 0.0), ("DDIMScheduler", "ddim", 0.0292)],
+)
+def test_a_setting_of_ddim_is_left_over(name, solver, end):
+    """The config of Stable Diffusion 1.5 says `set_alpha_to_one`, whatever its class."""
+    shipped = diffusers.PNDMScheduler(**SD, skip_prk_steps=True, set_alpha_to_one=False).config
+    config = {**getattr(diffusers, name).from_config(shipped, clip_sample=False).config, "_class_name": name}
+    ours = PlanScheduler.from_config(config, solver=solver)
+    ours.set_timesteps(10)
+    assert float(ours.sigmas[-1]) == pytest.approx(end, abs=1e-4)
+
+
+def test_the_class_of_a_config_is_remembered(tmp_path):
+    """By our own config, which a folder keeps; another solver has its own rule, and `times_as` chooses."""
+    config = peer_of("EulerDiscreteScheduler", timestep_spacing="linspace").config
+    PlanScheduler.from_config(config, solver="ddim").save_pretrained(tmp_path)
+    again = PlanScheduler.from_pretrained(tmp_path)
+    again.set_timesteps(4)
+    assert again.timesteps.tolist() == [999.0, 666.0, 333.0, 0.0]
+    for changes in ({"solver": "dpmpp_2m"}, {"times_as": None}):
+        other = PlanScheduler.from_config(again.config, **changes)
+        other.set_timesteps(4)
+        assert other.timesteps.tolist() == [999, 749, 500, 250]
+    with pytest.raises(fs.FewstepError, match=r"unknown times_as 'EulerScheduler'. Did you mean 'EulerDiscreteScheduler'"):
+        PlanScheduler.from_config(again.config, times_as="EulerScheduler")
+
+
+def test_our_own_settings_are_kept(tmp_path):
+    PlanScheduler(clip_sample=True, beta_start=0.001).save_pretrained(tmp_path)
+    for config in (PlanScheduler(clip_sample=True, beta_start=0.001).config, PlanScheduler.load_config(tmp_path)):
+        ours = PlanScheduler.from_config(config, solver="ddim").config
+        assert (ours.clip_sample, ours.beta_start, ours.times_as) == (True, 0.001, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("DDIMScheduler", {"clip_sample": True}),
+        ("HeunDiscreteScheduler", {"beta_start": 0.00085, "beta_end": 0.012}),
+        ("CogVideoXDDIMScheduler", {"beta_schedule": "scaled_linear", "snr_shift_scale": 3.0, "clip_sample": False}),
+    ],
+)
+def test_what_a_class_takes_its_model_for_is_kept(name, wanted, tmp_path):
+    """In memory, where it is a default, as from a folder, where it is written down."""
+    host = getattr(diffusers, name)()
+    host.save_pretrained(tmp_path)
+    for ours in (PlanScheduler.from_config(getattr(diffusers, name)().config), PlanScheduler.from_pretrained(tmp_path)):
+        assert {key: ours.config[key] for key in wanted} == wanted
+        torch.testing.assert_close(ours.alphas_cumprod.double(), host.alphas_cumprod.double(), rtol=1e-3, atol=1e-6)
 
 
 def test_flow_by_the_multistep_convention():
@@ -293,7 +424,12 @@ def test_a_json_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"solver": "dpmpp_2m_sde", "timestep_spacing": "leading"}, {"prediction_type": "flow_prediction"}]
+    "options",
+    [
+        {"solver": "dpmpp_2m"},
+        {"solver": "dpmpp_2m_sde", "timestep_spacing": "leading"},
+        {"solver": "unipc", "prediction_type": "flow_prediction"},
+    ],
 )
 def test_there_and_back(options):
     """Through the config of every compatible scheduler, nothing of ours is lost."""

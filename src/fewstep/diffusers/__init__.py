@@ -10,6 +10,8 @@ and, divided by q b, one operation makes it.
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -25,9 +27,13 @@ from torch import Tensor
 from fewstep.artefacts import json_value
 from fewstep.denoisers import Clipped, DynamicThreshold
 from fewstep.diffusers.config import (
+    FOLLOWED,
+    OF_THE_MODEL,
     ORIGINAL_STEPS,
     betas_of,
     check_config,
+    final_of,
+    rule_of,
     same_noise,
     schedule_of,
     times_of,
@@ -44,6 +50,7 @@ from fewstep.schedules import EDM, Flow, FromAlphasCumprod, FromBetas, NoiseSche
 from fewstep.solvers import SOLVERS, make_solver
 
 try:
+    import diffusers.schedulers
     from diffusers.configuration_utils import ConfigMixin, register_to_config
     from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
 except ImportError as missing:
@@ -61,13 +68,6 @@ KNOWN: WeakValueDictionary[str, Plan] = WeakValueDictionary()
 NEAR = 1e-6
 """Relative difference below which two lists of times are the same."""
 DEFAULT_SOLVER = "dpmpp_2m"
-ANCESTRAL = ("ddim", "ddpm", "pndm")
-"""Solvers whose "leading" times and last noise level are those of diffusers' DDIM, DDPM and PNDM."""
-TABLE = ("beta_start", "beta_end", "beta_schedule", "snr_shift_scale")
-OTHER_TABLES = ("timestep_scaling", "snr_shift_scale")
-"""Settings of schedulers for models of one kind (LCM and TCD; CogVideoX), whose default table is that of these models."""
-DISTILLED = ("lcm", "tcd")
-"""Solvers for consistency models, whose times are those of diffusers' LCM and TCD; TCD's last noise level is the table's least."""
 
 
 class PlanScheduler(SchedulerMixin, ConfigMixin):
@@ -87,10 +87,12 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             In the saved config this is the plan's digest, and the plan lies beside it.
         timestep_spacing: ``"linspace"``, ``"leading"`` or ``"trailing"``; left out, ``"leading"`` for DDIM, DDPM and PNDM, ``"linspace"``
             else, as with diffusers' own.
-        final_sigmas_type: ``"zero"`` or ``"sigma_min"``; left out, ``"zero"``, but for TCD, and for DDIM, DDPM and PNDM with
-            `set_alpha_to_one` False.
+        times_as: a class of diffusers whose times are kept by the solvers that take its place: that of Euler's family ("ddim" for Euler,
+            "edm_heun" for Heun, ...), or DEIS or SA-Solver, which end at ``"sigma_min"``. `from_config` takes it from the config.
+        final_sigmas_type: ``"zero"`` or ``"sigma_min"``; left out, ``"zero"``, but for TCD, for DDIM and PNDM with
+            `set_alpha_to_one` False, and as `times_as` says.
         fractional_timesteps: tell the network of a table the exact time, which may lie between two entries, instead of the nearest one: for
-            plans that were fitted so.
+            plans that were fitted so. Left out, only the times of Euler's family are told exactly, as its schedulers do.
         timestep_type: ``"discrete"``: the network is told an index of the table. ``"continuous"``, with ``"v_prediction"`` or `sigma_data`:
             log(sigma / alpha) / 4. ``"arctangent"``: the angle over a right angle.
         sigma_data: the data's standard deviation in the preconditioning of an EDM network; None for other networks.
@@ -162,13 +164,14 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
         variance_type: str | None = None,
-        fractional_timesteps: bool = False,
+        fractional_timesteps: bool | None = None,
         timestep_type: str = "discrete",
         sigma_data: float | None = None,
         rho: float = 7.0,
         invert_sigmas: bool = False,
         original_inference_steps: int = ORIGINAL_STEPS,
-        snr_shift_scale: float = 1.0,
+        times_as: str | None = None,
+        snr_shift_scale: float | None = None,
     ):
         check_config(self.config)
         self._solver = make_solver(solver, **(solver_options or {}))
@@ -217,15 +220,16 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
                 f"from_config takes a config, e.g. pipe.scheduler.config, got {type(config).__name__}. See from_pretrained."
             )
         _take_options(cls._get_init_keys(cls), config, kwargs)
-        if any(name in config for name in OTHER_TABLES):
-            kwargs = {**{name: config[name] for name in TABLE if name in config}, **kwargs}  # also where they are defaults
         if "solver" in kwargs:
             kwargs.setdefault("plan", None)
-        if kwargs.get("solver") in ANCESTRAL and config.get("timestep_spacing") == "linspace":  # also where it is a default
+        if kwargs.get("solver") in ("ddim", "ddpm") and config.get("timestep_spacing") == "linspace":  # also where it is a default
             kwargs.setdefault("timestep_spacing", "linspace")
-        kwargs = {**unsaid(config), **kwargs}
+        was_ours = "solver" in config
+        kwargs = {**({} if was_ours else _defaults_of_model(config)), **unsaid(config), **kwargs}
         if config.get("interpolation_type") == "log_linear":
             kwargs = {**_log_linear(config), **kwargs}
+        elif not was_ours:
+            kwargs.setdefault("times_as", _followed(config))
         check_config({**config, **kwargs})
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
@@ -546,19 +550,12 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             timesteps=timesteps,
             sigmas=sigmas,
             mu=mu,
-            final=self._final(),
-            ancestral=self.config["solver"] in ANCESTRAL,
-            distilled=self.config["solver"] in DISTILLED,
+            final=final_of(self.config),
+            rule=rule_of(self.config, self._solver.stages),
         )
 
-    def _final(self) -> str:
-        if self.config["final_sigmas_type"] is not None:
-            return self.config["final_sigmas_type"]
-        least = self.config["solver"] == "tcd" or (self.config["solver"] in ANCESTRAL and not self.config["set_alpha_to_one"])
-        return "sigma_min" if least else "zero"
-
     def _final_of_grid(self) -> str:
-        return "zero" if self._final() == "zero" else "t_end"
+        return "zero" if final_of(self.config) == "zero" else "t_end"
 
     def _are_fitted(self, timesteps: ArrayLike | None) -> bool:
         if timesteps is None or self._fitted is None:
@@ -659,6 +656,31 @@ def _take_options(init: set[str], config: Mapping[str, Any], kwargs: dict[str, A
     options = {**kept, **given} or None
     if options != config.get("solver_options"):
         kwargs["solver_options"] = options
+
+
+def _defaults_of_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says of its model by the defaults of its class, which diffusers does not hand to another class."""
+    ours = inspect.signature(PlanScheduler.__init__).parameters
+    said = {name: config[name] for name in config.get("_use_default_values", ()) if name in OF_THE_MODEL and name in config}
+    return {name: value for name, value in said.items() if name in ours and value != ours[name].default}
+
+
+def _followed(config: Mapping[str, Any]) -> str | None:
+    """The class of a config, if its times are followed.
+
+    One that is not from disk does not say it, but has the settings of its class, those of other classes that are left over behind them.
+    """
+    if isinstance(config.get("_class_name"), str):
+        return config["_class_name"] if config["_class_name"] in FOLLOWED else None
+    own = itertools.takewhile(lambda name: name != "_use_default_values", config)
+    settings = {name for name in own if not name.startswith("_")}
+    found = [getattr(diffusers.schedulers, name, None) for name in FOLLOWED]
+    same = [peer for peer in found if isinstance(peer, type) and issubclass(peer, ConfigMixin) and _settings_of(peer) == settings]
+    return same[0].__name__ if same else None
+
+
+def _settings_of(peer: type) -> set[str]:
+    return set(inspect.signature(peer.__init__).parameters) - {"self", "kwargs"}
 
 
 def _log_linear(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,18 @@ from fewstep.errors import GridError, MissingExtraError, PlanError, UnknownNameE
 from fewstep.schedules import EDM, Flow, FromAlphasCumprod, FromBetas, NoiseSchedule
 
 __all__ = [
+    "FOLLOWED",
+    "OF_THE_MODEL",
     "ORIGINAL_STEPS",
     "PREDICTS",
+    "Rule",
     "betas_of",
     "check_config",
+    "final_of",
     "is_edm",
     "is_flow",
     "is_flow_match",
+    "rule_of",
     "same_noise",
     "schedule_of",
     "sigma_data_of",
@@ -50,6 +56,41 @@ RHO, BETA = 7.0, 0.6
 """The exponent of Karras sigmas, and both parameters of the Beta distribution of "beta" sigmas."""
 ORIGINAL_STEPS = 50
 """On how many timesteps latent consistency models are distilled, if the config does not say."""
+EULERS = (
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "DPMSolverSDEScheduler",
+)
+"""Schedulers with their own rule for times: Karras sigmas lie between those of their timesteps, which need not be whole numbers."""
+FOR_EULERS = (
+    *("ddim", "ddpm", "edm_euler", "edm_heun", "lms", "dpm_2s", "dpmpp_2s_sde"),
+    *("euler_ancestral", "dpm_2s_ancestral", "dpmpp_2s_ancestral"),
+)
+"""Solvers that take the place of one of them."""
+ENDING_ABOVE = {"DEISMultistepScheduler": "deis", "SASolverScheduler": "sa"}
+"""Schedulers that end at the least noisy entry of the table, and how the names of solvers begin that take their place."""
+FOLLOWED = (*EULERS, *ENDING_ABOVE)
+OF_THE_MODEL = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+    "snr_shift_scale",
+    "clip_sample",
+    "clip_sample_range",
+    "thresholding",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+    "sigma_data",
+)
+"""Settings that say what the model is, which a class's defaults say as well."""
 UNSERVED = {
     "consistency models": ("CMStochasticIterativeScheduler", "SCMScheduler", "ConsistencyDecoderScheduler"),
     "networks that predict more than a noisy state's data": (
@@ -110,7 +151,8 @@ def unsaid(config: Mapping[str, Any]) -> dict[str, Any]:
         return _settings_of_edm(config)
     if is_flow_match(config):
         return {"prediction_type": config.get("prediction_type", "flow_prediction"), "shift": config.get("shift", 1.0)}
-    return {}
+    of_cogvideox = config.get("snr_shift_scale") is not None
+    return {"clip_sample": False} if of_cogvideox else {}  # whose schedulers do not look at it
 
 
 def _settings_of_edm(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,6 +211,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         ("time_shift_type", ("exponential", "linear")),
         ("timestep_type", TIMESTEPS),
         ("sigma_schedule", tuple(SHAPES)),
+        ("times_as", (*FOLLOWED, None)),
     ):
         if name in config and config[name] not in known:
             raise UnknownNameError(name, config[name], [known_name for known_name in known if known_name])
@@ -233,7 +276,8 @@ def betas_of(config: Mapping[str, Any]) -> Floats:
         betas = RAMPS[name](low, high, count)
     else:
         raise UnknownNameError("beta_schedule", name, [*RAMPS, *CURVES])
-    betas = _divided_snr(betas, float(config.get("snr_shift_scale") or 1.0))
+    scale = config.get("snr_shift_scale")
+    betas = betas if scale is None else _with_less_signal(betas, float(scale))
     return _zero_snr(betas) if config.get("rescale_betas_zero_snr") else betas
 
 
@@ -260,13 +304,11 @@ RAMPS: dict[str, Callable[[float, float, int], Floats]] = {
 """Schedules that are given by beta."""
 
 
-def _divided_snr(betas: Floats, scale: float) -> Floats:
-    """Betas whose table has 1 / scale times the signal-to-noise ratios, alpha^2 / sigma^2."""
-    if scale == 1.0:
-        return betas
+def _with_less_signal(betas: Floats, scale: float) -> Floats:
+    """Betas whose signal-to-noise ratio is that of the given ones over `scale` (CogVideoX)."""
     bars = np.cumprod(1.0 - betas)
     bars = bars / (scale + (1.0 - scale) * bars)
-    return 1.0 - bars / np.concatenate([[1.0], bars[:-1]])
+    return 1.0 - np.concatenate([bars[:1], bars[1:] / bars[:-1]])
 
 
 def _zero_snr(betas: Floats) -> Floats:
@@ -304,6 +346,54 @@ class _Table:
             self.network_table = schedule.alphas_cumprod
 
 
+# ---- the rule for times ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """By which rule of diffusers times are spaced.
+
+    Attributes:
+        name: ``"dpm"``, that of DPM-Solver++ and most others; ``"ddim"``, of DDIM, DDPM and PNDM, whose "leading" times, the default,
+            are N // nfe apart instead of N // (nfe + 1); ``"distilled"``, of LCM and TCD: some of the `original_inference_steps` on which a
+            model was distilled; ``"euler"``, of Euler's family: that as well, "linspace" times from the last entry to
+            the first, and curves of sigmas between the first and the last timestep instead of over the whole table.
+        stages: calls a step. Euler's family is asked for steps and puts their ends on the times.
+    """
+
+    name: str = "dpm"
+    stages: int = 1
+
+
+DPM_RULE = Rule()
+OTHER_RULES = {"ddim": "ddim", "ddpm": "ddim", "pndm": "ddim", "lcm": "distilled", "tcd": "distilled"}
+"""Solver -> the rule of the scheduler that it takes the place of."""
+
+
+def rule_of(config: Mapping[str, Any], stages: int = 1) -> Rule:
+    """The rule for the solver of a config of `PlanScheduler`: that of the class that it came from if the solver takes its place, else
+    that of the solver.
+
+    Example:
+        >>> rule_of({"solver": "ddim"}).name, rule_of({"solver": "ddim", "times_as": "EulerDiscreteScheduler"}).name
+        ('ddim', 'euler')
+    """
+    if config.get("times_as") in EULERS and config.get("solver") in FOR_EULERS:
+        return Rule("euler", stages)
+    return Rule(OTHER_RULES.get(str(config.get("solver")), "dpm"), stages)
+
+
+def final_of(config: Mapping[str, Any]) -> str:
+    """Where the last step ends if the config does not say it: ``"zero"`` or ``"sigma_min"``."""
+    if config.get("final_sigmas_type") is not None:
+        return str(config["final_sigmas_type"])
+    solver, ending = str(config.get("solver")), ENDING_ABOVE.get(str(config.get("times_as")))
+    if ending is not None:
+        return "sigma_min" if solver.startswith(ending) and not is_flow(config) else "zero"
+    follows = solver in ("ddim", "pndm") and rule_of(config).name == "ddim" and not config.get("set_alpha_to_one", True)
+    return "sigma_min" if follows or solver == "tcd" else "zero"
+
+
 # ---- the times of the calls --------------------------------------------------------------------------------------------------------
 
 
@@ -316,8 +406,7 @@ def times_of(
     sigmas: ArrayLike | None = None,
     mu: float | None = None,
     final: str = "zero",
-    ancestral: bool = False,
-    distilled: bool = False,
+    rule: Rule = DPM_RULE,
 ) -> Floats:
     """The times ``"nfe+1"`` of the states, noisiest first, where a diffusers scheduler of this config has them.
 
@@ -327,8 +416,7 @@ def times_of(
             included, or for a flow model those before the shift, the last (0) left out; as diffusers has it.
         mu: logarithm of the shift of flow models with dynamic shifting. Pipelines hand it to others as well, which ignore it.
         final: ``"zero"``, or ``"sigma_min"`` for the least noisy entry of the table.
-        ancestral: "leading" times are spaced as for DDIM, DDPM and PNDM, by N // nfe instead of N // (nfe + 1), and are the default.
-        distilled: the table's entries are those of LCM and TCD, some of the `original_inference_steps` on which a model was distilled.
+        rule: by which times are spaced.
 
     Raises:
         ValueError: if not one of the three is given, or `mu` is missing.
@@ -346,14 +434,14 @@ def times_of(
     chosen = _curves_of(config)
     if timesteps is not None and chosen:
         raise ValueError(f"timesteps cannot be set with {chosen[0]}=True, which places them itself.")
-    if distilled and nfe is not None and not chosen and not isinstance(schedule, (Flow, EDM)):
+    if rule.name == "distilled" and nfe is not None and not chosen and not isinstance(schedule, (Flow, EDM)):
         timesteps, nfe = _distilled_indices(config, nfe), None
     given = None if timesteps is None and sigmas is None else _floats(timesteps if sigmas is None else sigmas)  # type: ignore[arg-type]
     if isinstance(schedule, Flow):
         return _flow_times(config, nfe, given, sigmas is None, mu, final)
     if isinstance(schedule, EDM):
-        return _levels(config, schedule, nfe, given, sigmas is None, final, ancestral)
-    return _table_times(config, schedule, nfe, given, sigmas is None, final, ancestral)
+        return _levels(config, schedule, nfe, given, sigmas is None, final, rule)
+    return _table_times(config, schedule, nfe, given, sigmas is None, final, rule)
 
 
 def _table_times(
@@ -363,15 +451,15 @@ def _table_times(
     given: Floats | None,
     are_timesteps: bool,
     final: str,
-    ancestral: bool,
+    rule: Rule,
 ) -> Floats:
     count = len(_Table(schedule).network_table or ())
     if given is not None and not are_timesteps:
         return _times_of_sigmas(schedule, given)
     end = schedule.t_zero if final == "zero" else 1.0 / count
+    clipped = _clipped(config, schedule, count)
     if nfe is not None and _curves_of(config):
-        ratios = np.exp(-schedule.lam(np.array([count - _clipped(config, schedule, count), 1.0]) / count))
-        high, low = (config.get(name) or value for name, value in zip(("sigma_max", "sigma_min"), ratios, strict=True))
+        high, low = _ends_of_curve(config, schedule, _indices(config, count, nfe, clipped, rule), clipped, rule)
         endless = math.isinf(high)
         curve = _curve(config, HIGHEST_RATIO if endless else float(high), float(low), nfe + (final == "sigma_min"))
         times = _times_of_sigmas(schedule, curve)
@@ -379,7 +467,7 @@ def _table_times(
         return times if final == "sigma_min" else np.append(times, end)
     if given is not None and not (given.min() >= 0.0 and given.max() <= count - 1.0):
         raise ValueError(f"timesteps lie between 0 and {count - 1}, got {given.min():g} to {given.max():g}.")
-    indices = given if given is not None else _indices(config, count, int(nfe or 0), _clipped(config, schedule, count), ancestral)
+    indices = given if given is not None else _indices(config, count, int(nfe or 0), clipped, rule)
     times = (np.clip(indices, 0, count - 1) + 1.0) / count
     # a last call at the least noisy entry already cannot end there: it goes on to zero
     return np.append(times, schedule.t_zero if times[-1] <= end else end)
@@ -392,31 +480,39 @@ def _levels(
     given: Floats | None,
     are_timesteps: bool,
     final: str,
-    ancestral: bool,
+    rule: Rule,
 ) -> Floats:
     """Sigmas of preconditioned networks, which are the times of `EDM`."""
     if given is not None and not are_timesteps:
         return given
     if given is None and not _curves_of(config):  # where the table has the timesteps
         table = _table_of(config)
-        levels = np.exp(-table.lam(_table_times(config, table, nfe, None, False, final, ancestral)))
+        levels = np.exp(-table.lam(_table_times(config, table, nfe, None, False, final, rule)))
         return np.where(np.isinf(levels), HIGHEST_RATIO, levels)
     if given is None:
-        levels = _curve(config, schedule.sigma_max, schedule.sigma_min, int(nfe or 0) + (final == "sigma_min"))
+        high, low = schedule.sigma_max, schedule.sigma_min
+        if not is_edm(config):
+            table = _table_of(config)
+            count = len(table.alphas_cumprod)
+            high, low = _ends_of_curve(config, table, _indices(config, count, int(nfe or 0), 0, rule), 0, rule)
+        levels = _curve(config, min(high, HIGHEST_RATIO), low, int(nfe or 0) + (final == "sigma_min"))
         return levels if final == "sigma_min" else np.append(levels, 0.0)
     levels = sigma_of_told(str(config.get("timestep_type")), given)
     return np.append(levels, schedule.sigma_min if final == "sigma_min" and levels[-1] > schedule.sigma_min else 0.0)
 
 
-def _indices(config: Mapping[str, Any], count: int, nfe: int, clipped: int, ancestral: bool) -> Floats:
+def _indices(config: Mapping[str, Any], count: int, nfe: int, clipped: int, rule: Rule) -> Floats:
     """The table's entries that are called."""
-    spacing = config.get("timestep_spacing") or ("leading" if ancestral else "linspace")
+    spacing = config.get("timestep_spacing") or ("leading" if rule.name == "ddim" else "linspace")
+    if rule.name == "euler":
+        steps = (nfe + rule.stages - 1) // rule.stages
+        return np.interp(np.linspace(0.0, steps - 1.0, nfe), np.arange(steps), _steps_of_euler(config, spacing, count, steps))
     offset, last = int(config.get("steps_offset") or 0), count - clipped
     if spacing == "linspace":
         return _whole(np.linspace(0.0, last - 1.0, nfe + 1)[::-1][:-1])
     if spacing == "trailing":
         return _whole(last - np.arange(nfe, dtype=np.float64) * (count / nfe)) - 1.0
-    parts = nfe if ancestral else nfe + 1
+    parts = nfe if rule.name == "ddim" else nfe + 1
     places = np.arange(parts, dtype=np.float64)[::-1][:nfe]
     return places * (last // parts or last / parts) + offset
 
@@ -430,6 +526,27 @@ def _distilled_indices(config: Mapping[str, Any], nfe: int) -> Floats:
         )
     entries: Floats = np.arange(original, 0.0, -1.0) * (int(config.get("num_train_timesteps", 1000)) // original) - 1.0
     return entries[np.floor(np.linspace(0.0, original, nfe, endpoint=False)).astype(np.int64)]
+
+
+def _steps_of_euler(config: Mapping[str, Any], spacing: str, count: int, steps: int) -> Floats:
+    """The entries at which the steps of Euler's family begin."""
+    back = np.arange(steps, dtype=np.float64)
+    if spacing == "linspace":  # a single step begins at the noisiest entry, where theirs has the least noisy one
+        return np.linspace(count - 1.0, 0.0, steps)
+    if spacing == "trailing":
+        return _whole(count - back * (count / steps)) - 1.0
+    return back[::-1] * (count // steps or count / steps) + int(config.get("steps_offset") or 0)
+
+
+def _ends_of_curve(
+    config: Mapping[str, Any], schedule: NoiseSchedule, indices: Floats, clipped: int, rule: Rule
+) -> tuple[float, float]:
+    """Sigma / alpha at the first and the last call of a curve, as the config says, or else its rule."""
+    count = len(_Table(schedule).network_table or ())
+    ends = indices[[0, -1]] + 1.0 if rule.name == "euler" and len(indices) > 1 else np.array([count - clipped, 1.0])
+    ratios = np.exp(-schedule.lam(ends / count)).tolist()
+    high, low = (config.get(name) or value for name, value in zip(("sigma_max", "sigma_min"), ratios, strict=True))
+    return float(high), float(low)
 
 
 def _whole(indices: Floats) -> Floats:

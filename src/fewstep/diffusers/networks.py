@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.diffusers.config import PREDICTS, betas_of, is_flow, sigma_data_of, sigma_of_told, told_of_sigma
+from fewstep.diffusers.config import PREDICTS, betas_of, is_flow, rule_of, sigma_data_of, sigma_of_told, told_of_sigma
 from fewstep.preconditioning import edm_coefficients
 from fewstep.predictions import data_coefficients
 from fewstep.schedules import NoiseSchedule
@@ -143,4 +143,11 @@ def network_of(config: Mapping[str, Any]) -> HostNetwork:
         return PreconditionedNetwork(data, -1.0 if kind == "v_prediction" else 1.0, config["timestep_type"])
     if is_flow(config):
         return FlowNetwork(PREDICTS[kind], count, bool(config.get("invert_sigmas")))
-    return TableNetwork(PREDICTS[kind], len(betas_of(config)), bool(config.get("fractional_timesteps")))
+    return TableNetwork(PREDICTS[kind], len(betas_of(config)), _is_fractional(config))
+
+
+def _is_fractional(config: Mapping[str, Any]) -> bool:
+    """Whether the network is told times between the entries of its table: left out, where the rule for times is that of Euler's family."""
+    said = config.get("fractional_timesteps")
+    own_times = config.get("plan") is None and config.get("grid") is None
+    return bool(said) if said is not None else own_times and rule_of(config).name == "euler"
