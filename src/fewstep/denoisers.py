@@ -45,6 +45,7 @@ class ModelInfo:
         data_range: lowest and highest value of clean data.
         conditions: for every condition the network takes, its name and ``{"classes": n, "null": label}``; without a null, one
             must be given.
+        embeddings: names of the conditions, tensors with one entry a sample, without which the network cannot be called: those of prompts.
         fingerprint: digest of the weights, for the provenance of what is computed with them.
         extra: anything else its configuration says.
     """
@@ -53,6 +54,7 @@ class ModelInfo:
     shape: tuple[int, ...] | None = None
     data_range: tuple[float, float] | None = None
     conditions: dict[str, dict[str, int]] = field(default_factory=dict)
+    embeddings: tuple[str, ...] = ()
     fingerprint: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -334,12 +336,16 @@ def _quantile(values: Tensor, q: float) -> Tensor:
 
 
 def check_conditions(denoiser: object, cond: Mapping[str, Any], count: int) -> None:
-    """Conditions that a model says it takes: their names, one whole number a sample, and, where that reads no device, their range.
+    """Conditions that a model says it takes: their names, one whole number or embedding a sample, and, where that reads no device, the
+    range of numbers.
 
     Raises:
         PlanError: for a condition that the model does not have or cannot take.
     """
-    known = getattr(getattr(denoiser, "info", None), "conditions", None)
+    info = getattr(denoiser, "info", None)
+    if getattr(info, "embeddings", ()):
+        _check_embeddings(denoiser, info.embeddings, cond, count)  # type: ignore[union-attr]
+    known = getattr(info, "conditions", None)
     if not known:
         return
     for name, value in cond.items():
@@ -354,6 +360,26 @@ def check_conditions(denoiser: object, cond: Mapping[str, Any], count: int) -> N
             )
         if value.device.type == "cpu":
             _check_range(name, value, known[name])
+
+
+def _check_embeddings(denoiser: object, names: tuple[str, ...], cond: Mapping[str, Any], count: int) -> None:
+    takes = f"this model takes {', '.join(map(repr, names))}, a tensor with one entry a sample" + (
+        "" if len(names) == 1 else " each"
+    )
+    innermost = denoiser
+    while hasattr(innermost, "denoiser"):
+        innermost = innermost.denoiser  # type: ignore[attr-defined]
+    if getattr(innermost, "takes_prompts", False):
+        takes += "; cond, null = den.encode(prompts) makes them, of one prompt a sample"
+    if missing := [name for name in names if name not in cond]:
+        got = ", ".join(map(repr, cond)) or "no conditions"
+        raise PlanError(f"got {got}, but {missing[0]!r} must be given: {takes}.")
+    for name in names:
+        if not isinstance(cond[name], Tensor) or not cond[name].ndim:
+            raise PlanError(f"the condition {name!r} is {_told_condition(cond[name])}: {takes}.")
+        if len(cond[name]) != count:
+            many = f"{count} sample{'s' * (count != 1)}, but {name!r} for {len(cond[name])}"
+            raise PlanError(f"{many}: give as many of both. {takes[0].upper()}{takes[1:]}.")
 
 
 def _check_range(name: str, value: Tensor, known: Mapping[str, int]) -> None:

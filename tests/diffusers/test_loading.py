@@ -440,6 +440,11 @@ def test_spoiled_folders_are_refused(spoil, error, message, copied):
     assert "\n" not in str(refused.value)
 
 
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return fs.load(folder)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -456,6 +461,27 @@ def test_spoiled_folders_are_refused(spoil, error, message, copied):
 def test_refused(call, error, message, folder):
     with pytest.raises(error, match=message):
         call(folder)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(
+    ("cond", "message"),
+    [
+        (lambda den: {}, r"got no conditions, but 'prompt_embeds' must be given: .*den\.encode\(prompts\) makes them"),
+        (lambda den: {"prompt": "a fox"}, "got 'prompt', but 'prompt_embeds' must be given"),
+        (lambda den: {"prompt_embeds": "a fox"}, "'prompt_embeds' is str: this model takes"),
+        (lambda den: den.encode(["a fox"])[0], r"4 samples, but 'prompt_embeds' for 1: give as many of both\. This model takes"),
+        (lambda den: den.encode(["a fox", "a tree"])[0], "4 samples, but 'prompt_embeds' for 2"),
+    ],
+)
+def test_conditions_that_do_not_fit(cond, message, guided, loaded):
+    """Told before the network is asked, by `sample` and by `tune`."""
+    den = loaded.guided(3.0, loaded.encode(["a fox"])[1]) if guided else loaded
+    plan, noise = fs.make_plan("ddim", den.schedule, 2), fs.draw_noise(den.info.shape, range(4))
+    with pytest.raises(FewstepError, match=message):
+        fs.sample(den, noise, plan, cond=cond(loaded))
+    with pytest.raises(ValueError, match=f"{message}|has [12] entries for 4 noises"):
+        fs.tune(den, nfe=2, noise=noise, cond=cond(loaded))
 
 
 def test_models_of_other_kinds_are_refused():

@@ -56,6 +56,11 @@ class Family(torch.nn.Module, abc.ABC):
         """For `fewstep.denoisers.ModelInfo`."""
         return {}
 
+    def embeddings(self) -> tuple[str, ...]:
+        """For `fewstep.denoisers.ModelInfo`: the conditions that `forward` cannot do without."""
+        arguments = inspect.signature(self.forward).parameters.values()
+        return tuple(each.name for each in arguments if each.default is each.empty and each.name not in ("x", "time"))
+
     def distilled(self) -> bool:
         """Whether the network takes the guidance scale as a condition."""
         return False

@@ -243,6 +243,7 @@ def _info(network: Family, name: str) -> ModelInfo:
         shape=network.shape(network.default_size()),
         data_range=None if network.latent else (-1.0, 1.0),
         conditions=network.conditions(),
+        embeddings=network.embeddings(),
         fingerprint=digest_of(weights),
     )
 

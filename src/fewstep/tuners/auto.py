@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fewstep.denoisers import check_conditions
 from fewstep.errors import MissingExtraError, UnknownNameError
 from fewstep.plan import Plan
 from fewstep.tuners.checkpoint import Checkpoint, Spending, check_savable
@@ -118,6 +119,7 @@ def tune(
         raise TypeError(f"effort must be a fewstep.tuners.Effort, got {effort!r:.80}.")
     counted = Counted(checked_denoiser(denoiser, final), block)
     draw = Draws(counted, noise, dict(cond or {}), seed)
+    check_conditions(denoiser, draw.cond, draw.rows or 1)
     kept, starts = None, checked_starts(starts or {}, counted.schedule, final)
     if checkpoint is not None:
         check_savable(draw.cond)
