@@ -361,6 +361,19 @@ def grid_names() -> list[str]:
     return sorted(RULES)
 
 
+def check_grid_name(name: str) -> None:
+    """Refuse what is no name of a grid.
+
+    Raises:
+        UnknownNameError: for a name that does not exist, with the nearest one.
+
+    Example:
+        >>> check_grid_name("karras")
+    """
+    if name not in RULES:
+        raise UnknownNameError("grid", name, RULES)
+
+
 def make_grid(
     grid: str | GridRule | ArrayLike,
     schedule: NoiseSchedule,
@@ -398,8 +411,7 @@ def make_grid(
     if isinstance(nfe, bool) or not isinstance(nfe, (int, np.integer)) or nfe < 1:
         raise GridError(f"the number of network calls must be a whole number of at least 1, got nfe={nfe!r}.")
     if isinstance(grid, str):
-        if grid not in RULES:
-            raise UnknownNameError("grid", grid, RULES)
+        check_grid_name(grid)
         grid = RULES[grid]
     t_start, t_end = float(schedule.t_start if start is None else start), float(schedule.t_end)
     if not schedule.inside(t_start):

@@ -79,6 +79,26 @@ def test_sample_writes_pictures_numbers_and_the_plan(tiny, tmp_path, capsys):
     assert run(capsys, "sample", tiny, "--count", 1, "--nfe", 1, "--guidance", 2.0, "--label", 3, "--out", out)[0] == 0  # replaces
 
 
+def test_options_that_contradict_a_plan_are_refused(tiny, tmp_path, capsys):
+    schedule = fs.load(tiny).schedule
+    (tmp_path / "tuned").mkdir()
+    file = tmp_path / "tuned" / "plan-6.safetensors"
+    fs.make_plan("unipc", schedule, 6, grid="lambda", final="zero").save(file)
+    asked = ("sample", tiny, "--count", 1, "--out", tmp_path / "out", "--quiet")
+    same = ("--nfe", 6, "--solver", "unipc", "--grid", "lambda", "--final", "zero")
+    for given in ((), same):
+        assert run(capsys, *asked, "--plan", file, *given)[0] == 0
+        assert run(capsys, *asked, "--plan", tmp_path / "tuned", *given)[0] == 0  # the only one
+    for name, value in (("nfe", 10), ("solver", "ddim"), ("grid", "auto"), ("final", "t_end")):
+        status, _, error = run(capsys, *asked, "--plan", file, f"--{name}", value)
+        assert (status, error.count("\n")) == (2, 1)
+        assert f"--{name} {value} contradicts {file}, a plan of 6 calls (solver UniPC, grid lambda, final zero)" in error
+    fs.make_plan("unipc", schedule, 10, grid="lambda").save(tmp_path / "tuned" / "plan-10.safetensors")
+    status, _, error = run(capsys, *asked, "--plan", tmp_path / "tuned")
+    assert (status, error.count("\n")) == (2, 1)
+    assert "several numbers of calls, and --nfe says which: plan-6.safetensors, plan-10.safetensors" in error
+
+
 def test_demo_makes_a_page_that_needs_nothing_else(tiny, tmp_path, capsys):
     out = tmp_path / "demo"
     status, text, _ = run(capsys, "demo", "--models", tiny, "--count", 4, "--nfe", "4,6", "--out", out, "--quiet", "--json")
@@ -440,6 +460,23 @@ def test_tune_makes_a_family_over_guidance_scales(tiny, tmp_path, capsys):
     assert (status, error.count("tuned were [3] calls at [2.0, 3.0]"), "should not happen" in error) == (2, 1, False)
     status, _, error = run(capsys, "tune", tiny, "--guidance", "3,x", "--out", tmp_path / "y")
     assert (status, len(error.splitlines())) == (2, 1)
+
+
+def test_files_of_an_earlier_tuning_go(tiny, tmp_path, capsys):
+    """From several scales to one and back, and from one number of calls to another; what is not ours stays."""
+    out = tmp_path / "tuned"
+    asked = ("tune", tiny, "--label", "1", "--trajectories", 8, "--method", "closed-form", "--out", out, "--quiet")
+    assert run(capsys, *asked, "--nfe", 3, "--guidance", "2,3")[0] == 0
+    for name in ("mine.png", "guidance-2/notes.txt"):
+        (out / name).write_text("mine")
+    assert run(capsys, *asked, "--nfe", 2, "--guidance", "3,4")[0] == 0
+    assert {file.name for file in out.glob("plan-*")} == {"plan-2-guidance-3.safetensors", "plan-2-guidance-4.safetensors"}
+    assert {file.name for file in (out / "guidance-3").glob("plan-*")} == {"plan-2.safetensors"}
+    assert [file.name for file in (out / "guidance-2").iterdir()] == ["notes.txt"]
+    assert run(capsys, *asked, "--nfe", 2)[0] == 0
+    found = {file.name for file in out.iterdir()}
+    assert {"plan-2.safetensors", "mine.png", "guidance-2"} <= found
+    assert not {"family.json", "guidance-3", "plan-2-guidance-3.safetensors"} & found
 
 
 def test_tune_refuses_what_it_cannot_do(tiny, tmp_path, capsys):

@@ -65,23 +65,32 @@ def test_samples_of_prompts(models, tmp_path, capsys):
     assert arrays["samples"].shape == (3, 3, 16, 16)
     with Image.open(out / pictures[1]) as picture:
         about = picture.info
-        assert picture.size == (64, 64)  # small ones are shown larger
+        assert picture.size == (16, 16)  # as large as it is
     assert about == {
         "prompt": PROMPTS[1],
         "negative": "blurry",
         "seed": "4",
         "guidance": "4",
         "plan": told["plan"],
-        "solver": "Adams",
+        "solver": "auto",
+        "grid": "auto",
+        "final": "zero",
+        "size": "16x16",
+        "precision": "float32",
         "calls": "3",
         "model": "sd",
+        "path": str(models / "sd"),
     }
     with Image.open(out / "samples.png") as picture:
+        assert picture.size == (2 * 17 * 4 - 4, 2 * 17 * 4 - 4)  # small ones are shown larger
         assert picture.info["prompt"] == "\n".join(PROMPTS)
         assert picture.info["seed"] == "3, 4, 5"
     record = json.loads((out / "sample.json").read_text())
     assert record["prompts"] == [*PROMPTS, PROMPTS[0]]
     assert record["negative"] == "blurry"
+    made = {"path": str(models / "sd"), "solver": "auto", "solver_options": {}, "grid": "auto", "final": "zero", "size": "16x16"}
+    assert {name: record[name] for name in made} == made
+    assert record["precision"] == "float32"
     # the same, from the library
     den, plan = fs.load(models / "sd"), fs.Plan.load(out / "plan.safetensors")
     cond, null = den.encode(record["prompts"], "blurry")
@@ -109,6 +118,32 @@ def test_samples_of_every_kind(model, asked, latents, samples, sheet, models, tm
     with Image.open(tmp_path / "out" / "samples.png") as picture:
         assert picture.size == sheet
         assert picture.info.get("guidance") == (str(asked[-1]) if "--guidance" in asked else "1")
+
+
+def test_pictures_of_an_earlier_run_go(models, tmp_path, capsys):
+    asked = ("sample", models / "sd", "--prompt", "a fox", "--nfe", 1, "--out", tmp_path / "out", "--quiet")
+    assert run(capsys, *asked, "--count", 3)[0] == 0
+    (tmp_path / "out" / "mine.png").write_bytes(b"")
+    assert run(capsys, *asked, "--seed", "5,6")[0] == 0
+    left = sorted(file.name for file in (tmp_path / "out").glob("*.png"))
+    assert left == ["00000-seed-5.png", "00001-seed-6.png", "mine.png", "samples.png"]
+
+
+def test_the_record_of_a_plan_names_its_solver_and_options(models, tmp_path, capsys):
+    den = fs.load(models / "sd")
+    fs.make_plan("unipc", den.schedule, 3, grid="karras", order=2).save(tmp_path / "plan")
+    out = tmp_path / "out"
+    asked = ("sample", models / "sd", "--prompt", "a fox", "--count", 1, "--out", out, "--json")
+    assert run(capsys, *asked, "--plan", tmp_path / "plan")[0] == 0
+    record = json.loads((out / "sample.json").read_text())
+    assert (record["solver"], record["solver_options"], record["grid"], record["final"]) == (
+        "unipc",
+        {"order": 2},
+        "karras",
+        "t_end",
+    )
+    with Image.open(out / "00000-seed-0.png") as picture:
+        assert (picture.info["solver"], picture.info["solver options"], picture.info["grid"]) == ("unipc", '{"order": 2}', "karras")
 
 
 def test_the_precision_of_the_network(models, tmp_path, capsys):
@@ -187,6 +222,19 @@ def test_compare(models, tmp_path, capsys):
     assert len(results["models"]["sd"]["ranking_by_error"]) == 2
 
 
+CHEAP = [
+    (("--solver", "unpc"), "Did you mean 'unipc'"),
+    (("--grid", "kerras"), "Did you mean 'karras'"),
+    (("--nfe", "0"), "--nfe must be at least 1"),
+    (("--seed", "a"), "--seed takes"),
+    (("--prompt-file", "absent.txt"), "No such file"),
+    (("--size", "big"), "--size takes"),
+    (("--plan", "absent.safetensors"), "No such file"),
+    (("--device", "cuda:77"), "cannot be used"),
+]
+"""What is told before a model is looked for."""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -214,6 +262,11 @@ def test_compare(models, tmp_path, capsys):
         (["tune", "pixels", "--guidance", "2"], "--guidance needs a model with conditions"),
         (["compare", "sd"], "takes prompts"),
         (["sample", "sd/vae", "--prompt", "a"], "AutoencoderKL"),
+        *((["sample", "absent", *wrong], message) for wrong, message in CHEAP),
+        (["tune", "absent", "--method", "lerned"], "unknown method of tuning"),
+        (["tune", "absent", "--prompt-file", "none.txt"], "holds no prompts"),
+        (["compare", "absent", "--solvers", "unpc"], "Did you mean 'unipc'"),
+        (["compare", "absent", "--grids", "auto,karas"], "Did you mean 'karras'"),
     ],
 )
 def test_bad_input_is_one_line_and_a_status(arguments, message, models, tmp_path, capsys, monkeypatch):

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from fewstep.cli.options import Prompted, final_option, option
@@ -56,8 +57,8 @@ FAR = 1_000_000
 def run(options: CompareOptions) -> int:
     """Run all solvers, rank them, write the page. After an interrupt, the page has what was finished."""
     from fewstep.cli import INTERRUPTED
-    from fewstep.cli.conditions import told_prompts
-    from fewstep.cli.setup import machine, new_folder, open_model, parse_numbers
+    from fewstep.cli.conditions import check_prompted, told_prompts
+    from fewstep.cli.setup import check_plannable, machine, new_folder, open_model, parse_numbers
     from fewstep.evaluate.report import Report
 
     nfes = parse_numbers("--nfe", options.nfe)
@@ -68,6 +69,10 @@ def run(options: CompareOptions) -> int:
         or options.resamples < 20
     ):
         raise ValueError("--count and --others must be at least 2, --batch at least 1 and --resamples at least 20.")
+    check_prompted(options)
+    names = ["auto"] if options.solvers == "all" else options.solvers.split(",")
+    for solver, grid in product(names, options.grids.split(",")):
+        check_plannable(solver, grid, nfes[0])
     models = [open_model(name, options) for name in options.models.split(",")]
     if len({model.info.name for model in models}) < len(models):
         raise ValueError(f"the models need different names, got {', '.join(model.info.name for model in models)}.")

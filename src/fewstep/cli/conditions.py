@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from fewstep.cli.options import Prompted
-from fewstep.cli.setup import parse_labels
+from fewstep.cli.setup import parse_labels, parse_size
 from fewstep.denoisers import Denoiser
 from fewstep.guidance import ClassifierFree
 
-__all__ = ["conditions", "guided", "prompts_of", "told_prompts"]
+__all__ = ["check_prompted", "conditions", "guided", "prompts_of", "told_prompts"]
 
 
 def prompts_of(options: Prompted) -> list[str]:
@@ -33,6 +33,17 @@ def prompts_of(options: Prompted) -> list[str]:
     if not prompts:
         raise ValueError(f"{options.prompt_file} holds no prompts; it needs one a line.")
     return prompts
+
+
+def check_prompted(options: Prompted) -> None:
+    """Read the prompts and the size, so that what is wrong with them is told before a model is loaded.
+
+    Raises:
+        ValueError: as of `prompts_of` and `parse_size`.
+    """
+    prompts_of(options)
+    if options.size:
+        parse_size(options.size)
 
 
 def told_prompts(options: Prompted) -> dict[str, Any]:

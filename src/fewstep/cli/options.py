@@ -10,9 +10,12 @@ from typing import Any
 __all__ = ["Common", "Prompted", "add_options", "final_option", "option", "read_options"]
 
 
-def option(default: Any, text: str, *, positional: bool = False, choices: tuple[str, ...] | None = None) -> Any:
-    """A field of an options dataclass. The type of the default is the type of the option; None stands for text."""
-    return dataclasses.field(default=default, metadata={"help": text, "positional": positional, "choices": choices})
+def option(
+    default: Any, text: str, *, positional: bool = False, choices: tuple[str, ...] | None = None, kind: type[Any] | None = None
+) -> Any:
+    """A field of an options dataclass. The type of the default is the type of the option; of None it is `kind`, or text."""
+    found = kind if default is None else type(default)
+    return dataclasses.field(default=default, metadata={"help": text, "positional": positional, "choices": choices, "kind": found})
 
 
 def final_option() -> Any:
@@ -53,8 +56,8 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
         details: dict[str, Any] = {"help": (meta["help"] + shown).replace("%", "%%")}
         if isinstance(field.default, bool):
             details["action"] = "store_true"
-        elif field.default is not None:
-            details["type"] = type(field.default)
+        elif meta["kind"] is not None:
+            details["type"] = meta["kind"]
         if not isinstance(field.default, bool):
             details["choices"] = meta["choices"]
         if meta["positional"]:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.cli.options import Prompted, final_option, option
+from fewstep.cli.options import Prompted, option
+
+NFE, SOLVER, GRID, FINAL = 10, "auto", "auto", "zero"
+FINALS = ("zero", "t_end")
+OWN_PICTURES = r"\d{5,}-seed-\d+\.png"
+"""Names of the pictures of single samples."""
+PLAN_FILE = re.compile(r"plan-(\d+)\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -20,11 +27,16 @@ class SampleOptions(Prompted):
         "a shipped model (digits, photos), a model folder or a diffusers pipeline (folder, id of the hub)",
         positional=True,
     )
-    nfe: int = option(10, "network calls per sample")
-    solver: str = option("auto", "name of the solver; see `fewstep solvers`")
-    grid: str = option("auto", "name of the time grid")
-    final: str = final_option()
-    plan: str = option("", "a plan file, instead of nfe, solver, grid and final; or a folder that `fewstep tune` wrote, and --nfe")
+    nfe: int | None = option(None, f"network calls per sample (default: {NFE})", kind=int)
+    solver: str | None = option(None, f"name of the solver; see `fewstep solvers` (default: {SOLVER})")
+    grid: str | None = option(None, f"name of the time grid (default: {GRID})")
+    final: str | None = option(
+        None, f"where to end: zero (sigma = 0) or t_end (where the schedule ends) (default: {FINAL})", choices=FINALS
+    )
+    plan: str = option(
+        "",
+        "a plan file, instead of nfe, solver, grid and final; or a folder that `fewstep tune` wrote, and --nfe if it has several",
+    )
     skips: str = option("", "a file of fewstep.tuners.layer_skips: blocks of the network to leave out at every call of this plan")
     count: int = option(16, "how many samples")
     seed: str = option("0", "seed of the first sample, or a range like 0-63, or a list like 3,5,8")
@@ -41,29 +53,40 @@ OPTIONS = {"sample": SampleOptions}
 
 def run(options: SampleOptions) -> int:
     """Draw samples and write them."""
-    from fewstep.cli.conditions import conditions
-    from fewstep.cli.setup import ask_for, new_folder, open_model, parse_seeds
+    from fewstep.cli.conditions import check_prompted, conditions
+    from fewstep.cli.setup import ask_for, check_plannable, new_folder, open_model, parse_seeds
     from fewstep.solvers import make_plan
 
     if options.count < 1 or options.batch < 1:
         raise ValueError(f"--count and --batch must be at least 1, got {options.count} and {options.batch}.")
     seeds = parse_seeds(options.seed, options.count)
+    check_prompted(options)
+    asked = options.solver or SOLVER, options.grid or GRID, NFE if options.nfe is None else options.nfe
+    check_plannable(*asked)
+    plan = _load(Path(options.plan), options) if options.plan else None
     denoiser = open_model(options.model, options)
     shape, cond = ask_for(denoiser.info.shape, denoiser.info.name), conditions(denoiser, options, len(seeds), options.label)
-    if options.plan:
-        plan = _load(Path(options.plan), options)
-    else:
-        plan = make_plan(options.solver, denoiser.schedule, options.nfe, grid=options.grid, final=options.final)
+    if plan is None:
+        solver, grid, nfe = asked
+        plan = make_plan(solver, denoiser.schedule, nfe, grid=grid, final=options.final or FINAL)
     model = _model(denoiser, plan, options)
-    with new_folder(options.out) as folder:
+    with new_folder(options.out, OWN_PICTURES) as folder:
         samples = _samples(model, plan, shape, seeds, cond, options)
         skips = model.skips.digest if options.skips else None
-        told = {"guidance": options.guidance, "label": options.label, "skips": skips, **_told_prompts(options, len(seeds))}
+        told = {
+            "path": options.model,
+            "guidance": options.guidance,
+            "label": options.label,
+            "skips": skips,
+            "precision": options.dtype,
+        }
+        told |= {**_told_plan(plan, options), **_told_prompts(options, len(seeds))}
         _write(folder, samples, seeds, cond, plan, denoiser, told)
     if options.json:
         print(json.dumps({"out": options.out, "nfe": plan.nfe, "count": len(seeds), "calls": denoiser.calls, "plan": plan.digest}))
     elif not options.quiet:
-        print(f"{len(seeds)} samples of {denoiser.info.name}, {plan.nfe} network calls each: {options.out}")
+        plural = "s" * (len(seeds) != 1)
+        print(f"{len(seeds)} sample{plural} of {denoiser.info.name}, {plan.nfe} network calls each: {options.out}")
     return 0
 
 
@@ -91,21 +114,78 @@ def _told_prompts(options: SampleOptions, count: int) -> dict[str, Any]:
     return {**told, "prompts": [told["prompts"][i % len(told["prompts"])] for i in range(count)]} if told else {}
 
 
+def _told_plan(plan: Any, options: SampleOptions) -> dict[str, Any]:
+    """How the plan was made, in the words of the command line, for the record: what repeats it, if it was not tuned."""
+    from fewstep.artefacts import json_value
+    from fewstep.solvers import name_of
+
+    made = json_value(plan.provenance)
+    described = made.get("solver") or {}
+    name, changes = name_of(described) or (described.get("name"), described.get("options") or {})
+    if options.solver is not None or not options.plan:
+        name, changes = options.solver or SOLVER, {}
+    return {"solver": name, "solver_options": changes, "grid": made.get("grid"), "final": made.get("final")}
+
+
 def _load(path: Path, options: SampleOptions) -> Any:
-    """A plan file, or what serves this number of calls and this guidance in a folder that `fewstep tune` wrote."""
-    from fewstep.errors import PlanError
+    """A plan file, or what serves this number of calls and this guidance in a folder that `fewstep tune` wrote.
+
+    Raises:
+        PlanError: if the folder has no such plan, or several and the number of calls is not given; if an option contradicts the plan.
+    """
     from fewstep.plan import Plan
     from fewstep.tuners import Family
 
     if not path.is_dir():
-        return Plan.load(path)
-    if (path / "family.json").exists():
-        return Family.load(path).plan(options.nfe, options.guidance)
-    one = path / f"plan-{options.nfe}.safetensors"
-    if not one.exists():
-        found = sorted(file.name for file in path.glob("plan-*.safetensors"))
-        raise PlanError(f"{path} has no plan for {options.nfe} calls (--nfe): {', '.join(found) or 'there are no plans in it'}.")
-    return Plan.load(one)
+        plan = Plan.load(path)
+    elif (path / "family.json").exists():
+        family = Family.load(path)
+        plan = family.plan(_calls(path, sorted({nfe for nfe, _ in family.plans}), options), options.guidance)
+    else:
+        files = {file: PLAN_FILE.fullmatch(file.name) for file in path.glob("plan-*.safetensors")}
+        calls = sorted(int(match[1]) for match in files.values() if match)
+        plan = Plan.load(path / f"plan-{_calls(path, calls, options)}.safetensors")
+    _check_asked(plan, path, options)
+    return plan
+
+
+def _calls(path: Path, known: list[int], options: SampleOptions) -> int:
+    """Which of a folder's plans is meant, by its number of calls."""
+    from fewstep.errors import PlanError
+
+    if options.nfe in known or (options.nfe is None and len(known) == 1):
+        return options.nfe or known[0]
+    if not known:
+        raise PlanError(f"{path} has no plans in it.")
+    names = ", ".join(f"plan-{nfe}.safetensors" for nfe in known)
+    missing = f"has plans for several numbers of calls, and --nfe says which: {names}"
+    raise PlanError(f"{path} {missing if options.nfe is None else f'has no plan for {options.nfe} calls (--nfe): {names}'}.")
+
+
+def _check_asked(plan: Any, path: Path, options: SampleOptions) -> None:
+    """Refuse options that say something else than the plan does."""
+    from fewstep.artefacts import json_value
+    from fewstep.errors import PlanError
+    from fewstep.solvers import make_solver
+
+    made = json_value(plan.provenance)
+    solver = None if options.solver is None else json_value(make_solver(options.solver).described())
+    same = {
+        "nfe": options.nfe in (None, plan.nfe),
+        "solver": solver in (None, made.get("solver")),
+        "grid": options.grid in (None, made.get("grid")),
+        "final": options.final in (None, made.get("final")),
+    }
+    if wrong := next((name for name, holds in same.items() if not holds), None):
+        raise PlanError(
+            f"--{wrong} {getattr(options, wrong)} contradicts {path}, a plan of {_told_of(plan)}: it runs as it was made. Leave one out."
+        )
+
+
+def _told_of(plan: Any) -> str:
+    made = plan.provenance
+    told = [f"solver {(made.get('solver') or {}).get('name')}", f"grid {made.get('grid')}", f"final {made.get('final')}"]
+    return f"{plan.nfe} calls ({', '.join(told)})"
 
 
 def _samples(model: Any, plan: Any, shape: tuple[int, ...], seeds: list[int], cond: Any, options: SampleOptions) -> Any:
@@ -147,6 +227,8 @@ def _write(folder: Any, samples: Any, seeds: list[int], cond: Any, plan: Any, de
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)
     write_atomically(folder / "samples.npz", file.getvalue())
+    size = "x".join(map(str, denoiser.size)) if decode is not None else None
+    told = {**told, "size": size}
     _write_pictures(folder, pictures, seeds, _about(plan, info, told), told.get("prompts"), info, each=decode is not None)
     plan.save(folder / "plan.safetensors")
     record = {"model": info.name, "fingerprint": info.fingerprint, "plan": plan.digest, "provenance": json_value(plan.provenance)}
@@ -156,29 +238,35 @@ def _write(folder: Any, samples: Any, seeds: list[int], cond: Any, plan: Any, de
 
 def _about(plan: Any, info: Any, told: dict[str, Any]) -> dict[str, str]:
     """What is written into every picture."""
-    solver = plan.provenance.get("solver") or {}
-    about = {"model": info.name, "plan": plan.digest, "solver": str(solver.get("name", "")), "calls": str(plan.nfe)}
-    about |= {"guidance": f"{told['guidance']:g}", "negative": told.get("negative") or "", "label": told["label"] or ""}
+    names = ("path", "solver", "grid", "final", "size", "precision", "negative", "label", "skips")
+    about = {name: str(told.get(name) or "") for name in names}
+    about |= {"model": info.name, "plan": plan.digest, "calls": str(plan.nfe), "guidance": f"{told['guidance']:g}"}
+    if told["solver_options"]:
+        about["solver options"] = json.dumps(told["solver_options"])
     return {name: value for name, value in about.items() if value}
 
 
 def _write_pictures(
     folder: Any, pictures: Any, seeds: list[int], about: dict[str, str], prompts: list[str] | None, info: Any, *, each: bool
 ) -> None:
-    """The sheet of all samples, and if `each` a picture of every one. The frames of a video stand side by side."""
+    """The sheet of all samples, small ones enlarged, and if `each` a picture of every one, as large as it is. The frames of a video stand
+    side by side.
+    """
     from fewstep.artefacts import write_atomically
     from fewstep.evaluate.report import image_grid
 
     frames = pictures.shape[2] if pictures.ndim == 5 else 1
     rows = pictures.movedim(2, 1) if pictures.ndim == 5 else pictures[:, None]
     columns = frames if frames > 1 else math.ceil(math.sqrt(len(seeds)))
-    looks = {"data_range": info.data_range or (-1.0, 1.0), "scale": max(1, 64 // pictures.shape[-1])}
+    data_range = info.data_range or (-1.0, 1.0)
 
     def text(which: list[int]) -> dict[str, str]:
         told = {"seed": ", ".join(str(seeds[i]) for i in which)}
         return about | told | ({"prompt": "\n".join(dict.fromkeys(prompts[i] for i in which))} if prompts else {})
 
-    sheet = image_grid(rows.flatten(0, 1), columns=columns, text=text(list(range(len(seeds)))), **looks)
+    scale = max(1, 64 // pictures.shape[-1])
+    sheet = image_grid(rows.flatten(0, 1), data_range, columns=columns, scale=scale, text=text(list(range(len(seeds)))))
     write_atomically(folder / "samples.png", sheet)
     for i, seed in enumerate(seeds if each else []):
-        write_atomically(folder / f"{i:05d}-seed-{seed}.png", image_grid(rows[i], columns=frames, text=text([i]), **looks))
+        picture = image_grid(rows[i], data_range, columns=frames, scale=1, text=text([i]))
+        write_atomically(folder / f"{i:05d}-seed-{seed}.png", picture)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import secrets
 import shutil
 import sys
@@ -20,11 +21,14 @@ import torch
 from fewstep.cli.options import Common
 from fewstep.denoisers import Denoiser
 from fewstep.errors import FewstepError
+from fewstep.grids import check_grid_name
 from fewstep.loading import load
+from fewstep.solvers import make_solver
 from fewstep.version import __version__
 
 __all__ = [
     "ask_for",
+    "check_plannable",
     "machine",
     "new_folder",
     "open_model",
@@ -68,6 +72,19 @@ def open_model(name: str, options: Common) -> Denoiser:
     if not isinstance(getattr(denoiser, "size", None), tuple):
         raise ValueError(f"{name} has one size; leave --size out.")
     return denoiser.with_size(parse_size(size))  # type: ignore[attr-defined]
+
+
+def check_plannable(solver: str, grid: str, nfe: int) -> None:
+    """Refuse what no model can be sampled with, before one is loaded.
+
+    Raises:
+        UnknownNameError: for a solver or a grid that does not exist.
+        ValueError: for a number of calls below 1.
+    """
+    make_solver(solver)
+    check_grid_name(grid)
+    if nfe < 1:
+        raise ValueError(f"--nfe must be at least 1, got {nfe}.")
 
 
 def progress(options: Common, **details: Any) -> Any:
@@ -215,8 +232,13 @@ def ask_for(data_shape: tuple[int, ...] | None, name: str) -> tuple[int, ...]:
 
 
 @contextmanager
-def new_folder(path: str) -> Iterator[Path]:
+def new_folder(path: str, ours: str = "") -> Iterator[Path]:
     """A folder to fill, which appears under its name when all is written. Files of an old one there are replaced one by one.
+
+    Args:
+        path: of the folder.
+        ours: a regular expression for the names of files that the command writes, some of which an earlier run may have left: those go.
+            In folders with such a name as well, which go when they are empty.
 
     Raises:
         OSError: before any work is done, if the place cannot be written.
@@ -238,7 +260,31 @@ def new_folder(path: str) -> Iterator[Path]:
         if not target.exists():
             temporary.rename(target)
             return
-        for file in sorted(temporary.iterdir()):
-            os.replace(file, target / file.name)
+        _replace(temporary, target, re.compile(ours))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(new: Path, old: Path, ours: re.Pattern[str]) -> None:
+    """Move what is in a new folder into an old one, and take away what an earlier run left there."""
+    stale = [place for place in sorted(old.iterdir()) if ours.fullmatch(place.name) and not (new / place.name).exists()]
+    for file in sorted(new.iterdir()):
+        place = old / file.name
+        if file.is_dir() and place.is_dir():
+            _replace(file, place, ours)
+        else:
+            os.replace(file, place)
+    for place in stale:
+        _take_away(place, ours)
+
+
+def _take_away(place: Path, ours: re.Pattern[str]) -> None:
+    """A file, or what is ours in a folder, and the folder if nothing else is in it."""
+    if place.is_symlink() or not place.is_dir():
+        place.unlink()
+        return
+    for inner in place.iterdir():
+        if ours.fullmatch(inner.name):
+            _take_away(inner, ours)
+    if not any(place.iterdir()):
+        place.rmdir()

@@ -46,6 +46,11 @@ class TuneOptions(Prompted):
 
 
 OPTIONS = {"tune": TuneOptions}
+OWN_FILES = (
+    r"plan-\d+(-guidance-[-+.e\d]+)?\.safetensors|family\.json|guidance-[-+.e\d]+|index\.html|results\.json"
+    r"|(errors|exact|(un)?tuned-\d+)\.png"
+)
+"""Names of the files and folders that the command writes."""
 SHOWN = 10
 TYPICAL_BATCH = 64
 """Samples of the calls that are timed for the number of threads."""
@@ -55,10 +60,12 @@ OTHER_NOISE = 1_000_000
 
 def run(options: TuneOptions) -> int:
     """Tune, write the plans and the page."""
-    from fewstep.cli.conditions import conditions, guided
+    from fewstep.cli.conditions import check_prompted, conditions, guided
     from fewstep.cli.setup import ask_for, new_folder, open_model, parse_numbers, quickest_threads, state_dtype
+    from fewstep.errors import UnknownNameError
     from fewstep.noise import draw_noise
     from fewstep.tuners import Effort, tune, tune_family
+    from fewstep.tuners.auto import METHODS
 
     nfes = parse_numbers("--nfe", options.nfe)
     if min(options.minutes, options.evaluations, options.trajectories, options.seed) < 0 or options.batch < 1:
@@ -67,6 +74,9 @@ def run(options: TuneOptions) -> int:
         raise ValueError("give one of --minutes, --evaluations and --trajectories.")
     effort = Effort().scaled(options.trajectories / Effort().trajectories) if options.trajectories else None
     scales = _scales(options.guidance)
+    if options.method not in METHODS:
+        raise UnknownNameError("method of tuning", options.method, METHODS)
+    check_prompted(options)
     model = open_model(options.model, options)
     shape, count = ask_for(model.info.shape, model.info.name), 64
     cond = conditions(model, options, count, _label(model, options))
@@ -89,7 +99,7 @@ def run(options: TuneOptions) -> int:
     }
     if options.fresh:
         shutil.rmtree(unfinished, ignore_errors=True)
-    with new_folder(options.out) as folder, _told_how_to_go_on(unfinished):
+    with new_folder(options.out, OWN_FILES) as folder, _told_how_to_go_on(unfinished):
         if len(scales) > 1:
             family = tune_family(guided(model, max(scales, key=lambda scale: scale != 1.0), options), scales, **given)
             _write_family(family, model, options, folder)

@@ -43,11 +43,11 @@ from fewstep.diffusers.guiders import GuidedNetwork
 from fewstep.diffusers.networks import network_of
 from fewstep.diffusers.rows import Run, plan_on, tail, version, working
 from fewstep.errors import ArtefactError, MissingExtraError, PlanError
-from fewstep.grids import grid_names
+from fewstep.grids import check_grid_name, grid_names
 from fewstep.plan import Plan
 from fewstep.sampler import advance, transform_start
 from fewstep.schedules import EDM, Flow, FromAlphasCumprod, FromBetas, NoiseSchedule
-from fewstep.solvers import SOLVERS, make_solver
+from fewstep.solvers import make_solver, name_of
 
 try:
     import diffusers.schedulers
@@ -175,8 +175,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     ):
         check_config(self.config)
         self._solver = make_solver(solver, **(solver_options or {}))
-        if grid is not None and grid not in grid_names():
-            raise PlanError(f"there is no grid {grid!r}. Known: {', '.join(grid_names())}.")
+        if grid is not None:
+            check_grid_name(grid)
         self._schedule = schedule_of(self.config)
         self._fitted = None if plan is None else _plan_of(plan)
         if self._fitted is not None:
@@ -726,12 +726,7 @@ def _solver_of(plan: Plan) -> tuple[str, dict[str, Any]]:
     while isinstance(options.get("solver"), Mapping):
         told = options["solver"]
         options = dict(told.get("options") or {})
-    of_class = [name for name, (solver, _) in SOLVERS.items() if solver.__name__ == told.get("name")]
-    if not of_class or any(isinstance(value, Mapping) for value in options.values()):
-        return DEFAULT_SOLVER, {}
-    defaults = [make_solver(name).options() for name in of_class]
-    changes = [{key: options[key] for key in known if key in options and options[key] != known[key]} for known in defaults]
-    return min(zip(of_class, changes, strict=True), key=lambda found: len(found[1]))
+    return name_of({**told, "options": options}) or (DEFAULT_SOLVER, {})
 
 
 def _config_of(schedule: NoiseSchedule) -> dict[str, Any]:

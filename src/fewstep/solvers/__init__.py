@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from numpy.typing import ArrayLike
 
+from fewstep.artefacts import json_value
 from fewstep.errors import UnknownNameError
 from fewstep.grids import GridRule
 from fewstep.plan import Plan
@@ -152,6 +154,25 @@ def make_solver(name: str, **options: Any) -> Solver:
         raise UnknownNameError("solver", name, SOLVERS, _names_of_class(name), listed="`fewstep solvers` or fewstep.solver_names()")
     solver, defaults = SOLVERS[name]
     return solver(**{**defaults, **options})
+
+
+def name_of(described: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """The name of a solver and the options that are not those of the name; None if it has no name, or is around another solver.
+
+    Args:
+        described: as `Solver.described` or a plan's provenance tells it.
+
+    Example:
+        >>> name_of(make_solver("dpmpp_3m").described()), name_of(make_solver("unipc", order=2).described())
+        (('dpmpp_3m', {}), ('unipc', {'order': 2}))
+    """
+    options = json_value(described.get("options") or {})
+    of_class = [name for name, (solver, _) in SOLVERS.items() if solver.__name__ == described.get("name")]
+    if not of_class or any(isinstance(value, Mapping) for value in options.values()):
+        return None
+    defaults = [make_solver(name).options() for name in of_class]
+    changes = [{key: options[key] for key in known if key in options and options[key] != known[key]} for known in defaults]
+    return min(zip(of_class, changes, strict=True), key=lambda found: len(found[1]))
 
 
 def _names_of_class(name: object) -> str | None:
