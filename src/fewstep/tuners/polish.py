@@ -29,8 +29,8 @@ LONGEST_MOVE = 0.5
 """The most a time moves in lambda in one Gauss-Newton step."""
 LEAST_GAIN, LEAST_STEP_GAIN = 0.003, 0.01
 """A Jacobian, and a step from it, that lowers the loss by less than this fraction is the last."""
-MOST_STEPS, TRIES = 8, 2
-"""Steps from one Jacobian, and how often each is tried, damped more every time."""
+MOST_STEPS, FIRST_TRIES, TRIES = 8, 5, 2
+"""Steps from one Jacobian, and how often the first and each of the others is tried, damped more every time."""
 
 
 class Objective(Protocol):
@@ -103,11 +103,11 @@ class Polisher:
     ) -> tuple[Numbers, Tensor, float]:
         """Steps from one Jacobian ``"numbers batch elements"`` until they no longer lower the loss."""
         damping = 1e-3
-        for _ in range(MOST_STEPS):
+        for k in range(MOST_STEPS):
             matrix, gradient = (values.cpu().numpy() for values in objective.model(jacobian, samples))
             if not (np.isfinite(matrix).all() and np.isfinite(gradient).all()):
                 break
-            for _ in range(TRIES):
+            for _ in range(TRIES if k else FIRST_TRIES):
                 step = damped(matrix, gradient, damping)
                 moved = self._moved(numbers, step)
                 found = self.run(moved, self.paths)[0][-1]
