@@ -268,3 +268,14 @@ def test_conditions_are_those_the_model_takes():
     ]:
         with pytest.raises(PlanError, match=message):
             fs.sample(den, noise, plan, cond=cond)
+
+
+def test_a_plan_with_numbers_of_every_element_serves_one_size():
+    schedule = fs.schedules.EDM()
+    plan = fs.Plan(schedule, np.array([1.0, 0.0]), (Row(1.0, (), (np.ones((2, 4, 4)),)),))
+    den = fs.Denoiser(lambda x, t: 0.5 * x, schedule, predicts="data")
+    assert fs.sample(den, torch.ones(1, 2, 4, 4), plan).shape == (1, 2, 4, 4)
+    with pytest.raises(
+        fs.FewstepError, match=r"shape \(2, 4, 4\), which do not fit samples of shape \(2, 6, 6\): .* of the size that it"
+    ):
+        fs.sample(den, torch.ones(1, 2, 6, 6), plan)

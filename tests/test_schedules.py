@@ -135,3 +135,13 @@ def test_a_table_of_betas_and_of_their_products_are_the_same_noise():
     assert not first.same_noise(schedules.FromBetas(betas[:-1].tolist()))
     assert not first.same_noise(schedules.VPLinear())
     assert not schedules.VPLinear().same_noise(first)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(schedules.FromBetas, "betas"), (schedules.FromAlphasCumprod, "alphas_cumprod")])
+def test_a_long_table_is_not_printed_whole(kind, name):
+    table = np.linspace(1e-4, 0.02, 1000)
+    schedule = kind(table if name == "betas" else np.cumprod(1.0 - table))
+    assert len(repr(schedule)) < 120
+    assert f"{name}=<1000 from " in repr(schedule)
+    short = (0.9, 0.5)
+    assert repr(kind(short)) == f"{kind.__name__}({name}={short}, t_start=1.0, t_end=0.5)"

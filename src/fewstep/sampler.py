@@ -273,7 +273,8 @@ def _factor(entry: Entry, x: Tensor) -> Factor:
         fits = False
     if not fits:
         raise PlanError(
-            f"the plan has coefficients of shape {entry.shape}, which do not fit samples of shape {tuple(x.shape[1:])}."
+            f"the plan has coefficients of shape {entry.shape}, which do not fit samples of shape {tuple(x.shape[1:])}: they are of every "
+            f"element, so the plan serves samples of the size that it was made for. Take that size, or plan or tune for this one."
         )
     return torch.from_numpy(entry.copy()).to(x.dtype).to(x.device)
 

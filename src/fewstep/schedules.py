@@ -32,6 +32,8 @@ from fewstep.errors import UnknownNameError
 __all__ = ["EDM", "Flow", "FromAlphasCumprod", "FromBetas", "NoiseSchedule", "VPCosine", "VPLinear", "from_config"]
 
 Floats = NDArray[np.float64]
+SHOWN = 8
+"""A table with more entries is not printed whole."""
 
 
 def _floats(value: ArrayLike) -> Floats:
@@ -332,6 +334,9 @@ class FromAlphasCumprod(NoiseSchedule):
         object.__setattr__(self, "t_end", 1.0 / len(table) if self.t_end is None else self.t_end)
         self._check_ends()
 
+    def __repr__(self) -> str:
+        return _table_repr(self, "alphas_cumprod", self.alphas_cumprod)
+
     @property
     def domain(self) -> tuple[float, float]:
         return float(self._knots[0][0]), 1.0
@@ -410,6 +415,9 @@ class FromBetas(NoiseSchedule):
         object.__setattr__(self, "t_end", self._table.t_end if self.t_end is None else self.t_end)
         self._check_ends()
 
+    def __repr__(self) -> str:
+        return _table_repr(self, "betas", self.betas)
+
     @property
     def domain(self) -> tuple[float, float]:
         return self._table.domain
@@ -432,6 +440,12 @@ class FromBetas(NoiseSchedule):
 
     def network_time(self, t: ArrayLike) -> Floats:
         return self._table.network_time(t)
+
+
+def _table_repr(schedule: NoiseSchedule, name: str, table: Sequence[float]) -> str:
+    """With the ends of a long table only."""
+    shown = repr(table) if len(table) <= SHOWN else f"<{len(table)} from {table[0]:.6g} to {table[-1]:.6g}>"
+    return f"{type(schedule).__name__}({name}={shown}, t_start={schedule.t_start!r}, t_end={schedule.t_end!r})"
 
 
 def _same_table(a: NoiseSchedule, b: NoiseSchedule) -> bool:

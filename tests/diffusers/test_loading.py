@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -272,6 +275,28 @@ def test_every_family_from_its_folder(pipeline, tmp_path):
         for mine, theirs in zip(one.encode(["a fox"]), other.encode(["a fox"]), strict=True):
             assert mine.keys() == theirs.keys()
             assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_parts_that_a_pipeline_was_saved_without(tmp_path):
+    """SD3 without its third encoder."""
+    pipe = text_pipeline("sd3", "flow")
+    pipe.text_encoder_3 = pipe.tokenizer_3 = None
+    pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
+    pipe.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["text_encoder_3"] == [None, None]
+    den = fs.load(tmp_path)
+    plan = fs.make_plan("ddim", den.schedule, 1)
+    cond, null = den.encode(PROMPTS)
+    x = fs.sample(den.guided(2.0, null), fs.draw_noise(den.info.shape, range(2), plan), plan, cond=cond)
+    assert bool(torch.isfinite(x).all())
+
+
+def test_nothing_is_said_of_torchvision(folder):
+    """In a process of its own, where transformers was not imported before."""
+    code = "import sys, fewstep as fs; fs.load(sys.argv[1])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True, env=environment)
+    assert "torchvision" not in done.stdout + done.stderr
 
 
 def test_precision(folder):

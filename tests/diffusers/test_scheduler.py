@@ -679,6 +679,12 @@ def fitted(nfe=5, solver="dpmpp_3m", grid="lambda"):
     return fs.make_plan(solver, schedule_of({}), nfe=nfe, grid=grid, final="zero")
 
 
+def test_a_table_is_not_printed_whole():
+    text = repr(PlanScheduler.from_plan(fitted()))
+    assert len(text) < 3000
+    assert '"trained_betas": "1000 numbers"' in text
+
+
 def test_a_plan_at_its_own_number_of_steps_and_at_others():
     scheduler = PlanScheduler.from_plan(fitted())
     assert scheduler.config.solver == "dpmpp_3m"

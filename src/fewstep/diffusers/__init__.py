@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -196,6 +197,12 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self._told = self._network.told(self._schedule, times)
         self.timesteps = torch.from_numpy(self._told)
         self.sigmas = self._ratios(times)
+
+    def __repr__(self) -> str:
+        """The config, without the numbers of a table."""
+        betas = self.config["trained_betas"]
+        text = super().__repr__()
+        return text if betas is None else re.sub(r'("trained_betas": )\[.*?\]', rf'\1"{len(betas)} numbers"', text, flags=re.DOTALL)
 
     # ---- making one ----------------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -352,7 +353,8 @@ def load_folder(
         if value[0] not in LIBRARIES:
             raise ArtefactError(f"{folder}: its {key} comes from {value[0]}; only diffusers and transformers are served.")
     variants = {key: _variant(folder / key) for key in parts if key not in WITHOUT_WEIGHTS}
-    left_out: dict[str, Any] = {key: None for key in LEFT_OUT if key in index}
+    absent = [key for key, value in index.items() if isinstance(value, list) and not value[0]]
+    left_out: dict[str, Any] = {key: None for key in (*LEFT_OUT, *absent) if key in index}
     if "requires_safety_checker" in index:
         left_out["requires_safety_checker"] = False
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -476,20 +478,28 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _explained(source: Path | str) -> Iterator[None]:
-    """What diffusers says of a source that it cannot read, in one line; and its bars are left out."""
+    """What diffusers says of a source that it cannot read, in one line; its bars and transformers' wish for torchvision are left out."""
     from diffusers.loaders.single_file_utils import SingleFileComponentError
     from safetensors import SafetensorError
 
     known = (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, SingleFileComponentError, TypeError, ValueError)
     with ExitStack() as stack:
-        for logging in _loggers():
-            if logging.is_progress_bar_enabled():
-                logging.disable_progress_bar()
-                stack.callback(logging.enable_progress_bar)
+        for shown in _loggers():
+            if shown.is_progress_bar_enabled():
+                shown.disable_progress_bar()
+                stack.callback(shown.enable_progress_bar)
+        imports = logging.getLogger("transformers.utils.import_utils")
+        imports.addFilter(_needs_no_torchvision)
+        stack.callback(imports.removeFilter, _needs_no_torchvision)
         try:
             yield
         except known as error:
             raise ArtefactError(f"{source} cannot be read: {_first_line(error)}") from error
+
+
+def _needs_no_torchvision(record: logging.LogRecord) -> bool:
+    """Whether to log this: not that a class which reads pictures would like torchvision, since none is read."""
+    return "requires torchvision" not in record.getMessage()
 
 
 def _loggers() -> list[Any]:
