@@ -175,3 +175,9 @@ def test_refused(call, error, message, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(error, match=message):
         call(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["n.ckpt", "models/n.safetensors"])
+def test_a_file_that_is_missing_is_called_so(name):
+    with pytest.raises(FileNotFoundError, match=f"there is no file {name}"):
+        fs.load(name)

@@ -316,3 +316,15 @@ def test_an_unknown_name_shows_the_near_ones_and_where_all_are():
     assert len(str(caught.value)) < 250
     with pytest.raises(fs.FewstepError, match="EDMHeun is a class; solvers of it are edm_heun"):
         fs.solvers.make_solver("EDMHeun")
+
+
+def test_an_option_that_a_solver_has_not_is_refused_with_those_it_has():
+    with pytest.raises(TypeError, match=r"ordr is no option of the solver 'unipc', which has: corrector, .*order"):
+        fs.make_plan("unipc", fs.schedules.EDM(), 4, ordr=3)
+
+
+def test_the_name_of_every_solver_is_found_again():
+    for name in fs.solver_names():
+        solver = fs.solvers.make_solver(name)
+        found = fs.solvers.name_of(solver.described())
+        assert found is None or fs.solvers.make_solver(found[0], **found[1]) == solver

@@ -33,6 +33,8 @@ __all__ = ["CheckReport", "check", "load", "shipped_models"]
 SHIPPED = Path(__file__).parent / "shipped"
 PIPELINE_FILE = "model_index.json"
 """What says that a folder, or an object, is a pipeline of diffusers."""
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".pkl")
+"""Of names that are files with weights, not models."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -172,6 +174,8 @@ def _located(source: str | Path) -> tuple[Path, str]:
         return path, path.resolve().name
     if isinstance(source, str) and source in shipped_models():
         return SHIPPED / source, source
+    if path.suffix.lower() in SUFFIXES:
+        raise FileNotFoundError(f"there is no file {path}.")
     if isinstance(source, str) and "/" not in source and "\\" not in source:
         raise UnknownNameError("model", source, shipped_models())
     if isinstance(source, str) and HUB_ID.fullmatch(source) and path.suffix != ".safetensors" and not path.parent.is_dir():

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -279,7 +280,11 @@ class Plan:
         Raises:
             ArtefactError: if the file is truncated, damaged, foreign or of a newer format.
             FileNotFoundError: if there is none.
+            IsADirectoryError: for a folder; it says which plans are in it.
         """
+        if Path(path).is_dir():
+            inside = sorted(file.name for file in Path(path).glob("*.safetensors"))
+            raise IsADirectoryError(f"{path} is a folder; give one of the plans in it: {', '.join(inside) or 'there are none'}.")
         return read_as(path, kind="plan", what="plan", unpack=_unpack, pack=lambda value: value._artefact())
 
     def _artefact(self) -> Artefact:

@@ -15,6 +15,7 @@ from PIL import Image
 
 import fewstep as fs
 from fewstep.cli import COMMANDS, compare, main, setup
+from fewstep.cli.tune import _told_how_to_go_on
 from fewstep.evaluate import comparison
 from fewstep.models import SmallUNet, SmallUNetConfig, save_model
 
@@ -136,6 +137,7 @@ def test_compare_ranks_all_solvers_in_one_page(tiny, tmp_path, capsys):
     status, text, _ = run(capsys, "compare", tiny, *options, "--solvers", "ddim,dpmpp_2m", "--out", tmp_path / "b", "--batch", 12)
     assert status == 0
     assert "12 against 24 samples, seed 3" in text
+    assert re.search(r"by error  by distance  solver +error at calls: +2 +4\n +\d +\d  (ddim|dpmpp_2m) +0\.\d+ +0\.\d+\n", text)
     again = json.loads((tmp_path / "b" / "results.json").read_text())["rows"]
     assert "all runs and the exact solution end at noise level 0" in text
     before = {(row["solver"], row["nfe"]): row["error"] for row in results["rows"]}
@@ -460,6 +462,24 @@ def test_tune_makes_a_family_over_guidance_scales(tiny, tmp_path, capsys):
     assert (status, error.count("tuned were [3] calls at [2.0, 3.0]"), "should not happen" in error) == (2, 1, False)
     status, _, error = run(capsys, "tune", tiny, "--guidance", "3,x", "--out", tmp_path / "y")
     assert (status, len(error.splitlines())) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ([], ""),
+        (["spending.json"], "stopped before the exact paths were finished: the same command begins with them again"),
+        (["spending.json", "fit.safetensors"], "what is finished is kept in"),
+    ],
+)
+def test_a_stopped_tuning_says_what_is_kept(files, told, tmp_path, capsys):
+    for name in files:
+        (tmp_path / name).write_text("")
+    with pytest.raises(KeyboardInterrupt), _told_how_to_go_on(tmp_path):
+        raise KeyboardInterrupt
+    error = capsys.readouterr().err
+    assert told in error
+    assert bool(error) == bool(told)
 
 
 def test_files_of_an_earlier_tuning_go(tiny, tmp_path, capsys):

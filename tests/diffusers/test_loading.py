@@ -476,6 +476,7 @@ def loaded(folder):
         (lambda p: fs.load(p, predicts="noise"), TypeError, "says its schedule"),
         (lambda p: fs.load(p, scalar_time=True), TypeError, "says its schedule"),
         (lambda p: fs.load(p / "vae"), UnknownNameError, "AutoencoderKL"),
+        (lambda p: fs.load(next((p / "vae").glob("*.safetensors"))), ArtefactError, "part of one: load its folder, .*vae"),
         (lambda p: fs.load(p).encode([]), ValueError, "at least one"),
         (lambda p: fs.load(p).encode("a fox"), ValueError, "a list"),
         (lambda p: fs.load(p).guided(2.0), FewstepError, "needs a null"),

@@ -679,6 +679,14 @@ def fitted(nfe=5, solver="dpmpp_3m", grid="lambda"):
     return fs.make_plan(solver, schedule_of({}), nfe=nfe, grid=grid, final="zero")
 
 
+def test_a_folder_of_plans_is_no_plan(tmp_path):
+    fitted().save(tmp_path / "plan-5.safetensors")
+    with pytest.raises(OSError, match=r"is a folder; give one of the plans in it: plan-5\.safetensors\."):
+        PlanScheduler.from_plan(tmp_path)
+    with pytest.raises(fs.FewstepError, match="Did you mean 'karras'"):
+        made(grid="kerras")
+
+
 def test_a_table_is_not_printed_whole():
     text = repr(PlanScheduler.from_plan(fitted()))
     assert len(text) < 3000

@@ -175,6 +175,8 @@ def _run(report: Any, task: _Task, options: CompareOptions) -> None:
     _, other_cond, others = _exact(task, options.seed + FAR, task.others, options)
     groups = (cond["label"], other_cond["label"]) if "label" in cond else None
     told = TITLES[resolved_features(options.features, task.model.info.shape)]
+    if task.model.info.data_range is None and told == TITLES["pixels"]:
+        told = "elements of the latents" if hasattr(task.model, "decode") else "elements of the samples"
     judge = Judge(task.distance, task.features, exact.samples, others.samples, told, options.resamples, options.seed, groups)
     with progress(options, total=len(task.found.plans), desc=task.model.info.name, unit="run") as bar:
         comparison = compare_solvers(
@@ -201,23 +203,17 @@ def _exact(task: _Task, first: int, count: int, options: CompareOptions) -> tupl
     """Noise, conditions and exact solutions of samples, under a bar of their own."""
     from fewstep.cli.conditions import conditions
     from fewstep.cli.setup import progress, state_dtype
-    from fewstep.evaluate.trajectories import FIRST_CALLS, settled_solution
+    from fewstep.evaluate.trajectories import settled_solution
     from fewstep.noise import draw_noise
 
     model, plan = task.model, task.found.plans[0][2]
     cond = conditions(model, options, count, "each" if model.info.conditions else None)
     noise = draw_noise(model.info.shape, range(first, first + count), plan, dtype=state_dtype(options), device=options.device)
     solving = {"tol": options.tol, "final": options.final, "cond": cond, "block": options.batch}
-    # at least two solutions; how many more it takes shows on the way
-    with progress(options, total=(3 * FIRST_CALLS + 2) * count, desc=f"{model.info.name}: exact solutions", unit="call") as bar:
-
-        def lengthen(calls: int) -> None:
-            if calls >= 2 * FIRST_CALLS:
-                bar.total += 2 * calls * count
-                bar.refresh()
-
-        found = settled_solution(task.denoiser, noise, model.schedule, **solving, after=lengthen, advance=bar.update)
-        bar.total = bar.n
+    what = "exact solutions" if first == options.seed else "exact solutions of other noise"
+    # how many calls it takes shows on the way, so there is no total
+    with progress(options, desc=f"{model.info.name}: {what}", unit="call") as bar:
+        found = settled_solution(task.denoiser, noise, model.schedule, **solving, advance=bar.update)
     return noise, cond, found
 
 
@@ -255,9 +251,19 @@ def _print(results: dict[str, Any], options: CompareOptions) -> None:
         sizes = f"{about['sizes'][0]} against {about['sizes'][1]} samples"
         print(f"{name}: {about['name']} of {about['features']}, {sizes}, seed {about['seed']}, floor {about['floor']:.3g}")
         print(f"all runs and the exact solution end at {found['end']}")
-        print(f"  by error  by distance  solver{', grid' if several else ''}")
+        errors = {(row["solver"], row["grid"], row["nfe"]): row["error"] for row in results["rows"] if row["model"] == name}
+        nfes = sorted({key[2] for key in errors})
+        widest = max(len(", ".join(key[: 1 + several])) for key in first.keys() | second.keys())
+        head = "".join(f"{nfe:>10}" for nfe in nfes)
+        print(f"  by error  by distance  {('solver, grid' if several else 'solver'):<{widest}}  error at calls:{head}")
         for key in sorted(first.keys() | second.keys(), key=lambda k: (first.get(k, 10**6), second.get(k, 10**6))):
-            print(f"  {first.get(key, '-')!s:>8}  {second.get(key, '-')!s:>11}  {', '.join(key[: 1 + several])}")
+            cells = "".join(f"{_cell(errors.get((*key, nfe)) if key in first else None):>10}" for nfe in nfes)
+            told = f"  {first.get(key, '-')!s:>8}  {second.get(key, '-')!s:>11}  {', '.join(key[: 1 + several]):<{widest}}"
+            print(f"{told}  {'':15}{cells}")
         if found["skipped"]:
             print(f"  skipped: {told_skipped(found['skipped'])}")
     print(f"written to {options.out}/index.html")
+
+
+def _cell(error: float | None) -> str:
+    return "-" if error is None else f"{error:.3g}"

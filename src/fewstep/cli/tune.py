@@ -38,7 +38,10 @@ class TuneOptions(Prompted):
     final: str = final_option()
     minutes: float = option(0.0, "spend about so long; 0: what suits the speed of the network")
     evaluations: int = option(0, "spend about so many network evaluations (one sample, one call), instead of --minutes")
-    trajectories: int = option(0, "exact paths to fit to, instead of --minutes; trials and validation grow with them")
+    trajectories: int = option(
+        0,
+        "exact paths to fit to, instead of --minutes, trials and validation grow with them; 0: what suits the speed of the network",
+    )
     seed: int = option(0, "of the noise that is drawn")
     batch: int = option(256, "the most samples of a network call")
     out: str = option("tuned", "folder for plan-N.safetensors, index.html, results.json and the pictures")
@@ -128,7 +131,10 @@ def _told_how_to_go_on(unfinished: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if unfinished.exists():
+        kept = sorted(file.name for file in unfinished.glob("*")) if unfinished.is_dir() else []
+        if kept == ["spending.json"]:
+            print("\nstopped before the exact paths were finished: the same command begins with them again.", file=sys.stderr)
+        elif kept:
             print(f"\nstopped: what is finished is kept in {unfinished}, and the same command goes on from there.", file=sys.stderr)
         raise
 

@@ -411,7 +411,8 @@ def load_file(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dt
     if kind == "v1" and not any(
         key.startswith("model.diffusion_model.") for key in tensors
     ):  # what diffusers takes anything else for
-        raise ArtefactError(f"{path} is no checkpoint of a model that is known.")
+        part = f" It looks like a part of one: load its folder, {path.parent}." if (path.parent / CONFIG).is_file() else ""
+        raise ArtefactError(f"{path} is no checkpoint of a model that is known.{part}")
     if kind not in SINGLE_FILES:
         raise UnknownNameError("kind of checkpoint", kind, SINGLE_FILES, "It is not served.")
     with _explained(path):

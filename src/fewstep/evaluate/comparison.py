@@ -486,9 +486,10 @@ class _Section:
 
     def errors(self, curves: Sequence[Key] | None) -> None:
         found, figures = self.found, self.found.figures("error")
-        low, high = found.info.data_range or (-1.0, 1.0)
+        span = found.info.data_range
         self.report.heading("Error against calls", 3)
-        caption = f"{found.model}: RMS error against the exact solution, {found.count} samples; values span {low:g} to {high:g}"
+        units = "in units of the samples (latents have no range)" if span is None else f"values span {span[0]:g} to {span[1]:g}"
+        caption = f"{found.model}: RMS error against the exact solution, {found.count} samples; {units}"
         unknown = any(error < found.exact_error for error in found.errors().values())
         levels = {"exact solution known to": found.exact_error} if unknown else {}
         ranked = [place.key for place in found.ranking("error")]

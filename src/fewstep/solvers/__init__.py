@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -153,6 +154,9 @@ def make_solver(name: str, **options: Any) -> Solver:
     if name not in SOLVERS:
         raise UnknownNameError("solver", name, SOLVERS, _names_of_class(name), listed="`fewstep solvers` or fewstep.solver_names()")
     solver, defaults = SOLVERS[name]
+    known = [field.name for field in dataclasses.fields(solver)]  # type: ignore[arg-type]
+    if unknown := [option for option in options if option not in known]:
+        raise TypeError(f"{unknown[0]} is no option of the solver {name!r}, which has: {', '.join(sorted(known)) or 'none'}.")
     return solver(**{**defaults, **options})
 
 

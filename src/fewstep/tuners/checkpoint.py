@@ -173,8 +173,8 @@ class Checkpoint:
     def _check(self, document: dict[str, Any], path: Path) -> None:
         if document.get("key") != self.key:
             raise ArtefactError(
-                f"{path} is of another run (model, conditions, options or noise differ). Give another folder, or remove this one "
-                f"(fewstep tune: --fresh)."
+                f"the folder {self.folder} is of another run, as {path.name} in it says (model, conditions, options or noise differ). Give "
+                f"another folder, or remove that one (fewstep tune: --fresh)."
             )
 
 
