@@ -192,7 +192,8 @@ class Report:
 
         def cell(tag: str, i: int, j: int, content: str) -> str:
             classes = " ".join(name for name, cells in (("best", (i, j) in best), ("text", j in text)) if cells)
-            kind = f' class="{classes}"' if classes else ""
+            quote = '"' if " " in classes else ""
+            kind = f" class={quote}{classes}{quote}" if classes else ""
             return f"<{tag}{kind}>{html.escape(content)}</{tag}>"
 
         lines = ["".join(cell("th", -1, j, content) for j, content in enumerate(head))]
