@@ -26,7 +26,7 @@ ELSEWHERE = {
     "timesteps.md": "minutes",
 }
 """Pages whose examples need more than this namespace, and where the same is tested; or that tune a network for minutes."""
-SLOW = ("fs.tune(", "kdiffusion_sampler(", "path/to/", "cuda", "teleport_skip", "raw,")
+SLOW = ("fs.tune(", "pipe.scheduler", "kdiffusion_sampler(", "path/to/", "cuda", "teleport_skip", "raw,")
 """What a block holds that is left out."""
 
 

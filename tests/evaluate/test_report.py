@@ -144,7 +144,7 @@ def test_candidates_run_equal_plans_once_and_say_what_is_left_out(monkeypatch):
 def test_candidates_have_or_tell_of_every_method():
     found = candidates(fs.schedules.VPLinear(), [5])
     assert "epsilon_scale" in {name for name, _, _ in found.plans}
-    assert set(found.skipped) == {"Compensated", "DPMSolverV3", "Mixed", "Teleport", "TimeShift", "adaptive"}
+    assert set(found.skipped) == {"Compensated", "DPMSolverV3", "Mixed", "Restart", "Teleport", "TimeShift", "adaptive"}
     for name, reason in found.skipped.items():
         assert hasattr(fs.solvers, name) or hasattr(fs, name)
         assert reason != found.skipped.get("Mixed") or name == "Mixed"  # every reason is its own

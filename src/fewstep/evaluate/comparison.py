@@ -44,6 +44,7 @@ SHOWN_LINES = 6
 UNNAMED: dict[str, Solver] = {"epsilon_scale": solvers.EpsilonScale(solvers.DPMSolverPP(order=2))}
 """Solvers that need nothing of a model but have no name in `fewstep.solver_names`: they run as well, around the solver of "dualfast"."""
 LEFT_OUT = {
+    "Restart": "it goes over an interval of noise levels again, which has to be chosen",
     "Compensated": "its ratios are searched for a model, a grid and a number of calls",
     "DPMSolverV3": "its statistics are computed for a model",
     "Mixed": "its recipe is written or searched for a number of calls",
