@@ -390,7 +390,8 @@ def test_configs_for_other_networks_are_refused(name):
 def test_every_scheduler_has_a_row():
     """But not the abstract ones, and enumerations."""
     rows = {row["theirs"] for row in ROWS["schedulers"]}
-    classes = {name: getattr(diffusers.schedulers, name) for name in dir(diffusers.schedulers) if name.endswith("Scheduler")}
+    names = [name for name in dir(diffusers.schedulers) if name.endswith("Scheduler")]
+    classes = {name: getattr(diffusers.schedulers, name, None) for name in names}  # None: a library for this class is missing
     assert len(classes) > 20
     assert {name for name, found in classes.items() if inspect.isclass(found)} <= rows
 

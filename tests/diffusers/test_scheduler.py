@@ -185,12 +185,17 @@ def test_dynamic_shift():
         ours.set_timesteps(6)
 
 
-@pytest.mark.parametrize("solver", ["ddim", "ddpm", "unipc"])
-def test_a_default_spacing_is_kept(solver):
-    """That of DPM-Solver++ is "linspace", DDIM's "leading", which begins below the first timestep."""
+DEFAULT = [999, 749, 500, 250]
+
+
+@pytest.mark.parametrize(
+    ("solver", "times"), [*((name, DEFAULT) for name in ("ddim", "ddpm", "unipc")), ("pndm", [999, 666, 666, 333])]
+)
+def test_a_default_spacing_is_kept(solver, times):
+    """That of DPM-Solver++ is "linspace", DDIM's "leading", which begins below the first timestep. PNDM calls twice at its second."""
     ours = made(solver, diffusers.DPMSolverMultistepScheduler().config)
     ours.set_timesteps(4)
-    assert ours.timesteps.tolist() == [999, 749, 500, 250]
+    assert ours.timesteps.tolist() == times
 
 
 @pytest.mark.parametrize(("solver", "end"), [("lcm", 0.0), ("tcd", 0.0292)])

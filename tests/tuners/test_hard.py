@@ -33,7 +33,7 @@ def candidates(task):
 
 def test_mined_paths_are_those_on_which_the_plans_are_farthest_apart(task, candidates):
     plan = candidates[-1].plan
-    found = hard.mined(task, plan, **POOL)
+    found = hard.mined(task, plan, **POOL).paths
     noise, _ = task.draw.stream(hard.MINING, 5, 0)(POOL["pool"])
     apart = distances(*(fs.sample(task.denoiser, noise, each) for each in (plan, candidates[0].plan)))
     ours = distances(*(fs.sample(task.denoiser, found.noise, each) for each in (plan, candidates[0].plan)))
@@ -70,7 +70,7 @@ def test_what_fails_its_challenge_is_not_chosen(task, candidates, monkeypatch):
 
 
 def test_paths_join_with_their_weights(task):
-    first, second = task.fit.take(slice(3)), hard.mined(task, task.untuned(4).plan, pool=8, count=2)
+    first, second = task.fit.take(slice(3)), hard.mined(task, task.untuned(4).plan, pool=8, count=2).paths
     both = first.joined(second)
     assert both.count == 5
     assert both.weights is not None

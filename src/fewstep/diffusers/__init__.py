@@ -28,10 +28,12 @@ from torch import Tensor
 from fewstep.artefacts import json_value
 from fewstep.denoisers import Clipped, DynamicThreshold
 from fewstep.diffusers.config import (
+    CURVE_SETTINGS,
     FOLLOWED,
     OF_THE_MODEL,
     ORIGINAL_STEPS,
     betas_of,
+    betas_of_bars,
     check_config,
     final_of,
     rule_of,
@@ -229,7 +231,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         _take_options(cls._get_init_keys(cls), config, kwargs)
         if "solver" in kwargs:
             kwargs.setdefault("plan", None)
-        if kwargs.get("solver") in ("ddim", "ddpm") and config.get("timestep_spacing") == "linspace":  # also where it is a default
+        if rule_of(kwargs).name == "ddim" and config.get("timestep_spacing") == "linspace":  # also where it is a default
             kwargs.setdefault("timestep_spacing", "linspace")
         was_ours = "solver" in config
         kwargs = {**({} if was_ours else _defaults_of_model(config)), **unsaid(config), **kwargs}
@@ -692,7 +694,7 @@ def _settings_of(peer: type) -> set[str]:
 
 def _log_linear(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings for levels uniform in log sigma that end at the least noisy entry, unless others are chosen."""
-    if any(config.get(name) for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")):
+    if any(config.get(name) for name in CURVE_SETTINGS):
         return {}
     return {"use_exponential_sigmas": True, "final_sigmas_type": "sigma_min"}
 
@@ -742,7 +744,6 @@ def _config_of(schedule: NoiseSchedule) -> dict[str, Any]:
     if isinstance(schedule, FromBetas):
         return {"trained_betas": list(schedule.betas), "num_train_timesteps": len(schedule.betas)}
     if isinstance(schedule, FromAlphasCumprod):
-        bars = np.asarray(schedule.alphas_cumprod)
-        betas = 1.0 - np.concatenate([bars[:1], bars[1:] / bars[:-1]])
+        betas = betas_of_bars(np.asarray(schedule.alphas_cumprod))
         return {"trained_betas": betas.tolist(), "num_train_timesteps": len(betas)}
     raise PlanError(f"a plan for {type(schedule).__name__} needs config=, that of the pipeline's scheduler.")

@@ -17,12 +17,14 @@ from fewstep.errors import GridError, MissingExtraError, PlanError, UnknownNameE
 from fewstep.schedules import EDM, Flow, FromAlphasCumprod, FromBetas, NoiseSchedule
 
 __all__ = [
+    "CURVE_SETTINGS",
     "FOLLOWED",
     "OF_THE_MODEL",
     "ORIGINAL_STEPS",
     "PREDICTS",
     "Rule",
     "betas_of",
+    "betas_of_bars",
     "check_config",
     "final_of",
     "is_edm",
@@ -52,6 +54,8 @@ TIMESTEPS = ("discrete", "continuous", "arctangent")
 """What networks are told of sigma / alpha: an index of a table, log(sigma) / 4, or the angle over a right angle."""
 SHAPES = {"karras": "use_karras_sigmas", "exponential": "use_exponential_sigmas"}
 """How the schedulers for preconditioned networks call the spacings of sigmas, and how the others do."""
+CURVE_SETTINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+"""Settings that exclude each other."""
 RHO, BETA = 7.0, 0.6
 """The exponent of Karras sigmas, and both parameters of the Beta distribution of "beta" sigmas."""
 ORIGINAL_STEPS = 50
@@ -215,7 +219,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     ):
         if name in config and config[name] not in known:
             raise UnknownNameError(name, config[name], [known_name for known_name in known if known_name])
-    chosen = [name for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if config.get(name)]
+    chosen = [name for name in CURVE_SETTINGS if config.get(name)]
     if len(chosen) > 1:
         raise ValueError(f"only one of {', '.join(chosen)} can be used.")
 
@@ -281,6 +285,11 @@ def betas_of(config: Mapping[str, Any]) -> Floats:
     return _zero_snr(betas) if config.get("rescale_betas_zero_snr") else betas
 
 
+def betas_of_bars(bars: Floats) -> Floats:
+    """The betas ``"N"`` of a table of alpha_cumprod ``"N"``."""
+    return 1.0 - np.concatenate([bars[:1], bars[1:] / bars[:-1]])
+
+
 def _cosine(t: float) -> float:
     return math.cos((t + 0.008) / 1.008 * math.pi / 2.0) ** 2
 
@@ -307,15 +316,13 @@ RAMPS: dict[str, Callable[[float, float, int], Floats]] = {
 def _with_less_signal(betas: Floats, scale: float) -> Floats:
     """Betas whose signal-to-noise ratio is that of the given ones over `scale` (CogVideoX)."""
     bars = np.cumprod(1.0 - betas)
-    bars = bars / (scale + (1.0 - scale) * bars)
-    return 1.0 - np.concatenate([bars[:1], bars[1:] / bars[:-1]])
+    return betas_of_bars(bars / (scale + (1.0 - scale) * bars))
 
 
 def _zero_snr(betas: Floats) -> Floats:
     """Betas whose last alpha_cumprod is 0 ("Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891, alg. 1)."""
     root = np.sqrt(np.cumprod(1.0 - betas))
-    bars = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    return 1.0 - np.concatenate([bars[:1], bars[1:] / bars[:-1]])
+    return betas_of_bars(((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2)
 
 
 def same_noise(a: NoiseSchedule, b: NoiseSchedule) -> bool:
@@ -607,8 +614,7 @@ def _shifted(sigmas: Floats, shift: float) -> Floats:
 
 def _curves_of(config: Mapping[str, Any]) -> list[str]:
     """The settings that place sigmas on a curve, whatever the timesteps."""
-    names = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-    return [name for name in names if config.get(name)]
+    return [name for name in (*CURVE_SETTINGS, "use_lu_lambdas") if config.get(name)]
 
 
 def _curve(config: Mapping[str, Any], high: float, low: float, nodes: int) -> Floats:

@@ -54,6 +54,10 @@ class _Ancestral(Solver):
         if not (math.isfinite(self.s_noise) and self.s_noise > 0.0):
             raise ValueError(f"s_noise must be positive, got {self.s_noise:g}.")
 
+    @property
+    def claimed_order(self) -> int:
+        return 1
+
 
 @dataclass(frozen=True)
 class EulerAncestral(_Ancestral):
@@ -73,10 +77,6 @@ class EulerAncestral(_Ancestral):
     """
 
     source: ClassVar[str] = "Denoising Diffusion Probabilistic Models, arXiv 2006.11239"
-
-    @property
-    def claimed_order(self) -> int:
-        return 1
 
     def rows(self, schedule: NoiseSchedule, times: Floats, calls: Sequence[int]) -> Iterator[Row]:
         steps = _Steps(schedule, times, self)
@@ -102,17 +102,33 @@ class FlowAncestral(_Ancestral):
 
     source: ClassVar[str] = "Flow Straight and Fast, arXiv 2209.03003"
 
-    @property
-    def claimed_order(self) -> int:
-        return 1
-
     def rows(self, schedule: NoiseSchedule, times: Floats, calls: Sequence[int]) -> Iterator[Row]:
         steps = _Steps(schedule, times, self, rate=self.eta)
         return (steps.euler(k, steps.fresh_of_flow(k)) for k in range(len(calls)))
 
 
+class _SecondOrder(_Ancestral):
+    """A second call inside every step, but for those from alpha = 0 or into sigma = 0."""
+
+    cost: ClassVar[str] = "2 calls a step"
+    of_noise: ClassVar[bool]
+
+    @property
+    def claimed_order(self) -> int:
+        return 1 if self.eta else 2
+
+    @property
+    def stages(self) -> int:
+        return 2
+
+    def rows(self, schedule: NoiseSchedule, times: Floats, calls: Sequence[int]) -> Iterator[Row]:
+        steps = _Steps(schedule, times, self)
+        for k, count in enumerate(calls):
+            yield from steps.second_order(k, of_noise=self.of_noise) if count == 2 else (steps.euler(k, steps.fresh(k)),)
+
+
 @dataclass(frozen=True)
-class DPM2Ancestral(_Ancestral):
+class DPM2Ancestral(_SecondOrder):
     """DPM-Solver-2 with ancestral steps ("DPM2 a"): two calls a step, and one for a step from alpha = 0 or into sigma = 0.
 
     Args:
@@ -128,24 +144,11 @@ class DPM2Ancestral(_Ancestral):
     """
 
     source: ClassVar[str] = "DPM-Solver, arXiv 2206.00927"
-    cost: ClassVar[str] = "2 calls a step"
-
-    @property
-    def claimed_order(self) -> int:
-        return 1 if self.eta else 2
-
-    @property
-    def stages(self) -> int:
-        return 2
-
-    def rows(self, schedule: NoiseSchedule, times: Floats, calls: Sequence[int]) -> Iterator[Row]:
-        steps = _Steps(schedule, times, self)
-        for k, count in enumerate(calls):
-            yield from steps.second_order(k, of_noise=True) if count == 2 else (steps.euler(k, steps.fresh(k)),)
+    of_noise: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
-class DPMPP2SAncestral(_Ancestral):
+class DPMPP2SAncestral(_SecondOrder):
     """DPM-Solver++(2S) with ancestral steps ("DPM++ 2S a"): two calls a step, and one for a step from alpha = 0 or into sigma = 0.
 
     Args:
@@ -162,20 +165,7 @@ class DPMPP2SAncestral(_Ancestral):
     """
 
     source: ClassVar[str] = "DPM-Solver++, arXiv 2211.01095"
-    cost: ClassVar[str] = "2 calls a step"
-
-    @property
-    def claimed_order(self) -> int:
-        return 1 if self.eta else 2
-
-    @property
-    def stages(self) -> int:
-        return 2
-
-    def rows(self, schedule: NoiseSchedule, times: Floats, calls: Sequence[int]) -> Iterator[Row]:
-        steps = _Steps(schedule, times, self)
-        for k, count in enumerate(calls):
-            yield from steps.second_order(k, of_noise=False) if count == 2 else (steps.euler(k, steps.fresh(k)),)
+    of_noise: ClassVar[bool] = False
 
 
 class _Inside(NamedTuple):

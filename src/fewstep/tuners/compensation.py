@@ -184,7 +184,7 @@ def _nearer(denoiser: Counted, plan: Plan, other: Plan, paths: Paths) -> bool:
     """Whether a plan is nearer to the exact samples than another, in mean square, by more than a standard error of the difference."""
     runs = (sample(denoiser, paths.noise, each, cond=paths.cond, check=False) for each in (other, plan))
     before, after = (distances(samples, paths.target) ** 2 for samples in runs)
-    gains = (before - after) * (1.0 if paths.weights is None else paths.weights)
+    gains = (before - after) * paths.shares
     return bool(gains.mean() > gains.std() / np.sqrt(len(gains)))
 
 

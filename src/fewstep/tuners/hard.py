@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from fewstep.sampler import sample
 from fewstep.tuners.paths import Paths, take_rows
 from fewstep.tuners.task import Candidate, Task, distances
 
-__all__ = ["CHALLENGED", "challenged", "led_astray", "mined"]
+__all__ = ["CHALLENGED", "Mined", "challenged", "mined"]
 
 Floats = NDArray[np.float64]
 MINED_WEIGHT = 0.2
@@ -33,18 +34,21 @@ MINING, CHALLENGE = 1, 2
 """Streams of noise."""
 
 
-def mined(task: Task, plan: Plan, *, pool: int, count: int, turn: int = 0) -> Paths:
+class Mined(NamedTuple):
+    """Exact paths, and whether the plan that they were sought for has a larger mean squared error on them than the best untuned one."""
+
+    paths: Paths
+    led_astray: bool
+
+
+def mined(task: Task, plan: Plan, *, pool: int, count: int, turn: int = 0) -> Mined:
     """Exact paths of the `count` noises of a pool, another one every turn, on which the plan is farthest from the best untuned one."""
     noise, cond = task.draw.stream(MINING, plan.nfe, turn)(pool)
     runs = [sample(task.denoiser, noise, each, cond=cond, check=False) for each in (task.untuned(plan.nfe).plan, plan)]
     picked = torch.from_numpy(_farthest(_between(*runs), count)).to(noise.device)
-    return replace(task.trace(noise[picked], take_rows(cond, picked)), weights=np.full(len(picked), MINED_WEIGHT))
-
-
-def led_astray(task: Task, plan: Plan, paths: Paths) -> bool:
-    """Whether the plan's mean squared error on these paths is above that of the best untuned plan."""
-    mine, untuned = (distances(task.run(each, paths), paths.target) for each in (plan, task.untuned(plan.nfe).plan))
-    return bool((mine**2).mean() > (untuned**2).mean())
+    paths = replace(task.trace(noise[picked], take_rows(cond, picked)), weights=np.full(len(picked), MINED_WEIGHT))
+    untuned, mine = ((distances(run[picked], paths.target) ** 2).mean() for run in runs)
+    return Mined(paths, bool(mine > untuned))
 
 
 def challenged(task: Task, candidates: Sequence[Candidate], *, pool: int, count: int) -> list[tuple[float, float]]:
@@ -72,13 +76,14 @@ def challenged(task: Task, candidates: Sequence[Candidate], *, pool: int, count:
     target = task.trace(noise[picked], take_rows(cond, picked)).target
     held_out = [task.run(plan, task.held_out) for plan in plans]
     near = np.max([_between(held_out[0], run) for run in held_out[1:]], axis=0) <= apart[rows].min()
-    weights = np.ones(len(near)) if task.held_out.weights is None else task.held_out.weights
     share = len(rows) / pool if near.any() else 1.0
 
     def error(k: int) -> float:
         far = float(np.mean(distances(runs[k][picked], target) ** 2))
         rest = distances(held_out[k], task.held_out.target)[near] ** 2
-        return math.sqrt(share * far + (1.0 - share) * float(np.average(rest, weights=weights[near])) if near.any() else far)
+        return math.sqrt(
+            share * far + (1.0 - share) * float(np.average(rest, weights=task.held_out.shares[near])) if near.any() else far
+        )
 
     return [(error(k), error(0)) for k in range(1, len(plans))]
 

@@ -38,7 +38,7 @@ from fewstep.errors import UnknownNameError
 from fewstep.grids import make_grid
 from fewstep.plan import Plan
 from fewstep.solvers import Adams
-from fewstep.tuners.hard import led_astray, mined
+from fewstep.tuners.hard import mined
 from fewstep.tuners.numbers import Numbers, combined, flat
 from fewstep.tuners.paths import Paths
 from fewstep.tuners.polish import Polisher, damped, differences, from_differences
@@ -118,11 +118,10 @@ class Learned:
             polished, jacobian = polisher.paired(numbers, self.polish, robust)
             yield told, polished
             for turn in range(ROUNDS if self.hard else 0):
-                plan = polished.plan(task.schedule, {})
-                found = mined(task, plan, pool=self.hard_pool, count=self.hard, turn=turn)
-                if turn and not led_astray(task, plan, found):
+                found = mined(task, polished.plan(task.schedule, {}), pool=self.hard_pool, count=self.hard, turn=turn)
+                if turn and not found.led_astray:
                     break
-                polisher, jacobian = polisher.with_paths(found, polished, jacobian)
+                polisher, jacobian = polisher.with_paths(found.paths, polished, jacobian)
                 polished, jacobian = polisher.paired(polished, 1, MINED_ROBUST * robust, jacobian)
                 told += ", mined" if not turn else " again"
                 yield told, polished

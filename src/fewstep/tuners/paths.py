@@ -71,6 +71,11 @@ class Paths:
         """How many paths."""
         return self.states.shape[1]
 
+    @property
+    def shares(self) -> Floats:
+        """``"batch"``: the weights, 1 where there are none."""
+        return np.ones(self.count) if self.weights is None else self.weights
+
     def at(self, t: float) -> Tensor:
         """``"batch *shape"``: the states at a time between the first and the last.
 
@@ -116,14 +121,13 @@ class Paths:
 
     def joined(self, other: Paths) -> Paths:
         """These and others on the same grid, or the ends of both."""
-        weights = [np.ones(paths.count) if paths.weights is None else paths.weights for paths in (self, other)]
         return replace(
             self,
             states=torch.cat([self.states, other.states], 1),
             predictions=torch.cat([self.predictions, other.predictions], 1),
             target=torch.cat([self.target, other.target]),
             cond={name: join_rows(value, other.cond[name]) for name, value in self.cond.items()},
-            weights=np.concatenate(weights),
+            weights=np.concatenate([self.shares, other.shares]),
         )
 
 

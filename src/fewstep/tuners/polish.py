@@ -135,8 +135,7 @@ class Polisher:
         paths, shape = self.paths, tuple(self.paths.noise.shape[1:])
         states, outputs = self.run(numbers, paths)
         errors = distances(states[-1], paths.target)
-        shares = np.ones(len(errors)) if paths.weights is None else paths.weights
-        weights = shares / (1.0 + errors**2 / max(robust * np.median(errors), 1e-150) ** 2)
+        weights = paths.shares / (1.0 + errors**2 / max(robust * np.median(errors), 1e-150) ** 2)
         weights = torch.from_numpy(weights).to(states[-1].device)
         basis = torch.stack(differences([flat(term) for term in (states[-2], *reversed(outputs))]))
         weighted, residual = basis * weights[:, None], flat(paths.target - states[-1])

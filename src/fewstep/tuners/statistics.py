@@ -248,8 +248,7 @@ class _Moments:
         if self.jvp == "auto":
             self.jvp = _working_derivative(self.denoiser, part, signs[0])
         self.precision = self.denoiser.precision or part.noise.dtype
-        weights = torch.ones(part.count) if part.weights is None else torch.from_numpy(part.weights)
-        weights = weights.double().to(part.noise.device)
+        weights = torch.from_numpy(part.shares).double().to(part.noise.device)
         for k, t in enumerate(self.times.tolist()):
             slope, y, r = self._values(part, signs, t, float(self.alpha[k]))
             if len(self.pilots) == k:

@@ -215,8 +215,7 @@ class Task:
     def _gain(self, errors: np.ndarray, nfe: int) -> float:
         """Of a plan with these errors over the best untuned one; one sample alone can make it 1."""
         base = self._squares[id(self.untuned(nfe).plan)]
-        weights = np.ones(len(errors)) if self.held_out.weights is None else self.held_out.weights
-        gains = weights * (base - errors**2)
+        gains = self.held_out.shares * (base - errors**2)
         if not np.isfinite(gains).all():
             return -math.inf
         spread = float(gains.std()) / math.sqrt(len(gains))
