@@ -1,14 +1,16 @@
 """Noise on which plans go wrong is found, mended and judged on."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import fewstep as fs
-from fewstep.tuners import Effort, Learned, hard
+from fewstep.tuners import Effort, Learned, auto, hard
 from fewstep.tuners.draws import Draws
 from fewstep.tuners.preparation import prepare
-from fewstep.tuners.result import best_of, settled
+from fewstep.tuners.result import best_of, ratio_of, settled
 from fewstep.tuners.task import Counted, distances, errors_of
 
 EFFORT = Effort(trajectories=64, held_out=256, pool=2, hard_pool=2048, hard=256, trials=20, trial_paths=64, polish=3)
@@ -67,6 +69,22 @@ def test_what_fails_its_challenge_is_not_chosen(task, candidates, monkeypatch):
     after = settled(task, candidates, EFFORT)
     assert best_of(after) is candidates[0]
     assert sum(heard) == sum(c.challenge is not None for c in after) > 0
+
+
+@pytest.mark.parametrize("method", ["learned", "auto"])
+def test_what_is_refused_is_learned_once_more_from_the_untuned_plan(task, monkeypatch, method):
+    """And if that is refused too, ``"auto"`` goes on to the other methods, whatever the validation noise says."""
+    effort = replace(EFFORT, trials=5, polish=1, hard=8, hard_pool=64)
+    for name in auto.OTHERS:  # no other method is too dear, but the last three are
+        monkeypatch.setitem(auto.PRICES, name, lambda effort, nfe, name=name: 0 if name in auto.OTHERS[:2] else 10**9)
+    monkeypatch.setattr("fewstep.tuners.result.challenged", lambda task, found, **_: [(2.0, 1.0)] * len(found))
+    found = auto._candidates(task, 5, method, effort, None)
+    names = [candidate.name for candidate in found]
+    assert any(name.startswith("learned: polish") for name in names)
+    assert any(name.startswith("learned: start, polish") for name in names)
+    assert any(name.startswith("compensation") for name in names) == (method == "auto"), names
+    assert best_of(found) is found[0]
+    assert ratio_of(found) == 1.0
 
 
 def test_paths_join_with_their_weights(task):

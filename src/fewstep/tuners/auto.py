@@ -23,7 +23,7 @@ from fewstep.tuners.learned import Learned
 from fewstep.tuners.numbers import Numbers
 from fewstep.tuners.preparation import checked_denoiser, checked_starts, prepare, probe
 from fewstep.tuners.progress import Bar
-from fewstep.tuners.result import Tuned, best_of, settled, summarised
+from fewstep.tuners.result import Tuned, best_of, ratio_of, settled, summarised
 from fewstep.tuners.search import recipe
 from fewstep.tuners.statistics import statistics_candidates
 from fewstep.tuners.task import Candidate, Counted, Task
@@ -171,7 +171,7 @@ def _run(task: Task, calls: list[int], method: str, spending: Spending, kept: Ch
         left = None
         if spending.budget is not None:
             left = (spending.budget - counted.evaluations) * n // sum(m for m in calls if m >= n)
-        candidates[n] = finished or settled(task, list(_candidates(task, n, method, spending.effort, left)), spending.effort)
+        candidates[n] = finished or _candidates(task, n, method, spending.effort, left)
         if kept and not finished:
             kept.save_candidates(n, candidates[n])
             kept.save_spending(_spent(task, spending))
@@ -189,15 +189,25 @@ def closed_form(task: Task, nfe: int, effort: Effort) -> Iterator[Candidate]:
 
 def learned(task: Task, nfe: int, effort: Effort) -> Iterator[Candidate]:
     """The three stages of `Learned`; if there is a plan to start from, its polish, and the three stages if that gains little."""
-    told = asdict(effort)
-    options = Learned(**{name: told[name] for name in ("trials", "trial_paths", "polish", "robust", "hard", "hard_pool")})
     start, found = task.starts.get(nfe), []
     if start is not None:
-        for candidate in _learned(task, nfe, options, Numbers.of(start)):
+        for candidate in _learned(task, nfe, _options(effort), Numbers.of(start)):
             found.append(candidate)
             yield candidate
     if not found or min(candidate.errors.rms for candidate in found) > FAR * task.untuned(nfe).errors.rms:
-        yield from _learned(task, nfe, options)
+        yield from _learned(task, nfe, _options(effort))
+
+
+def from_untuned(task: Task, nfe: int, effort: Effort) -> Iterator[Candidate]:
+    """The polish of `Learned` from the best untuned plan, whose times differ from those that were searched: what the one leads astray,
+    the other may not.
+    """
+    return _learned(task, nfe, _options(effort), Numbers.of(task.untuned(nfe).plan))
+
+
+def _options(effort: Effort) -> Learned:
+    told = asdict(effort)
+    return Learned(**{name: told[name] for name in ("trials", "trial_paths", "polish", "robust", "hard", "hard_pool")})
 
 
 def _learned(task: Task, nfe: int, options: Learned, start: Numbers | None = None) -> Iterator[Candidate]:
@@ -222,25 +232,35 @@ OTHERS = ("compensation", "statistics", "teleport", "recipe", "timesteps")
 """What ``"auto"`` tries after ``"learned"``, in the order of what they are expected to gain for their price."""
 
 
-def _candidates(task: Task, nfe: int, method: str, effort: Effort, budget: int | None) -> Iterator[Candidate]:
-    """The best untuned plan, then what the method makes, or all of them."""
+def _candidates(task: Task, nfe: int, method: str, effort: Effort, budget: int | None) -> list[Candidate]:
+    """The best untuned plan, then what the method makes, or all of them, challenged."""
     begun = task.denoiser.evaluations
     base = task.untuned(nfe)
     task.report(f"{nfe} calls: {base.name} is the best untuned setting, error {base.errors.rms:.4g}")
-    yield base
     found = [base]
     for name in ("learned", *OTHERS) if method == "auto" else (method,):
-        if len(found) > 1 and name in OTHERS:
+        if len(found) > 1:
             spent, price = task.denoiser.evaluations - begun, PRICES[name](effort, nfe)
-            enough = best_of(found).errors.rms <= ENOUGH * base.errors.rms or price > spent
+            enough = ratio_of(found) <= ENOUGH or price > spent
             if enough if budget is None else spent + price > budget:
                 continue
         try:
-            for candidate in MAKERS[name](task, nfe, effort):
-                task.report(f"{nfe} calls: {candidate.name}, error {candidate.errors.rms:.4g}")
-                found.append(candidate)
-                yield candidate
+            found = settled(task, _told(task, found, MAKERS[name](task, nfe, effort)), effort)
         except MissingExtraError as error:
             if method != "auto" or name == "learned":
                 raise
             task.report(f"{nfe} calls: {name} is left out. {error}")
+            continue
+        if name == "learned" and not best_of(found).tuned and effort.polish:
+            task.report(f"{nfe} calls: learned once more, from {base.name}")
+            found = settled(task, _told(task, found, from_untuned(task, nfe, effort)), effort)
+    return found
+
+
+def _told(task: Task, found: list[Candidate], more: Iterator[Candidate]) -> list[Candidate]:
+    """With those candidates too."""
+    found = [*found]
+    for candidate in more:
+        task.report(f"{candidate.plan.nfe} calls: {candidate.name}, error {candidate.errors.rms:.4g}")
+        found.append(candidate)
+    return found

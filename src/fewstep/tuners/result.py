@@ -14,7 +14,7 @@ from fewstep.tuners.hard import CHALLENGED, challenged
 from fewstep.tuners.task import Candidate, Task
 from fewstep.version import __version__
 
-__all__ = ["Tuned", "best_of", "settled", "summarised"]
+__all__ = ["Tuned", "best_of", "ratio_of", "settled", "summarised"]
 
 SURE = 0.5
 """Standard errors by which a tuned plan's mean squared error must be less."""
@@ -86,6 +86,13 @@ def best_of(tried: list[Candidate]) -> Candidate:
     return next(iter(passed or [c for c in sure if c.challenge is None] or tried))
 
 
+def ratio_of(tried: list[Candidate]) -> float:
+    """The root mean square error of the best over that of the untuned plan, both with hard noise if the best was challenged."""
+    best, base = best_of(tried), tried[0]
+    error, untuned = best.challenge or (best.errors.rms, base.errors.rms)
+    return error / untuned if untuned > 0.0 else 1.0
+
+
 def _sure(tried: list[Candidate]) -> list[Candidate]:
     """What is better than the untuned plan on the validation noise, best first."""
     base = tried[0]
@@ -131,7 +138,7 @@ def summarised(task: Task, candidates: dict[int, list[Candidate]], method: str, 
             plans[nfe] = replace(best.plan, provenance=provenance)
         told[str(nfe)] = {
             "best": best.name,
-            "ratio": rms / untuned_rms if untuned_rms > 0.0 else 1.0,
+            "ratio": ratio_of(tried),
             **validation,
             "candidates": [c.told for c in tried],
         }
