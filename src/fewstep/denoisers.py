@@ -25,7 +25,7 @@ from fewstep.errors import NetworkError, PlanError
 from fewstep.predictions import check_prediction, data_coefficients
 from fewstep.schedules import FromAlphasCumprod, FromBetas, NoiseSchedule
 
-__all__ = ["Clipped", "Denoiser", "DynamicThreshold", "ModelInfo", "check_conditions"]
+__all__ = ["Around", "Clipped", "Denoiser", "DynamicThreshold", "ModelInfo", "check_conditions", "innermost"]
 
 REMEMBERED_TIMES = 4096
 """How many times a denoiser remembers the coefficients of, so that a loop computes none."""
@@ -203,22 +203,38 @@ def _parameter_dtype(network: object) -> torch.dtype | None:
 # ---- thresholding ------------------------------------------------------------------------------------------------------------------
 
 
-class _Limited(abc.ABC):
-    """A denoiser around another, the prediction of which it limits. Everything else is the other's."""
+class Around:
+    """A denoiser around another: what it does not have itself, such as the schedule, calls, jumps, guidance and info, is the other's."""
 
     def __init__(self, denoiser: Callable[..., Tensor]):
         if not callable(denoiser):
             raise TypeError(f"denoiser must be callable as denoiser(x, t, **cond), got {type(denoiser).__name__}.")
         self.denoiser = denoiser
 
-    def __call__(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
-        return self._limit(self.denoiser(x, t, **cond))
-
     def __getattr__(self, name: str) -> Any:
-        """The schedule, calls, jumps, guidance and info of the denoiser."""
         if name.startswith("_") or name == "denoiser":  # what copies and pickles ask before there is a denoiser
             raise AttributeError(name)
         return getattr(self.denoiser, name)
+
+
+def innermost(denoiser: object, name: str) -> Any:
+    """An attribute of a denoiser or, where it has none of that name, of the one that it is around, and so on; None if there is none.
+
+    Example:
+        >>> import fewstep as fs
+        >>> innermost(fs.guidance.ClassifierFree(fs.load("digits"), 3.0, {"label": 10}), "predicts")
+        'velocity'
+    """
+    while not hasattr(denoiser, name) and hasattr(denoiser, "denoiser"):
+        denoiser = denoiser.denoiser  # type: ignore[attr-defined]
+    return getattr(denoiser, name, None)
+
+
+class _Limited(Around, abc.ABC):
+    """A denoiser around another, the prediction of which it limits."""
+
+    def __call__(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        return self._limit(self.denoiser(x, t, **cond))
 
     def with_scale(self, guidance_scale: float) -> Any:
         """The same limits around the denoiser with guidance of another scale.
@@ -366,10 +382,7 @@ def _check_embeddings(denoiser: object, names: tuple[str, ...], cond: Mapping[st
     takes = f"this model takes {', '.join(map(repr, names))}, a tensor with one entry a sample" + (
         "" if len(names) == 1 else " each"
     )
-    innermost = denoiser
-    while hasattr(innermost, "denoiser"):
-        innermost = innermost.denoiser  # type: ignore[attr-defined]
-    if getattr(innermost, "takes_prompts", False):
+    if innermost(denoiser, "takes_prompts"):
         takes += "; cond, null = den.encode(prompts) makes them, of one prompt a sample"
     if missing := [name for name in names if name not in cond]:
         got = ", ".join(map(repr, cond)) or "no conditions"

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fewstep.denoisers import ModelInfo
+from fewstep.denoisers import Around, ModelInfo
 from fewstep.schedules import NoiseSchedule
 
 __all__ = ["ClassifierFree", "Distilled", "check_null", "null_like"]
@@ -176,7 +176,7 @@ class ClassifierFree:
         return self._moved[key]
 
 
-class Distilled:
+class Distilled(Around):
     """A network that takes the guidance scale as a condition, at one scale.
 
     Args:
@@ -194,17 +194,11 @@ class Distilled:
     def __init__(self, denoiser: Callable[..., Tensor], guidance_scale: float):
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be finite, got {guidance_scale}.")
-        self.denoiser = denoiser
+        super().__init__(denoiser)
         self.guidance_scale = float(guidance_scale)
 
     def __repr__(self) -> str:
         return f"Distilled({self.denoiser!r}, guidance_scale={self.guidance_scale:g})"
-
-    def __getattr__(self, name: str) -> Any:
-        """The schedule, calls, jumps and info of the denoiser."""
-        if name.startswith("_") or name == "denoiser":  # what copies and pickles ask before there is a denoiser
-            raise AttributeError(name)
-        return getattr(self.denoiser, name)
 
     @property
     def guidance(self) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def _located(source: str | Path) -> tuple[Path, str]:
     if path.suffix.lower() in SUFFIXES:
         raise FileNotFoundError(f"there is no file {path}.")
     if isinstance(source, str) and "/" not in source and "\\" not in source:
-        raise UnknownNameError("model", source, shipped_models())
+        raise UnknownNameError("model, file or folder", source, shipped_models())
     if isinstance(source, str) and HUB_ID.fullmatch(source) and path.suffix != ".safetensors" and not path.parent.is_dir():
         from fewstep.diffusers.pipelines import download
 

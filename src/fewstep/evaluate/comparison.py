@@ -261,7 +261,7 @@ class Comparison:
 
     def diverging(self) -> set[tuple[str, str, int]]:
         """The runs whose samples are farther from the exact solution than data are from each other, or not finite."""
-        low, high = self.info.data_range or (-1.0, 1.0)
+        low, high = self.info.data_range or (0.0, 0.0)
         far = max(high - low, 2.0 * float(self.exact.double().square().mean().sqrt()))
         return {row.key for row in self.rows if not row.error <= far}
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fewstep.artefacts import Artefact, frozen_json, json_value, read_as
+from fewstep.denoisers import innermost
 from fewstep.errors import FewstepError, PlanError
 from fewstep.identity import identity
 from fewstep.plan import Plan
@@ -217,10 +218,7 @@ def network_of(denoiser: object) -> nn.Module:
         >>> network_of(fs.load("digits")).__class__.__name__
         'SmallUNet'
     """
-    inner = denoiser
-    while not hasattr(inner, "network") and hasattr(inner, "denoiser"):
-        inner = inner.denoiser  # type: ignore[attr-defined]
-    network = getattr(inner, "network", None)
+    network = innermost(denoiser, "network")
     if not isinstance(network, nn.Module):
         raise FewstepError("blocks can be left out of a torch.nn.Module only: wrap the module itself in fewstep.Denoiser.")
     return network

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fewstep.denoisers import innermost
 from fewstep.plan import Plan
 from fewstep.sampler import sample
 from fewstep.schedules import NoiseSchedule
@@ -61,24 +62,24 @@ class Counted:
     @property
     def rounds_times(self) -> bool:
         """Whether the network gets integer times."""
-        return bool(_innermost(self.denoiser, "integer_time"))
+        return bool(innermost(self.denoiser, "integer_time"))
 
     @property
     def network_time(self) -> Callable[[np.ndarray], Any]:
         """From the schedule's times to the network's."""
-        return _innermost(self.denoiser, "network_time") or self.schedule.network_time
+        return innermost(self.denoiser, "network_time") or self.schedule.network_time
 
     @property
     def device(self) -> torch.device | None:
         """Where the network lies, if that is known."""
-        network = _innermost(self.denoiser, "network")
+        network = innermost(self.denoiser, "network")
         found = next(network.parameters(), None) if isinstance(network, torch.nn.Module) else None
         return None if found is None else found.device
 
     @property
     def precision(self) -> torch.dtype | None:
         """The precision of the network, if it is known."""
-        return _innermost(self.denoiser, "network_dtype")
+        return innermost(self.denoiser, "network_dtype")
 
     @property
     def jumps(self) -> tuple[float, ...]:
@@ -248,10 +249,3 @@ class Task:
         some = self.held_out.take(slice(SCREENED))
         order = sorted(plans, key=lambda name: errors_of(self.run(plans[name], some), some.target, some.weights).rms)
         return [self.judge(name, plans[name], tuned=tuned) for name in order[:FINALISTS]]
-
-
-def _innermost(denoiser: Any, name: str) -> Any:
-    """An attribute of the denoiser that others are wrapped around."""
-    while not hasattr(denoiser, name) and hasattr(denoiser, "denoiser"):
-        denoiser = denoiser.denoiser
-    return getattr(denoiser, name, None)
