@@ -16,7 +16,8 @@ from torch import nn
 from fewstep.errors import ArtefactError, NetworkError, UnknownNameError
 from fewstep.schedules import VPLinear
 from fewstep.train import DenoisingLoss, fit
-from fewstep.train.trainer import CHECKPOINT, LOG, Options, _rows
+from fewstep.train.batches import rows_of
+from fewstep.train.trainer import CHECKPOINT, LOG, Options
 
 DATA = {"x": torch.randn(50, 4, generator=torch.Generator().manual_seed(0))}
 OBJECTIVE = DenoisingLoss(VPLinear(), "noise")
@@ -234,12 +235,12 @@ def test_infinite_gradient_is_an_error():
 
 
 def test_every_epoch_sees_every_row_once():
-    rows = torch.cat([_rows(10, 4, 0, step) for step in range(1, 16)])
+    rows = torch.cat([rows_of(10, 4, 0, step) for step in range(1, 16)])
     epochs = rows.reshape(6, 10)
     assert all(torch.equal(epoch.sort().values, torch.arange(10)) for epoch in epochs)
     assert not torch.equal(epochs[0], epochs[1])
-    assert len(_rows(3, 8, 0, 2)) == 8  # batches larger than the data
-    assert not torch.equal(_rows(10, 10, 0, 1), _rows(10, 10, 1, 1))
+    assert len(rows_of(3, 8, 0, 2)) == 8  # batches larger than the data
+    assert not torch.equal(rows_of(10, 10, 0, 1), rows_of(10, 10, 1, 1))
 
 
 def test_learning_rate():

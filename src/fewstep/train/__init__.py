@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from fewstep.train.averages import PowerFunction, average_afterwards
+from fewstep.train.batches import Rows
 from fewstep.train.losses import DenoisingLoss, LabelDropout
 from fewstep.train.recipes import RECIPES, Recipe, train_classifier, train_recipe
+from fewstep.train.stages import Objective, Stage
 from fewstep.train.trainer import FitResult, fit
 
-__all__ = ["RECIPES", "DenoisingLoss", "FitResult", "LabelDropout", "Recipe", "fit", "train_classifier", "train_recipe"]
+__all__ = [
+    "RECIPES",
+    "DenoisingLoss",
+    "FitResult",
+    "LabelDropout",
+    "Objective",
+    "PowerFunction",
+    "Recipe",
+    "Rows",
+    "Stage",
+    "average_afterwards",
+    "fit",
+    "train_classifier",
+    "train_recipe",
+]

@@ -8,22 +8,25 @@ killed at any moment and started again continues *bit for bit* as if nothing had
 Files in `folder`: ``checkpoint.safetensors``, always one whole checkpoint (written to another name, synced, renamed), and ``log.jsonl``,
 one JSON object a line. Never pickle.
 
-The learning rate at step s of S is $\eta\,\min(s/W, 1)\,c(s)$, with $c = \tfrac12(1 + \cos \pi (s-1)/S)$ for cosine decay, 1 for none.
-The average of decay d follows $\bar\theta \leftarrow \bar\theta + (1 - d_s)(\theta - \bar\theta)$ with $d_s = \min(d, (1 + s)/(10 + s))$,
-which forgets the untrained weights early.
+*Pieces.* A step works its batch out in P = processes x `accumulate` pieces of equal size, whose losses are averaged. Pieces have rows of
+their own and generators of their own, so a step depends on P and not on where the pieces are worked out: two processes give the numbers of one
+process with ``accumulate=2``, to the rounding of a sum in another order, and a run may be resumed with another number of processes if P stays.
+P pieces give the numbers of one whole batch, to rounding, if the objective draws nothing from its generator or has `draw` (see
+`fewstep.train.Objective`), and treats samples one by one (no dropout, no batch normalisation, no buffers that training changes).
 
-Sources: AdamW, "Decoupled Weight Decay Regularization" (arXiv 1711.05101); cosine decay, "SGDR" (arXiv 1608.03983); averages of the weights
-as in "Score-Based Generative Modeling through Stochastic Differential Equations" (arXiv 2011.13456, appendix H).
+The learning rate at step s of S is $\eta\,\min(s/W, 1)\,c(s)$, with $c = \tfrac12(1 + \cos \pi (s-1)/S)$ for cosine decay, 1 for none.
+The averages of the weights are those of `fewstep.train.averages`.
+
+Sources: AdamW, "Decoupled Weight Decay Regularization" (arXiv 1711.05101); cosine decay, "SGDR" (arXiv 1608.03983).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
-import json
 import math
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,21 +37,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.artefacts import write_atomically
 from fewstep.errors import ArtefactError, NetworkError, UnknownNameError
+from fewstep.train.averages import Averages, PowerFunction, Profile, check_profiles, snapshot_files, write_snapshot
+from fewstep.train.batches import Batches, Data
+from fewstep.train.checkpoints import (
+    CHECKPOINT,
+    digest,
+    frozen,
+    is_sharded,
+    like,
+    pack,
+    rank_file,
+    read_checkpoint,
+    restore_optimizer,
+    whole,
+    write_checkpoint,
+)
+from fewstep.train.divergence import FACTOR, RunningLevel
+from fewstep.train.logs import LOG, Log, make_bar
+from fewstep.train.randomness import derive, make_generator, purpose_of, seeded
+from fewstep.train.stages import ADAMW, Objective, Stage, optimizers_of, parameters_of
+from fewstep.train.workers import Workers, find_workers
 
 __all__ = ["CHECKPOINT", "LOG", "FitResult", "fit"]
 
-CHECKPOINT = "checkpoint.safetensors"
-LOG = "log.jsonl"
-FORMAT = 1
-"""Format of the checkpoints."""
-
-Batch = Mapping[str, Tensor]
-Objective = Callable[[nn.Module, Batch, torch.Generator], tuple[Tensor, Mapping[str, Any]]]
-Data = Mapping[str, Tensor] | Callable[[int, torch.Generator], Batch]
-
-ADAMW = functools.partial(torch.optim.AdamW, betas=(0.9, 0.99), weight_decay=0.0)
+Model = nn.Module | Mapping[str, nn.Module]
+SMALLEST_SCALE = 2.0**-14
+"""Scale of a float16 loss below which gradients that overflow are a divergence, not a search for the scale."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +72,23 @@ class FitResult:
 
     Attributes:
         step: the last step that was done.
-        averages: decay -> the averaged weights, for ``model.load_state_dict``.
+        averages: decay or `PowerFunction` -> the averaged weights, for ``model.load_state_dict``; of a model that maps names to modules,
+            name -> averaged weights of that module.
         log: the records of the log, oldest first.
+        weights: those of the last step, in the same form; whole, also where the model's own are spread over processes.
+        main: whether this process is the first, which writes files; the only one is.
     """
 
     step: int
-    averages: dict[float, dict[str, Tensor]]
+    averages: dict[Any, dict[str, Any]]
     log: list[dict[str, Any]]
+    weights: dict[str, Any] = dataclasses.field(repr=False)
+    main: bool = True
 
 
 def fit(
-    objective: Objective,
-    model: nn.Module,
+    objective: Objective | Stage | Sequence[Stage],
+    model: Model,
     data: Data,
     *,
     steps: int,
@@ -76,9 +96,9 @@ def fit(
     learning_rate: float = 1e-3,
     warmup: int = 100,
     decay: str = "cosine",
-    optimizer: Callable[..., torch.optim.Optimizer] = ADAMW,
+    optimizer: Callable[..., Any] = ADAMW,
     clip: float | None = 1.0,
-    ema: float | Sequence[float] = 0.999,
+    ema: Profile | Sequence[Profile] = 0.999,
     precision: torch.dtype | None = None,
     seed: int = 0,
     folder: str | Path | None = None,
@@ -86,38 +106,58 @@ def fit(
     log_every: int = 50,
     resume: bool = True,
     progress: bool = False,
+    accumulate: int = 1,
+    accelerator: Any = None,
+    share_gradients: bool = True,
+    divergence: float | None = FACTOR,
+    snapshot_every: int = 0,
+    tensorboard: bool = False,
 ) -> FitResult:
     """Train a model, in place.
 
     Args:
-        objective: ``(model, batch, generator) -> (loss, info)``; see `fewstep.train.DenoisingLoss`.
-        model: the module, on the device to train on.
-        data: either tensors of equal first dimension, from which batches are drawn without repetition within an epoch; or a function
-            ``(batch_size, generator) -> batch`` that draws everything random from the generator.
+        objective: ``(model, batch, generator) -> (loss, info)``; see `fewstep.train.DenoisingLoss`, and `fewstep.train.Objective` for what an
+            object may add. Or one or several `fewstep.train.Stage`, done one after another in every step.
+        model: the module, on the device to train on; or several by name, which objectives then find as ``model["name"]``.
+        data: either tensors of equal first dimension, or `fewstep.train.Rows`, from which batches are drawn without repetition within an
+            epoch; or a function ``(batch_size, generator) -> batch`` that draws everything random from the generator.
         steps: how many steps altogether, those before a resumption included.
-        batch_size: samples in a step.
+        batch_size: samples in a step, of all processes together.
         learning_rate: the highest one.
         warmup: steps over which it rises to that.
         decay: ``"cosine"`` down to zero at the last step, or ``"constant"``.
-        optimizer: called as ``optimizer(parameters, lr=learning_rate)``.
+        optimizer: called as ``optimizer(parameters, lr=learning_rate)``; gives an optimizer, or a sequence of them. Any will do that has
+            ``param_groups``, ``step``, ``zero_grad``, ``state_dict`` and ``load_state_dict``.
         clip: largest norm of the gradient, or None.
-        ema: decay of the averaged weights; several of them; or none: ``()``.
-        precision: run the network in this type where that is safe (``torch.bfloat16``); the weights stay in theirs.
+        ema: decay of the averaged weights, or a `fewstep.train.PowerFunction`; several of them; or none: ``()``.
+        precision: run the network in this type where that is safe (``torch.bfloat16``); the weights stay in theirs. The loss of
+            ``torch.float16`` is scaled.
         seed: of everything random.
-        folder: where checkpoints and the log go; without one, nothing is written.
+        folder: where checkpoints and the log go; without one, nothing is written. Several processes need to see the same one.
         checkpoint_every: steps between checkpoints. The last step and Ctrl-C write one too.
         log_every: steps between records of the log.
         resume: continue from the folder's checkpoint if there is one; False starts afresh and overwrites it.
         progress: show a bar.
+        accumulate: pieces that a process works its part of the batch out in, for batches larger than memory.
+        accelerator: an ``accelerate.Accelerator``. Without one, a process that ``accelerate launch`` or ``torchrun`` started among others
+            makes its own.
+        share_gradients: average the gradients of the processes in every step. False: each trains weights of its own, and the optimizer
+            brings them together, as Local SGD does.
+        divergence: end the run when the loss has been more than this many times its running level for a hundred steps
+            (`fewstep.train.divergence`); None: never.
+        snapshot_every: steps between snapshots of the power-function averages, from which `fewstep.train.average_afterwards` makes averages
+            of any length; 0: none.
+        tensorboard: also write event files for TensorBoard, into ``folder/tensorboard``.
 
     Returns:
         A `FitResult`; the model itself holds the weights of the last step.
 
     Raises:
-        NetworkError: at the first loss or gradient that is not finite; the last checkpoint stays.
+        NetworkError: at the first loss or gradient that is not finite, and when the loss stays far above its level; the last checkpoint stays.
         ArtefactError: if the checkpoint is damaged, or was made with other options, model or data.
         ValueError: for options or data that make no sense.
         KeyboardInterrupt: after Ctrl-C, when the current step is done and its checkpoint written.
+        MissingExtraError: if Accelerate or TensorBoard is asked for and not installed.
 
     Example:
         >>> from fewstep.schedules import Flow
@@ -140,31 +180,42 @@ def fit(
         warmup=warmup,
         decay=decay,
         clip=clip,
-        ema=tuple(ema) if isinstance(ema, Sequence) else (ema,),
+        ema=check_profiles(ema),
         precision=precision,
         seed=seed,
+        divergence=divergence,
+        snapshot_every=snapshot_every,
     )
-    if checkpoint_every < 1 or log_every < 1:
+    if checkpoint_every < 1 or log_every < 1 or accumulate < 1:
         raise ValueError(
-            f"checkpoint_every and log_every are numbers of steps, at least 1; got {checkpoint_every} and {log_every}."
+            "checkpoint_every, log_every and accumulate are numbers of steps or pieces, at least 1; "
+            f"got {checkpoint_every}, {log_every} and {accumulate}."
         )
-    run = _Run(objective, model, data, optimizer(model.parameters(), lr=learning_rate), options)
-    files = _Files(None if folder is None else Path(folder), run.settings())
-    files.open(run, resume)
-    with _training(model), _interruptible() as interrupted, _bar(run.step, steps, progress) as bar:
+    given = (objective,) if isinstance(objective, Stage) else objective
+    stages = tuple(given) if isinstance(given, Sequence) else (Stage(given, optimizer=optimizer),)
+    workers = find_workers(accelerator, _device(model), precision)
+    run = _Run(stages, model, Batches(data, batch_size, seed), options, workers, accumulate, share_gradients)
+    files = _Files(None if folder is None else Path(folder), run, tensorboard)
+    files.open(resume)
+    main = workers.rank == 0
+    with _training(run.modules), _interruptible() as interrupted, make_bar(run.step, steps, progress and main) as bar:
         while run.step < steps:
-            loss = run.advance()
-            stop = bool(interrupted)  # asked once: what comes later waits for the next step
+            loss, stop = run.advance(interrupted)
+            files.check()
             last = stop or run.step == steps
             if run.step % log_every == 0 or last:
-                files.record({"step": run.step, **run.measured(loss)})
+                files.log.record({"step": run.step, **run.measured()})
                 bar.set_postfix(loss=f"{loss:.4g}")
+            if snapshot_every and run.step % snapshot_every == 0:
+                files.keep_averages()
             if run.step % checkpoint_every == 0 or last:
-                files.save(run)
+                files.save()
             bar.update(1)
             if stop:
                 raise KeyboardInterrupt
-    return FitResult(run.step, run.averages, files.log)
+    files.log.close()
+    workers.finish(run.prepared.values())
+    return FitResult(run.step, run.whole_averages(), files.log.records, run.nested(run.whole_weights()), main)
 
 
 @dataclass(frozen=True)
@@ -177,9 +228,11 @@ class Options:
     warmup: int
     decay: str
     clip: float | None
-    ema: tuple[float, ...]
+    ema: tuple[Profile, ...]
     precision: torch.dtype | None
     seed: int
+    divergence: float | None = FACTOR
+    snapshot_every: int = 0
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.batch_size < 1 or self.warmup < 0:
@@ -189,8 +242,12 @@ class Options:
             raise ValueError(f"fit needs a positive learning_rate and clip, got {self.learning_rate} and {self.clip}.")
         if self.decay not in DECAYS:
             raise UnknownNameError("decay of the learning rate", self.decay, DECAYS)
-        if not all(0.0 <= decay < 1.0 for decay in self.ema):
-            raise ValueError(f"ema needs decays in [0, 1), got {self.ema}.")
+        if self.divergence is not None and not self.divergence > 1.0:
+            raise ValueError(f"divergence is a multiple of the loss's level above 1, or None, got {self.divergence}.")
+        if self.snapshot_every < 0 or (self.snapshot_every and not any(isinstance(p, PowerFunction) for p in self.ema)):
+            raise ValueError(
+                f"snapshot_every={self.snapshot_every} keeps averages of the power function; give ema=PowerFunction(0.05)."
+            )
 
     def rate(self, step: int) -> float:
         """The learning rate at a step, as a fraction of the highest."""
@@ -204,275 +261,436 @@ DECAYS: dict[str, Callable[[int, int], float]] = {
 """Name -> fraction of the learning rate at a step of so many."""
 
 
+class _Turn:
+    """A stage in a run: its optimizers, and what it measured last."""
+
+    def __init__(self, number: int, stage: Stage, modules: dict[str, nn.Module], options: Options):
+        self.number, self.stage = number, stage
+        self.names = tuple(modules)
+        self.own: dict[str, nn.Module] = dict(getattr(stage.objective, "modules", None) or {})
+        self.parameters = parameters_of([*modules.values(), *self.own.values()])
+        rate = options.learning_rate if stage.learning_rate is None else stage.learning_rate
+        self.optimizers = optimizers_of(stage, self.parameters, rate)
+        self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        clip = options.clip if stage.clip is None else stage.clip
+        self.largest = math.inf if clip is None else clip
+        factor = options.divergence if stage.watched else None
+        self.level = None if factor is None else RunningLevel(factor, options.warmup)
+        self.loss, self.gradient_norm, self.info = math.nan, math.nan, {}
+        self.record: dict[str, float] = {}  # of an update before the last checkpoint
+        self.label = ""
+
+    def averages(self, name: str) -> bool:
+        return self.stage.averaged and name in self.names
+
+
 class _Run:
     """The state of a training run, and how it advances by a step."""
 
-    def __init__(self, objective: Objective, model: nn.Module, data: Data, optimizer: torch.optim.Optimizer, options: Options):
-        self.objective, self.model, self.optimizer, self.options = objective, model, optimizer, options
-        self.data = data if callable(data) else _check_tensors(data)
-        self.source = data if callable(data) else None
-        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.rates = [group["lr"] for group in optimizer.param_groups]
-        self.averages = {decay: {k: v.detach().clone() for k, v in model.state_dict().items()} for decay in options.ema}
+    def __init__(
+        self,
+        stages: tuple[Stage, ...],
+        model: Model,
+        batches: Batches,
+        options: Options,
+        workers: Workers,
+        accumulate: int,
+        share: bool,
+    ):
+        self.batches, self.options, self.workers, self.accumulate = batches, options, workers, accumulate
+        self.single = not isinstance(model, Mapping)
+        self.modules: dict[str, nn.Module] = {"": model} if isinstance(model, nn.Module) else dict(model)
+        self.pieces = workers.count * accumulate
+        if options.batch_size % self.pieces:
+            raise ValueError(
+                f"batch_size={options.batch_size} is cut into {workers.count} x {accumulate} equal pieces (processes x accumulate); "
+                f"take a multiple of {self.pieces}."
+            )
+        if not stages:
+            raise ValueError("fit needs an objective, or at least one Stage.")
+        self.told = self._told(model)  # before anything is wrapped or spread
+        self.turns = [_Turn(i, stage, stage.trained(model), options) for i, stage in enumerate(stages)]
+        self._label()
+        self.settings = self._settings()
+        self._prepare(share)
+        self.averaged = [name for name in self.modules if any(turn.averages(name) for turn in self.turns)]
+        self.averages = {name: Averages(options.ema, self.modules[name].state_dict()) for name in self.averaged}
         self.step = 0
-        self.gradient_norm = torch.zeros(())
-        self.info: Mapping[str, Any] = {}
 
-    def advance(self) -> float:
-        """Do one step; return its loss."""
-        step, seed = self.step + 1, self.options.seed
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * self.options.rate(step)
-        self.optimizer.zero_grad(set_to_none=True)
-        with _seeded(_derive(seed, "network", step), self.device):
-            with torch.autocast(self.device.type, self.options.precision, enabled=self.options.precision is not None):
-                loss, self.info = self.objective(self.model, self._batch(step), _generator(seed, "objective", step))
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise NetworkError(self._diverged(step, "loss", value))
-            loss.backward()
-        largest = math.inf if self.options.clip is None else self.options.clip
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
-        if not math.isfinite(norm := float(self.gradient_norm)):
-            raise NetworkError(self._diverged(step, "norm of the gradient", norm))
-        self.optimizer.step()
-        self._average(step)
+    # ---- building ----
+
+    def _label(self) -> None:
+        """Names for the log: none for the only stage, else those of what is trained."""
+        labels = ["+".join(turn.names) or "loss" for turn in self.turns]
+        for turn, label in zip(self.turns, labels, strict=True):
+            if len(self.turns) > 1:
+                turn.label = label + (f" {turn.number}" if labels.count(label) > 1 else "") + "/"
+
+    def _prepare(self, share: bool) -> None:
+        trained = {name: self.modules[name] for name in dict.fromkeys(name for turn in self.turns for name in turn.names)}
+        if self.workers.count > 1 and any(
+            p.requires_grad for turn in self.turns for m in turn.own.values() for p in m.parameters()
+        ):
+            raise ValueError(
+                "an objective's own modules are trained in one process only; with several, pass them in the model: {name: module}."
+            )
+        optimizers = [optimizer for turn in self.turns for optimizer in turn.optimizers]
+        self.prepared, ready = self.workers.prepare(trained, optimizers, share)
+        for turn in self.turns:
+            turn.optimizers = [ready.pop(0) for _ in turn.optimizers]
+            turn.parameters = parameters_of([*(self.prepared[name] for name in turn.names), *turn.own.values()])
+            for module in turn.own.values():
+                module.to(self.workers.device)
+        for name, module in self.modules.items():
+            if name not in trained:
+                module.to(self.workers.device)
+
+    def _told(self, model: Model) -> dict[str, Any]:
+        states = {name: _shapes(module.state_dict()) for name, module in self.modules.items()}
+        return states[""] if self.single else states
+
+    def _settings(self) -> dict[str, Any]:
+        """What a checkpoint must have been made with, as JSON values."""
+        return {
+            **{field.name: str(getattr(self.options, field.name)) for field in dataclasses.fields(self.options)},
+            "objective": [_name(turn.stage.objective) for turn in self.turns],
+            "optimizer": [[_optimizer_told(optimizer) for optimizer in turn.optimizers] for turn in self.turns],
+            "stages": [[list(turn.names), turn.stage.every, turn.largest, turn.rates, turn.stage.averaged] for turn in self.turns],
+            "pieces (processes x accumulate)": self.pieces,
+            "data": self.batches.told(),
+            "model": self.told,
+        }
+
+    # ---- a step ----
+
+    def advance(self, interrupted: list[bool]) -> tuple[float, bool]:
+        """Do one step; return the loss of its last stage, and whether any process was asked to stop."""
+        step = self.step + 1
+        turns = [turn for turn in self.turns if step % turn.stage.every == 0]
+        stop = any([self._update(turn, step, interrupted) for turn in turns])  # all of them take place
+        if not turns:
+            stop = self.workers.mean([float(bool(interrupted))])[0] > 0.0
+        self._average(turns)
         self.step = step
+        return (turns or self.turns)[-1].loss, stop
+
+    def _update(self, turn: _Turn, step: int, interrupted: list[bool]) -> bool:
+        """The update of one stage; returns whether any process was asked to stop."""
+        for optimizer, rates in zip(turn.optimizers, turn.rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * self.options.rate(step)
+            optimizer.zero_grad(set_to_none=True)
+        turn.info = {}
+        with self._only(turn):
+            losses = [self._piece(turn, step, number) for number in range(self.accumulate)]
+        turn.loss, asked = self.workers.mean([sum(losses) / self.accumulate, float(bool(interrupted))])
+        if not math.isfinite(turn.loss):
+            raise NetworkError(self._diverged(turn, step, f"the {turn.label}loss is {turn.loss}"))
+        turn.gradient_norm = self.workers.clip(turn.optimizers, turn.parameters, turn.largest)
+        scaler = self.workers.scaler
+        if not math.isfinite(turn.gradient_norm) and (scaler is None or scaler.get_scale() < SMALLEST_SCALE):
+            raise NetworkError(self._diverged(turn, step, f"the {turn.label}norm of the gradient is {turn.gradient_norm}"))
+        if turn.level is not None and turn.level.far_above(turn.loss):
+            told = f"the {turn.label}loss has been above {turn.level.factor:g} times its level of {turn.level.level:.3g} for {turn.level.above} steps"
+            raise NetworkError(self._diverged(turn, step, told))
+        self.workers.step(turn.optimizers)
+        updated = getattr(turn.stage.objective, "updated", None)
+        if updated is not None:
+            updated(self._view(()), step)
+        return asked > 0.0
+
+    def _piece(self, turn: _Turn, step: int, number: int) -> float:
+        """Forward and backward on one piece of the batch; returns its loss."""
+        seed, device, index = self.options.seed, self.workers.device, self.workers.rank * self.accumulate + number
+        objective = turn.stage.objective
+        generator = make_generator(seed, purpose_of("objective", turn.number, index), step)
+        more = number + 1 < self.accumulate
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(seeded(derive(seed, purpose_of("network", turn.number, index), step), device))
+            if more:
+                stack.enter_context(self.workers.unsynchronised([self.prepared[name] for name in turn.names]))
+            with self.workers.lower_precision():
+                loss, info = objective(self._view(turn.names), self._batch(turn, step, index), generator)
+            for name, value in info.items():
+                part = value.detach() if isinstance(value, Tensor) else value
+                turn.info[name] = turn.info[name] + part if name in turn.info else part
+            value = float(loss.detach())
+            self.workers.backward(loss if self.accumulate == 1 else loss / self.accumulate)
         return value
 
-    def measured(self, loss: float) -> dict[str, float]:
-        """What the log says of the last step."""
-        info = {name: float(value) for name, value in self.info.items()}
-        rate = self.optimizer.param_groups[0]["lr"]
-        return {"loss": loss, **info, "gradient_norm": float(self.gradient_norm), "learning_rate": rate}
-
-    def settings(self) -> dict[str, Any]:
-        """What a checkpoint must have been made with, as JSON values."""
-        data = self.data
-        groups = [{k: str(v) for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
-        return {
-            **{name: str(value) for name, value in dataclasses.asdict(self.options).items()},
-            "objective": _name(self.objective),
-            "optimizer": [type(self.optimizer).__name__, *groups],
-            "data": _shapes(data) if isinstance(data, Mapping) else _name(data),
-            "model": _shapes(self.model.state_dict()),
-        }
-
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Everything that changes from step to step: JSON values, and tensors by name."""
-        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
-        for decay, average in self.averages.items():
-            tensors.update({f"average {decay}/{name}": value for name, value in average.items()})
-        numbers: dict[str, Any] = {}
-        for index, entries in self.optimizer.state_dict()["state"].items():
-            for name, value in entries.items():
-                (tensors if isinstance(value, Tensor) else numbers)[f"optimizer/{index}/{name}"] = value
-        return {"step": self.step, "numbers": numbers}, tensors
-
-    def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`."""
-        entries: dict[int, dict[str, Any]] = {}
-        parts: dict[str, dict[str, Tensor]] = {}
-        for key, value in {**values["numbers"], **tensors}.items():
-            part, _, name = key.partition("/")
-            if part == "optimizer":
-                index, _, name = name.partition("/")
-                entries.setdefault(int(index), {})[name] = value
-            else:
-                parts.setdefault(part, {})[name] = value
-        self.model.load_state_dict(parts.get("model", {}))
-        self.averages = {
-            decay: {k: v.to(self.device) for k, v in parts.get(f"average {decay}", {}).items()} for decay in self.options.ema
-        }
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": entries})
-        self.step = int(values["step"])
-
-    def _batch(self, step: int) -> dict[str, Tensor]:
+    def _batch(self, turn: _Turn, step: int, index: int) -> dict[str, Tensor]:
+        """The rows of one piece, on the device."""
         size, seed = self.options.batch_size, self.options.seed
-        if self.source is not None:
-            batch = self.source(size, _generator(seed, "data", step))
+        part = size // self.pieces
+        first, last = index * part, (index + 1) * part
+        draw = getattr(turn.stage.objective, "draw", None)
+        if draw is None:
+            batch = self.batches.piece(step, first, last)
         else:
-            assert isinstance(self.data, Mapping)
-            rows = _rows(len(next(iter(self.data.values()))), size, seed, step)
-            batch = {name: values[rows] for name, values in self.data.items()}
-        return {name: values.to(self.device) for name, values in batch.items()}
+            drawn = draw(self.batches.piece(step, 0, size), make_generator(seed, purpose_of("objective", turn.number, 0), step))
+            batch = {name: v[first:last] if v.ndim and len(v) == size else v for name, v in drawn.items()}
+        return {name: value.to(self.workers.device) for name, value in batch.items()}
 
-    @torch.no_grad()
-    def _average(self, step: int) -> None:
-        state = self.model.state_dict()
-        for decay, average in self.averages.items():
-            weight = 1.0 - min(decay, (1.0 + step) / (10.0 + step))
-            for name, value in state.items():
-                if value.is_floating_point():
-                    average[name].lerp_(value, weight)
-                else:
-                    average[name].copy_(value)
+    def _view(self, names: tuple[str, ...]) -> Any:
+        """The model as an objective sees it: what it trains as the processes share it, all else as it is."""
+        seen = {name: self.prepared[name] if name in names else module for name, module in self.modules.items()}
+        return seen[""] if self.single else seen
 
-    def _diverged(self, step: int, what: str, value: float) -> str:
+    @contextlib.contextmanager
+    def _only(self, turn: _Turn) -> Iterator[None]:
+        """Within it, what the stage does not train needs no gradients."""
+        own = {id(parameter) for parameter in turn.parameters}
+        others = [p for m in self.modules.values() for p in m.parameters() if p.requires_grad and id(p) not in own]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
+
+    def _average(self, turns: Sequence[_Turn]) -> None:
+        for name in self.averaged:
+            if any(turn.averages(name) for turn in turns):
+                self.averages[name].update(self.modules[name].state_dict())
+
+    def _diverged(self, turn: _Turn, step: int, what: str) -> str:
+        clip = "none" if turn.largest == math.inf else f"{turn.largest:g}"
+        precision = "" if self.workers.precision is None else f", train in full precision (now {self.workers.precision})"
         return (
-            f"training diverged: the {what} is {value} at step {step}. Lower learning_rate={self.options.learning_rate:g}, lengthen "
-            f"warmup={self.options.warmup}, or clip the gradient (clip={self.options.clip}). The last checkpoint, if any, is still good."
+            f"training diverged: {what} at step {step}. Lower learning_rate={turn.rates[0][0]:g}, lengthen warmup={self.options.warmup}, "
+            f"clip the gradient (clip={clip}){precision}, and see that the data are about as large as 1 (images in [-1, 1]). The last "
+            "checkpoint, if any, is still good."
         )
+
+    # ---- what it tells ----
+
+    def measured(self) -> dict[str, float]:
+        """What the log says of the last step."""
+        return {f"{turn.label}{name}": value for turn in self.turns for name, value in self._record(turn).items()}
+
+    def _record(self, turn: _Turn) -> dict[str, float]:
+        """What a stage measured at its last update; nothing before its first."""
+        if math.isnan(turn.loss):
+            return turn.record
+        names = list(turn.info)
+        info = self.workers.mean([float(turn.info[name]) / self.accumulate for name in names])
+        rate = turn.optimizers[0].param_groups[0]["lr"]
+        last = {"gradient_norm": turn.gradient_norm, "learning_rate": rate}
+        return {"loss": turn.loss, **dict(zip(names, info, strict=True)), **last}
+
+    def nested(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """By the names of the modules; for a model that is one module, of that one."""
+        return values[""] if self.single and "" in values else dict(values)
+
+    def whole_averages(self) -> dict[Any, dict[str, Any]]:
+        """Profile -> averaged weights; all processes must ask."""
+        return {
+            profile: self.nested({name: _whole(self.averages[name].values[profile]) for name in self.averaged})
+            for profile in self.options.ema
+        }
+
+    def whole_weights(self) -> dict[str, dict[str, Tensor]]:
+        """The weights; all processes must ask."""
+        return {name: _whole(module.state_dict()) for name, module in self.modules.items()}
+
+    # ---- its state ----
+
+    def state(self) -> dict[str, Any]:
+        """Everything that changes from step to step."""
+        return {
+            "step": self.step,
+            "modules": {name: dict(module.state_dict()) for name, module in self.modules.items()},
+            "averages": {name: [found.updates, *found.values.values()] for name, found in self.averages.items()},
+            "optimizers": [[_bare(optimizer).state_dict() for optimizer in turn.optimizers] for turn in self.turns],
+            "objectives": [{name: dict(module.state_dict()) for name, module in turn.own.items()} for turn in self.turns],
+            "records": [self._record(turn) for turn in self.turns],
+            "levels": [None if turn.level is None else turn.level.state() for turn in self.turns],
+            "scaler": None if self.workers.scaler is None else self.workers.scaler.state_dict(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+        for name, module in self.modules.items():
+            _load(module, state["modules"][name])
+        for name, averages in self.averages.items():
+            averages.updates, *kept = state["averages"][name]
+            for average, saved in zip(averages.values.values(), kept, strict=True):
+                for key, value in average.items():
+                    value.copy_(like(getattr(saved[key], "value", saved[key]), value))
+        for turn, optimizers, own, level in zip(self.turns, state["optimizers"], state["objectives"], state["levels"], strict=True):
+            for optimizer, saved in zip(turn.optimizers, optimizers, strict=True):
+                restore_optimizer(_bare(optimizer), saved)
+            for name, module in turn.own.items():
+                _load(module, own[name])
+            if turn.level is not None:
+                turn.level.restore(level)
+        for turn, record in zip(self.turns, state["records"], strict=True):
+            turn.record = record
+        if self.workers.scaler is not None:
+            self.workers.scaler.load_state_dict(state["scaler"])
+        self.step = int(state["step"])
 
 
 class _Files:
-    """Checkpoint and log of one run. Without a folder: the log in memory."""
+    """Checkpoint, snapshots and log of one run. Without a folder: the log in memory."""
 
-    def __init__(self, folder: Path | None, settings: dict[str, Any]):
-        self.folder, self.settings = folder, settings
-        self.log: list[dict[str, Any]] = []
+    def __init__(self, folder: Path | None, run: _Run, tensorboard: bool):
+        self.folder, self.run, self.workers = folder, run, run.workers
+        self.main = run.workers.rank == 0
+        self.log = Log(folder, writes=self.main, tensorboard=tensorboard)
+        self.checked = folder is None
 
-    def open(self, run: _Run, resume: bool) -> None:
+    def open(self, resume: bool) -> None:
         """Bring the run to where the folder's checkpoint left it, or clear the folder."""
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(f".{CHECKPOINT}.*.tmp"):  # of runs that were killed while they wrote
-            left.unlink(missing_ok=True)
         path = self.folder / CHECKPOINT
-        if not resume:
-            path.unlink(missing_ok=True)
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(f".{path.stem}*.tmp"):  # of runs that were killed while they wrote
+                left.unlink(missing_ok=True)
+            if not resume:
+                path.unlink(missing_ok=True)
+        self.workers.wait()
         if path.exists():
-            values, tensors = read_checkpoint(path)
-            self._check_settings(path, values["settings"])
-            run.restore(values, tensors)
-        self._rewind(run.step)
+            self._read(path)
+        self.log.rewind(self.run.step)
+        if self.main:
+            self._clear(self.run.step if path.exists() else None)
+            for step, file in snapshot_files(self.folder).items():
+                if step > self.run.step:
+                    file.unlink()
+        self.workers.wait()
 
-    def save(self, run: _Run) -> None:
+    def _read(self, path: Path) -> None:
+        values, state = read_checkpoint(path)
+        self._check_settings(path, values["settings"])
+        if values["apart"] is not None:
+            if values["apart"] != self.workers.count:
+                raise ArtefactError(
+                    f"{path} is of {values['apart']} processes that had weights or states of their own; now there are "
+                    f"{self.workers.count}. Start as many, or pass resume=False to start afresh."
+                )
+            if not self.main:
+                values, state = read_checkpoint(rank_file(path.parent, state["step"], self.workers.rank))
+        self.run.restore(state)
+
+    def check(self) -> None:
+        """See after the first step, not at the first checkpoint, whether a checkpoint can hold the state."""
+        if not self.checked:
+            pack(self.run.state())
+            self.checked = True
+
+    def save(self) -> None:
+        """Write a checkpoint; one of each process if their states differ."""
         if self.folder is None:
             return
-        values, tensors = run.state()
-        write_checkpoint(self.folder / CHECKPOINT, {**values, "settings": self.settings}, tensors)
+        text, tensors = frozen(self.run.state())
+        found = self.workers.gathered(int(digest(text, tensors)[:15], 16)) if self.workers.count > 1 else [0]
+        apart = None if len(set(found)) == 1 else self.workers.count
+        values = {"settings": self.run.settings, "apart": apart}
+        if apart is not None and not self.main:
+            write_checkpoint(rank_file(self.folder, self.run.step, self.workers.rank), values, text, tensors)
+        self.workers.wait()  # the first process names the others' files when they are there
+        if self.main:
+            write_checkpoint(self.folder / CHECKPOINT, values, text, tensors)
+            self._clear(self.run.step)
+        self.workers.wait()
 
-    def record(self, record: dict[str, Any]) -> None:
-        self.log.append(record)
-        if self.folder is not None:
-            with open(self.folder / LOG, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+    def keep_averages(self) -> None:
+        """Write a snapshot of the averages of the power function."""
+        if self.folder is None:
+            return
+        averages = self.run.whole_averages()
+        if self.main:
+            flat = {p: values if self.run.single else _flat(values) for p, values in averages.items()}
+            write_snapshot(self.folder, self.run.step, flat)
 
-    def _rewind(self, step: int) -> None:
-        """Drop the records of steps that the checkpoint does not have, and a torn last line."""
+    def _clear(self, step: int | None) -> None:
+        """Delete the processes' own files of other steps."""
         assert self.folder is not None
-        path = self.folder / LOG
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                record = json.loads(line)
-                if record["step"] <= step:
-                    self.log.append(record)
-        write_atomically(path, "".join(json.dumps(record) + "\n" for record in self.log).encode())
+        for file in self.folder.glob("checkpoint-*-of-*.safetensors"):
+            if file.name.split("-")[1] != str(step):
+                file.unlink(missing_ok=True)
 
     def _check_settings(self, path: Path, found: Mapping[str, Any]) -> None:
-        wrong = [key for key in sorted(self.settings.keys() | found.keys()) if self.settings.get(key) != found.get(key)]
+        mine = self.run.settings
+        wrong = [key for key in sorted(mine.keys() | found.keys()) if _plain(mine.get(key)) != found.get(key)]
         if wrong:
-            told = "; ".join(f"{key} was {str(found.get(key))[:80]}, now {str(self.settings.get(key))[:80]}" for key in wrong)
+            told = "; ".join(f"{key} was {str(found.get(key))[:80]}, now {str(_plain(mine.get(key)))[:80]}" for key in wrong)
             raise ArtefactError(
                 f"{path} was made with other settings: {told}. Use these, another folder, or resume=False to start afresh."
             )
 
 
-# ---- checkpoints -------------------------------------------------------------------------------------------------------------------
+# ---- what things are called, and tensors -------------------------------------------------------------------------------------------
 
 
-def write_checkpoint(path: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write one file with a checksum, under another name first, then renamed."""
-    from safetensors.torch import save
-
-    arrays = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    text = json.dumps(values, sort_keys=True)
-    header = {"format": str(FORMAT), "checkpoint": text, "sha256": _digest(text, arrays)}
-    write_atomically(path, save(arrays, metadata=header))
-
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `write_checkpoint` wrote.
-
-    Raises:
-        ArtefactError: if it is truncated, damaged or foreign.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
-        raise ArtefactError(f"{path} is damaged: {error}. Delete it, or pass resume=False to start afresh.") from error
-    if header.get("format") != str(FORMAT) or header.get("sha256") != _digest(header.get("checkpoint", ""), tensors):
-        raise ArtefactError(f"{path} is damaged or no checkpoint of this version. Delete it, or pass resume=False to start afresh.")
-    return json.loads(header["checkpoint"]), tensors
-
-
-def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    hasher = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        value = tensors[name]
-        hasher.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        hasher.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return hasher.hexdigest()
-
-
-# ---- randomness and data -----------------------------------------------------------------------------------------------------------
-
-
-def _derive(seed: int, purpose: str, number: int) -> int:
-    """A 63-bit seed for one purpose and step; different purposes and steps have unrelated ones."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()[:8], "big") >> 1
-
-
-def _generator(seed: int, purpose: str, number: int) -> torch.Generator:
-    return torch.Generator().manual_seed(_derive(seed, purpose, number))
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """The ambient generator, which dropout layers use, is seeded inside and untouched outside."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def _rows(count: int, size: int, seed: int, step: int) -> Tensor:
-    """Rows of one batch: the s-th piece of one shuffle of all rows after another."""
-    first, last = (step - 1) * size, step * size
-    epochs = range(first // count, (last - 1) // count + 1)
-    order = torch.cat([_shuffle(count, seed, epoch) for epoch in epochs])
-    return order[first - epochs.start * count :][:size]
-
-
-@functools.lru_cache(maxsize=4)
-def _shuffle(count: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=_generator(seed, "shuffle", epoch))
-
-
-def _check_tensors(data: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    if not data or not all(isinstance(value, Tensor) and value.ndim for value in data.values()):
-        raise ValueError("data must map names to tensors of equal length, or be a function (batch_size, generator) -> batch.")
-    lengths = {name: len(value) for name, value in data.items()}
-    if len(set(lengths.values())) != 1 or not next(iter(lengths.values())):
-        raise ValueError(f"the tensors of data must have one equal first dimension of at least 1, got {lengths}.")
-    return data
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {name: [str(value.dtype), *value.shape] for name, value in tensors.items()}
+    """Shape and dtype of each; of many, a digest, for messages are short and headers have an end."""
+    told = {name: [str(value.dtype), *value.shape] for name, value in tensors.items()}
+    if len(told) <= 64:
+        return told
+    return {"tensors": len(told), "sha256": hashlib.sha256(str(sorted(told.items())).encode()).hexdigest()}
 
 
 def _name(thing: Any) -> str:
-    """What a checkpoint calls an objective or a source of data: its options if it is a dataclass, else its name."""
-    return repr(thing) if dataclasses.is_dataclass(thing) else getattr(thing, "__qualname__", type(thing).__qualname__)
+    """What a checkpoint calls an objective: its options if it is a dataclass, else its name. Never an address in memory."""
+    name = repr(thing) if dataclasses.is_dataclass(thing) else getattr(thing, "__qualname__", type(thing).__qualname__)
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", name)
+
+
+def _optimizer_told(optimizer: Any) -> list[Any]:
+    groups = [{k: str(v) for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    return [type(optimizer).__name__, *groups]
+
+
+def _bare(optimizer: Any) -> Any:
+    """An optimizer without Accelerate's wrapper."""
+    return optimizer.optimizer if type(optimizer).__name__ == "AcceleratedOptimizer" else optimizer
+
+
+def _whole(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: whole(value.detach()) for name, value in values.items()}
+
+
+def _flat(values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{name}.{key}": value for name, inner in values.items() for key, value in inner.items()}
+
+
+def _load(module: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Load weights, spread over the processes as the module's own are."""
+    now = module.state_dict()
+    tensors = {name: getattr(value, "value", value) for name, value in saved.items()}
+    module.load_state_dict({name: like(v, now[name]) if is_sharded(now.get(name)) else v for name, v in tensors.items()})
+
+
+def _device(model: Model) -> torch.device:
+    modules = model.values() if isinstance(model, Mapping) else [model]
+    return next((p.device for module in modules for p in module.parameters()), torch.device("cpu"))
 
 
 # ---- around the loop ---------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    was = model.training
-    model.train()
+def _training(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    was = {name: module.training for name, module in modules.items()}
+    for module in modules.values():
+        module.train()
     try:
         yield
     finally:
-        model.train(was)
+        for name, module in modules.items():
+            module.train(was[name])
 
 
 @contextlib.contextmanager
@@ -493,9 +711,3 @@ def _interruptible() -> Iterator[list[bool]]:
         yield asked
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
-
-
-def _bar(done: int, steps: int, progress: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=steps, initial=done, disable=not progress, unit="step")
