@@ -42,7 +42,8 @@ class Batches:
     """
 
     def __init__(self, data: Data, size: int, seed: int):
-        self.data, self.size, self.seed = _check(data), size, seed
+        self.data: Any = _check(data)
+        self.size, self.seed = size, seed
 
     def piece(self, step: int, first: int, last: int) -> dict[str, Tensor]:
         """Samples first to last - 1 of the batch of a step. A function draws the whole batch for it."""

@@ -1,8 +1,9 @@
 """Checkpoints of a training run: any nested state, in one file that is whole or not there.
 
-A state is a tree of dicts, lists and tuples whose leaves are tensors of any dtype, numbers, texts, bools and None: what state dicts of modules
-and optimizers are, however nested. The tensors lie in the safetensors file, the tree with the names of its tensors in the header, beside a
-checksum over both; reading gives the tree back to the bit. The file is written to another name, synced and renamed. Never pickle.
+A state is a tree of dicts, lists and tuples whose leaves are tensors of any dtype, numbers, texts, bools and None: what state dicts of
+modules and optimizers are, however nested. The tensors lie in the safetensors file, the tree with the names of its tensors in the header,
+beside a checksum over both; reading gives the tree back to the bit. The file is written to another name, synced and renamed. Never
+pickle.
 
 Processes whose states differ (each trains weights of its own between the rounds of Local SGD; batch normalisation) write a file each,
 ``checkpoint-STEP-of-RANK.safetensors``, before the first process renames ``checkpoint.safetensors``, which names their step; older ones are
@@ -255,7 +256,7 @@ def same_state(first: Any, second: Any) -> bool:
         return False
     if isinstance(first, (list, tuple)):
         return len(first) == len(second) and all(same_state(a, b) for a, b in zip(first, second, strict=True))
-    return first == second or (first != first and second != second)  # NaN is the same as NaN here
+    return bool(first == second or (first != first and second != second))  # NaN is the same as NaN here
 
 
 def _same_bits(first: Tensor, second: Tensor) -> bool:

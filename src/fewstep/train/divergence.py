@@ -1,11 +1,12 @@
 r"""An early end of runs that have diverged without any number becoming infinite.
 
 A loss is watched by its own running level $l$, the average over about the last hundred steps. A step is *far above* if its loss exceeds
-$k \max(l, l_{max}/100)$, with $l_{max}$ the highest level there was, so that a loss near zero may double; such steps leave the level alone. When the last n steps were all far above, the run has diverged: it does not come back by itself
-(Adam's own averages are full of the explosion), and every further step is wasted.
+$k \max(l, l_{max}/100)$, with $l_{max}$ the highest level there was, so that a loss near zero may double; such steps leave the level
+alone. When the last n steps were all far above, the run has diverged: it does not come back by itself (Adam's own averages are full of
+the explosion), and every further step is wasted.
 
-The check begins after the warm-up and its first hundred steps, and gives up for good at a loss below zero, which has no level to be a multiple
-of. A run that is merely noisy, spiky or rising slowly is not ended.
+The check begins after the warm-up and its first hundred steps, and gives up for good at a loss below zero, which has no level to be a
+multiple of. A run that is merely noisy, spiky or rising slowly is not ended.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The updates that make up one step of training: `Stage`, an objective and what it trains.
 
-Most methods have one. Distillation with a fake score, or an adversary, has several, which take turns within every step: each goes forward and
-backward on the step's batch, with weights that the stages before it have already changed, and updates its own part of the model. What a stage
-does not train needs no gradients meanwhile, though gradients pass through it.
+Most methods have one. Distillation with a fake score, or an adversary, has several, which take turns within every step: each goes forward
+and backward on the step's batch, with weights that the stages before it have already changed, and updates its own part of the model. What
+a stage does not train needs no gradients meanwhile, though gradients pass through it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Objective(Protocol):
     An object may say more, by attributes that the loop looks for:
 
     - ``modules``: name -> module. Trained along (parameters that need gradients), and kept in checkpoints, but not averaged.
-    - ``draw(batch, generator) -> batch``: draws everything random for a whole batch. Pieces of the batch are then given their part of what it
+    - ``draw(batch, generator) -> batch``: draws everything random for a whole batch. Pieces of the batch are then given their part of
+      what it
       returned, so that a step in pieces, or of several processes, is that of the whole batch to rounding.
     - ``updated(model, step)``: called after its update, for targets that follow the model.
     """
@@ -65,7 +66,7 @@ class Stage:
     def __post_init__(self) -> None:
         if not isinstance(self.every, int) or self.every < 1:
             raise ValueError(f"Stage needs every, a number of steps of at least 1, got {self.every!r}.")
-        if self.learning_rate is not None and not self.learning_rate > 0.0 or self.clip is not None and not self.clip > 0.0:
+        if not all(value is None or value > 0.0 for value in (self.learning_rate, self.clip)):
             raise ValueError(f"Stage needs a positive learning_rate and clip, got {self.learning_rate} and {self.clip}.")
         if isinstance(self.trains, str):
             object.__setattr__(self, "trains", (self.trains,))

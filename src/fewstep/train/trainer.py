@@ -9,10 +9,10 @@ Files in `folder`: ``checkpoint.safetensors``, always one whole checkpoint (writ
 one JSON object a line. Never pickle.
 
 *Pieces.* A step works its batch out in P = processes x `accumulate` pieces of equal size, whose losses are averaged. Pieces have rows of
-their own and generators of their own, so a step depends on P and not on where the pieces are worked out: two processes give the numbers of one
-process with ``accumulate=2``, to the rounding of a sum in another order, and a run may be resumed with another number of processes if P stays.
-P pieces give the numbers of one whole batch, to rounding, if the objective draws nothing from its generator or has `draw` (see
-`fewstep.train.Objective`), and treats samples one by one (no dropout, no batch normalisation, no buffers that training changes).
+their own and generators of their own, so a step depends on P and not on where the pieces are worked out: two processes give the numbers
+of one process with ``accumulate=2``, to the rounding of a sum in another order, and a run may be resumed with another number of processes
+if P stays. P pieces give the numbers of one whole batch, to rounding, if the objective draws nothing from its generator or has `draw`
+(see `fewstep.train.Objective`), and treats samples one by one (no dropout, no batch normalisation, no buffers that training changes).
 
 The learning rate at step s of S is $\eta\,\min(s/W, 1)\,c(s)$, with $c = \tfrac12(1 + \cos \pi (s-1)/S)$ for cosine decay, 1 for none.
 The averages of the weights are those of `fewstep.train.averages`.
@@ -116,7 +116,8 @@ def fit(
     """Train a model, in place.
 
     Args:
-        objective: ``(model, batch, generator) -> (loss, info)``; see `fewstep.train.DenoisingLoss`, and `fewstep.train.Objective` for what an
+        objective: ``(model, batch, generator) -> (loss, info)``; see `fewstep.train.DenoisingLoss`, and `fewstep.train.Objective` for
+        what an
             object may add. Or one or several `fewstep.train.Stage`, done one after another in every step.
         model: the module, on the device to train on; or several by name, which objectives then find as ``model["name"]``.
         data: either tensors of equal first dimension, or `fewstep.train.Rows`, from which batches are drawn without repetition within an
@@ -153,11 +154,10 @@ def fit(
         A `FitResult`; the model itself holds the weights of the last step.
 
     Raises:
-        NetworkError: at the first loss or gradient that is not finite, and when the loss stays far above its level; the last checkpoint stays.
-        ArtefactError: if the checkpoint is damaged, or was made with other options, model or data.
-        ValueError: for options or data that make no sense.
-        KeyboardInterrupt: after Ctrl-C, when the current step is done and its checkpoint written.
-        MissingExtraError: if Accelerate or TensorBoard is asked for and not installed.
+        NetworkError: at the first loss or gradient that is not finite, and when the loss stays far above its level; the last checkpoint
+        stays. ArtefactError: if the checkpoint is damaged, or was made with other options, model or data. ValueError: for options or data
+        that make no sense. KeyboardInterrupt: after Ctrl-C, when the current step is done and its checkpoint written. MissingExtraError:
+        if Accelerate or TensorBoard is asked for and not installed.
 
     Example:
         >>> from fewstep.schedules import Flow
@@ -367,12 +367,12 @@ class _Run:
         """Do one step; return the loss of its last stage, and whether any process was asked to stop."""
         step = self.step + 1
         turns = [turn for turn in self.turns if step % turn.stage.every == 0]
-        stop = any([self._update(turn, step, interrupted) for turn in turns])  # all of them take place
+        asked = [self._update(turn, step, interrupted) for turn in turns]
         if not turns:
-            stop = self.workers.mean([float(bool(interrupted))])[0] > 0.0
+            asked = self.workers.mean([float(bool(interrupted))])
         self._average(turns)
         self.step = step
-        return (turns or self.turns)[-1].loss, stop
+        return (turns or self.turns)[-1].loss, any(asked)
 
     def _update(self, turn: _Turn, step: int, interrupted: list[bool]) -> bool:
         """The update of one stage; returns whether any process was asked to stop."""
@@ -390,8 +390,11 @@ class _Run:
         scaler = self.workers.scaler
         if not math.isfinite(turn.gradient_norm) and (scaler is None or scaler.get_scale() < SMALLEST_SCALE):
             raise NetworkError(self._diverged(turn, step, f"the {turn.label}norm of the gradient is {turn.gradient_norm}"))
-        if turn.level is not None and turn.level.far_above(turn.loss):
-            told = f"the {turn.label}loss has been above {turn.level.factor:g} times its level of {turn.level.level:.3g} for {turn.level.above} steps"
+        level = turn.level
+        if level is not None and level.far_above(turn.loss):
+            told = (
+                f"the {turn.label}loss has been above {level.factor:g} times its level of {level.level:.3g} for {level.above} steps"
+            )
             raise NetworkError(self._diverged(turn, step, told))
         self.workers.step(turn.optimizers)
         updated = getattr(turn.stage.objective, "updated", None)

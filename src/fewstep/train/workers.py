@@ -1,8 +1,8 @@
 """The processes that a run is spread over: `Alone`, one process and PyTorch; `Spread`, one or many, by Accelerate.
 
 What Accelerate is configured for (``accelerate launch``, ``torchrun``, or an ``Accelerator`` of one's own) is what happens: data-parallel
-processes (DDP), weights in shards (FSDP, version 2), the device, mixed precision and its scaling of the loss. The loop asks for seven things:
-prepare, run in lower precision, go backward, clip, take a step, take a mean over processes, wait.
+processes (DDP), weights in shards (FSDP, version 2), the device, mixed precision and its scaling of the loss. The loop asks for seven
+things: prepare, run in lower precision, go backward, clip, take a step, take a mean over processes, wait.
 """
 
 from __future__ import annotations
@@ -66,9 +66,11 @@ class Workers(abc.ABC):
         """One whole number of every process, by rank; below 2^62."""
         return [value]
 
+    @abc.abstractmethod
     def wait(self) -> None:
         """Until every process is here."""
 
+    @abc.abstractmethod
     def finish(self, modules: Iterable[nn.Module]) -> None:
         """Undo what `prepare` put around the modules' calls."""
 
@@ -104,6 +106,12 @@ class Alone(Workers):
         if self.scaler is not None:
             self.scaler.update()
 
+    def wait(self) -> None:
+        pass
+
+    def finish(self, modules: Iterable[nn.Module]) -> None:
+        pass
+
 
 class Spread(Workers):
     """The processes of an ``accelerate.Accelerator``.
@@ -116,8 +124,8 @@ class Spread(Workers):
         self.accelerator = accelerator
         if accelerator.gradient_accumulation_steps != 1:
             raise ValueError(
-                f"the Accelerator accumulates over {accelerator.gradient_accumulation_steps} steps; leave that at 1 and pass fit(accumulate=...), "
-                "which keeps batches and noise those of a single process."
+                f"the Accelerator accumulates over {accelerator.gradient_accumulation_steps} steps; leave that at 1 and pass "
+                "fit(accumulate=...), which keeps batches and noise those of a single process."
             )
         if accelerator.mixed_precision not in PRECISIONS:
             raise ValueError(f"mixed_precision must be one of {sorted(PRECISIONS)}, got {accelerator.mixed_precision!r}.")
