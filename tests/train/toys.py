@@ -90,7 +90,10 @@ def turns():
 
 
 class Coded:
-    """Signs with momentum kept as bytes and a scale, and a record of nested things, which PyTorch's `load_state_dict` would not give back."""
+    """Signs with momentum kept as bytes and a scale, and a record of nested things.
+
+    PyTorch's `load_state_dict` would not give these back.
+    """
 
     def __init__(self, parameters, lr):
         self.inner = CodedSigns(parameters, lr)
