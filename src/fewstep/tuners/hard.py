@@ -52,10 +52,11 @@ def mined(task: Task, plan: Plan, *, pool: int, count: int, turn: int = 0) -> Mi
 
 
 def challenged(task: Task, candidates: Sequence[Candidate], *, pool: int, count: int) -> list[tuple[float, float]]:
-    """The root mean square errors of candidates and of the best untuned plan, over a pool of noise that nothing was fitted to.
+    """The root mean square errors of candidates and of the best untuned plan, over a pool of noise that nothing was fitted to and the
+    noises that the validation paths stand for: a few samples in the wrong mode decide these errors, so the more noise the better.
 
-    Exact paths are traced for the `count` noises on which any candidate is farthest from the untuned plan; what lies nearer is
-    estimated from those validation paths on which they are as near.
+    Exact paths are traced for the `count` noises of the pool on which any candidate is farthest from the untuned plan; what lies nearer
+    is estimated from those validation paths on which they are as near.
 
     Args:
         task: the model.
@@ -79,11 +80,12 @@ def challenged(task: Task, candidates: Sequence[Candidate], *, pool: int, count:
     share = len(rows) / pool if near.any() else 1.0
 
     def error(k: int) -> float:
-        far = float(np.mean(distances(runs[k][picked], target) ** 2))
-        rest = distances(held_out[k], task.held_out.target)[near] ** 2
-        return math.sqrt(
-            share * far + (1.0 - share) * float(np.average(rest, weights=task.held_out.shares[near])) if near.any() else far
-        )
+        known = distances(held_out[k], task.held_out.target) ** 2
+        fresh = float(np.mean(distances(runs[k][picked], target) ** 2))
+        if near.any():
+            fresh = share * fresh + (1.0 - share) * float(np.average(known[near], weights=task.held_out.shares[near]))
+        stands_for = float(task.held_out.shares.sum())
+        return math.sqrt((pool * fresh + float(task.held_out.shares @ known)) / (pool + stands_for))
 
     return [(error(k), error(0)) for k in range(1, len(plans))]
 
