@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from fewstep import schedules
+from fewstep.train.optim4bit import AdamW4bit, SGD4bit
 
 
 class SolverCase(NamedTuple):
@@ -108,3 +113,43 @@ FINITE: dict[str, schedules.NoiseSchedule] = {
     "flow_shifted": schedules.Flow(shift=3.0, t_start=0.9, t_end=0.05),
 }
 """Finite intervals, on which orders are claimed. Smooth schedules only: a table has kinks, which cap the order there."""
+
+
+class OptimizerCase(NamedTuple):
+    """What an optimizer with rounded states claims.
+
+    `make`: of parameters and options. `ancestor`: what it is if nothing is rounded.
+    `bytes`: of the states of a tensor of a shape.
+    `first_step`: how far the first step is from the ancestor's, over the largest parameter; states are still exact then.
+    """
+
+    make: Callable[..., torch.optim.Optimizer]
+    ancestor: Callable[..., torch.optim.Optimizer]
+    bytes: Callable[[tuple[int, ...]], float]
+    first_step: float = 1e-6
+
+
+def _codes_and_blocks(shape: tuple[int, ...]) -> float:
+    return math.prod(shape) * (0.5 + 4 / 128)
+
+
+OPTIMIZERS: dict[str, OptimizerCase] = {
+    "adamw4bit": OptimizerCase(
+        AdamW4bit, torch.optim.AdamW, lambda shape: _codes_and_blocks(shape) + math.prod(shape) / 2 + 4 * sum(shape)
+    ),
+    "adamw4bit, block": OptimizerCase(
+        partial(AdamW4bit, second_moment="block"), torch.optim.AdamW, lambda shape: 2 * _codes_and_blocks(shape)
+    ),
+    "adamw4bit, factored": OptimizerCase(
+        partial(AdamW4bit, second_moment="factored"),
+        torch.optim.AdamW,
+        lambda shape: _codes_and_blocks(shape) + 4 * (shape[0] + math.prod(shape[1:])),
+        first_step=0.2,  # a factored v is not v: a step differs by what the rate allows
+    ),
+    "sgd4bit": OptimizerCase(partial(SGD4bit, lr=0.05), partial(torch.optim.SGD, lr=0.05, momentum=0.9), _codes_and_blocks),
+    "sgd4bit, nesterov": OptimizerCase(
+        partial(SGD4bit, lr=0.05, nesterov=True, weight_decay=0.01),
+        partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
+        _codes_and_blocks,
+    ),
+}

@@ -1,0 +1,285 @@
+r"""Do states of four bits train as well as full ones, in what memory, and how fast? ``python benchmarks/optim4bit.py`` writes
+``benchmarks/results/optim4bit.json``. With ``--parts losses`` or ``--parts times`` only that is measured, and the rest of the file is kept.
+
+*Losses.* The U-Net of the recipe `digits`, and a small character-level transformer, from three seeds, which draw weights, batches and
+noise; everything but the optimizer is the same. The figure is the loss on data that training never sees, at fixed times and noise, of the last
+weights. Contestants: `torch.optim.AdamW`, ours in its three forms, torchao's and bitsandbytes' at their defaults, and ours with a codebook that
+has a zero for the second moment, which is put in place of the quantiser here and is no option of the library. A failure to learn is
+a result: a run whose loss is not finite counts as such.
+
+*Seed noise* is the standard deviation of the losses of AdamW over seeds. The bar is that the mean of the differences at equal seeds is at
+most that.
+
+*Times* of a step with gradients at hand, on one thread: the U-Net's tensors, and a few large matrices. Rounds take every contestant in turn;
+the least time of the rounds is reported, for an interruption only ever adds, in seconds of the processor.
+
+*Bytes* are counted in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import character_model
+import torch
+from torch import Tensor, nn
+
+from fewstep.errors import NetworkError
+from fewstep.models import SmallUNet
+from fewstep.train import RECIPES, fit
+from fewstep.train.optim4bit import SECOND_MOMENTS, AdamW4bit, Quantized, optimizer_state_bytes
+from fewstep.train.quantization import Codebook, Quantizer, Rank1Scale
+from fewstep.train.recipes import digits
+
+RESULTS = Path(__file__).parent / "results" / "optim4bit.json"
+SEEDS = (0, 1, 2)
+STEPS = {"digits": 300, "characters": 300}
+BATCH = {"digits": 64, "characters": 16}
+LENGTH = 64
+WITH_ZERO = "rank1, with zero"
+MATRICES = ((1024, 1024), (512, 2048), (2048, 512), (2048,))
+BETAS = (0.9, 0.99)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure states of four bits.")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON goes")
+    parser.add_argument("--parts", nargs="+", choices=["losses", "times"], default=["losses", "times"], help="what to measure")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of the losses")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of the times")
+    parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it works")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    SECOND_MOMENTS[WITH_ZERO] = functools.cache(lambda size: Quantized(Quantizer(zero_codebook(), Rank1Scale())))
+    if options.smoke:
+        STEPS.update(dict.fromkeys(STEPS, 3))
+        options.seeds, options.rounds = options.seeds[:2], 1
+    report = json.loads(options.out.read_text()) if options.out.exists() else {}
+    report |= {"command": "python benchmarks/optim4bit.py", "machine": "one core of a 2-core machine", "versions": versions()}
+    if "losses" in options.parts:
+        report["losses"] = losses(options.seeds)
+    if "times" in options.parts:
+        report["times"] = times(options.rounds)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+    return 0
+
+
+def zero_codebook() -> Codebook:
+    """Sixteen equal steps from 0 to 1, both ends included."""
+    return Codebook(tuple(i / 15 for i in range(16)))
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("torchao", "bitsandbytes"):
+        with contextlib.suppress(ImportError), quiet():
+            found[name] = importlib.import_module(name).__version__
+    return found
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def contestants() -> dict[str, Callable[..., torch.optim.Optimizer]]:
+    """Name -> maker, called as ``maker(parameters, lr=...)``; none decays weights."""
+    alike = {"betas": BETAS, "weight_decay": 0.0}
+    found: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "AdamW": functools.partial(torch.optim.AdamW, **alike),
+        "ours, rank1": functools.partial(AdamW4bit, **alike),
+        "ours, block": functools.partial(AdamW4bit, **alike, second_moment="block"),
+        "ours, factored": functools.partial(AdamW4bit, **alike, second_moment="factored"),
+        "ours, rank1, at random": functools.partial(AdamW4bit, **alike, rounding="stochastic"),
+        "zero in the map": functools.partial(AdamW4bit, **alike, second_moment=WITH_ZERO),
+    }
+    with contextlib.suppress(ImportError), quiet():
+        from torchao.optim import AdamW4bit as Theirs
+
+        found["torchao, 4 bits"] = functools.partial(Theirs, **alike)
+    with contextlib.suppress(ImportError), quiet():
+        from bitsandbytes.optim import AdamW8bit
+
+        found["bitsandbytes, 8 bits"] = functools.partial(AdamW8bit, **alike)
+    return found
+
+
+# ---- losses ------------------------------------------------------------------------------------------------------------------------
+
+
+def losses(seeds: list[int]) -> dict[str, Any]:
+    report: dict[str, Any] = {"seeds": seeds, "steps": STEPS, "batch": BATCH, "learning_rate": 1e-3, "betas": BETAS}
+    for task, run in {"digits": train_digits, "characters": train_characters}.items():
+        found: dict[str, dict[str, Any]] = {}
+        for name, maker in contestants().items():
+            runs = [run(maker, seed) for seed in seeds]
+            found[name] = {"held_out": [loss for loss, _ in runs], **runs[-1][1]}
+            print(task, name, found[name], file=sys.stderr, flush=True)
+        report[task] = {name: {**row, **beside(row["held_out"], found["AdamW"]["held_out"])} for name, row in found.items()}
+    return report
+
+
+def beside(values: list[float], reference: list[float]) -> dict[str, Any]:
+    """The mean, the mean of the differences from AdamW at equal seeds, and whether that is within the noise of its seeds."""
+    if not all(map(math.isfinite, values)):
+        return {"mean": None, "difference": None, "within_seed_noise": False}
+    difference = statistics.fmean(a - b for a, b in zip(values, reference, strict=True))
+    noise = statistics.stdev(reference)
+    mean = statistics.fmean(values)
+    return {
+        "mean": round(mean, 5),
+        "difference": round(difference, 5),
+        "seed_noise": round(noise, 5),
+        "within_seed_noise": difference <= noise,
+    }
+
+
+def train_digits(maker: Callable[..., torch.optim.Optimizer], seed: int) -> tuple[float, dict[str, Any]]:
+    recipe = RECIPES["digits"]
+    torch.manual_seed(seed)
+    model = SmallUNet(recipe.network)
+    held_out = digits("held_out")
+
+    def judge() -> float:
+        model.eval()
+        with torch.no_grad():
+            generators = [torch.Generator().manual_seed(repeat) for repeat in range(4)]
+            return float(torch.stack([recipe.loss(model, held_out, generator)[0] for generator in generators]).mean())
+
+    return trained(recipe.loss, model, digits("train"), "digits", maker, seed, judge)
+
+
+def train_characters(maker: Callable[..., torch.optim.Optimizer], seed: int) -> tuple[float, dict[str, Any]]:
+    torch.manual_seed(seed)
+    model = character_model.CharacterModel(longest=LENGTH)
+    data = character_model.sampler(character_model.text("train"), LENGTH)
+    judge = functools.partial(character_model.held_out_loss, model, LENGTH)
+    return trained(character_model.next_character, model, data, "characters", maker, seed, judge)
+
+
+def trained(objective: Any, model: nn.Module, data: Any, task: str, maker: Any, seed: int, judge: Callable[[], float]) -> Any:
+    """The loss on held-out data after training, and what the states take."""
+    made: list[torch.optim.Optimizer] = []
+
+    def optimizer(parameters: Any, lr: float) -> torch.optim.Optimizer:
+        made.append(maker(parameters, lr=lr))
+        return made[0]
+
+    steps = STEPS[task]
+    try:
+        with quiet():
+            fit(
+                objective,
+                model,
+                data,
+                steps=steps,
+                batch_size=BATCH[task],
+                warmup=steps // 10,
+                optimizer=optimizer,
+                ema=(),
+                seed=seed,
+            )
+        loss = judge()
+    except NetworkError:
+        loss = math.inf
+    return loss, measured(made[0])
+
+
+def measured(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    found = optimizer_state_bytes(optimizer)
+    row: dict[str, Any] = {"bytes_a_parameter": round(found.per_parameter, 4)}
+    if found.quantized_parameters:
+        row["bytes_a_quantised_parameter"] = round(found.per_quantized_parameter, 4)
+        row["quantised"] = round(found.quantized_parameters / found.parameters, 4)
+    return row
+
+
+# ---- times -------------------------------------------------------------------------------------------------------------------------
+
+
+def times(rounds: int) -> dict[str, Any]:
+    shapes = {
+        "digits": [tuple(p.shape) for p in SmallUNet(RECIPES["digits"].network).parameters()],
+        "matrices": list(MATRICES),
+    }
+    return {name: timed(tensors, rounds) for name, tensors in shapes.items()}
+
+
+def timed(shapes: list[tuple[int, ...]], rounds: int) -> dict[str, Any]:
+    """Milliseconds a step, over that of AdamW, and the seconds of the first step."""
+    makers = {name: maker for name, maker in contestants().items() if "zero" not in name}
+    makers["AdamW, foreach"] = functools.partial(torch.optim.AdamW, foreach=True)
+    makers["AdamW, fused"] = functools.partial(torch.optim.AdamW, fused=True)
+    steps = {name: prepared(maker, shapes) for name, maker in makers.items()}
+    steps["AdamW, compiled"] = compiled(*prepared(torch.optim.AdamW, shapes))
+    for kind in ("rank1", "block", "factored"):
+        steps[f"ours, {kind}, compiled"] = prepared(functools.partial(AdamW4bit, second_moment=kind, compiled=True), shapes)
+    first = {name: seconds(step, 1) for name, (step, _) in steps.items()}
+    took: dict[str, list[float]] = {name: [] for name in steps}
+    for name, (step, _) in steps.items():
+        seconds(step, 3)
+    for _ in range(rounds):
+        for name, (step, _) in steps.items():
+            took[name].append(seconds(step, 3))
+    least = {name: 1000 * min(values) for name, values in took.items()}
+    return {
+        "parameters": sum(math.prod(shape) for shape in shapes),
+        "tensors": len(shapes),
+        **{
+            name: {
+                "milliseconds": round(least[name], 3),
+                "over_adamw": round(least[name] / least["AdamW"], 2),
+                "over_adamw_compiled": round(least[name] / least["AdamW, compiled"], 2),
+                "first_step_seconds": round(first[name], 2),
+                **measured(optimizer),
+            }
+            for name, (_, optimizer) in steps.items()
+        },
+    }
+
+
+Step = tuple[Callable[[], Any], torch.optim.Optimizer]
+
+
+def prepared(maker: Callable[..., torch.optim.Optimizer], shapes: list[tuple[int, ...]]) -> Step:
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer = maker(parameters, lr=1e-3)
+    return optimizer.step, optimizer
+
+
+def compiled(step: Callable[[], Any], optimizer: torch.optim.Optimizer) -> Step:
+    """As PyTorch's guide compiles an optimizer: the rate is a tensor, so that it may change."""
+    optimizer.param_groups[0]["lr"] = torch.tensor(1e-3)
+    return torch.compile(lambda: optimizer.step(), fullgraph=False), optimizer
+
+
+def seconds(step: Callable[[], Any], count: int) -> float:
+    with quiet():
+        start = time.process_time()
+        for _ in range(count):
+            step()
+        return (time.process_time() - start) / count
+
+
+if __name__ == "__main__":
+    sys.exit(main())

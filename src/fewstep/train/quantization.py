@@ -1,0 +1,441 @@
+r"""Numbers in 4 bits: codebooks, scales, and two codes in a byte.
+
+A quantiser divides a tensor by a *scale*, replaces what is left by the nearest value of a *codebook* of 16, and keeps the number of that
+value, 4 bits, and the scale. With codes q, codebook T and a scale S that is broadcast over the tensor,
+
+$$ x \approx T(q) \odot S , \qquad q = \arg\min_j \left| x / S - T(j) \right| . $$
+
+- `Codebook`: T. `SIGNED_DYNAMIC` has most of its values near zero, `LINEAR` equal steps and no zero.
+- `BlockScale`: the largest absolute value of every 128 numbers that follow each other.
+- `Rank1Scale`: for every axis the largest absolute values over all other axes; the scale of an entry is the least of those that it
+  belongs to. A matrix has a number a row and a number a column: $S_{ij} = \min(r_i, c_j)$.
+
+Where a scale is zero, all that it belongs to is zero, and comes back as exact zeros. Numbers that are not finite make scales that are not
+finite, and come back as such.
+
+Sources: "Memory Efficient Optimizers with 4-bit States" (arXiv 2309.01507): rank-1 scales and the map without zero; the signed map is that
+of "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861) in 4 bits.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+import itertools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "LINEAR",
+    "PACKING",
+    "SIGNED_DYNAMIC",
+    "BlockScale",
+    "Codebook",
+    "Layout",
+    "Quantizer",
+    "Rank1Scale",
+    "Scale",
+    "pack",
+    "unpack",
+]
+
+PACKING = "low nibble first"
+"""How two codes share a byte: the even one in its low four bits. Other libraries may have it the other way round."""
+CODES = 16
+FINEST = 1 << 16
+"""Most cells in an interval of length 1 that a codebook's table may have."""
+TINY = 1e-33
+"""A smaller scale is divided by as if it were this, so that one over it is a number. Zero among them; there is nothing to divide then."""
+
+
+# ---- two codes in a byte -----------------------------------------------------------------------------------------------------------
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes below 16, ``"n"`` of uint8, two in a byte: ``"(n+1)//2"``. An odd one out shares its byte with 0.
+
+    Example:
+        >>> pack(torch.tensor([1, 2, 15], dtype=torch.uint8)).tolist()
+        [33, 15]
+    """
+    if len(codes) % 2:
+        codes = torch.cat([codes, codes.new_zeros(1)])
+    if sys.byteorder == "little" and not torch.compiler.is_compiling():  # both at once
+        pairs = codes.view(torch.int16)
+        return (pairs | (pairs >> 4)).to(torch.uint8)
+    even, odd = codes.view(-1, 2).unbind(1)
+    return even | (odd << 4)
+
+
+def unpack(packed: Tensor, count: int) -> Tensor:
+    """The inverse of `pack`: the first `count` codes.
+
+    Example:
+        >>> unpack(torch.tensor([33, 15], dtype=torch.uint8), 3).tolist()
+        [1, 2, 15]
+    """
+    return torch.stack([packed & 15, packed >> 4], 1).view(-1)[:count]
+
+
+# ---- codebooks ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Sixteen values in [-1, 1], and the nearest of them.
+
+    Args:
+        values: ascending decimal numbers.
+
+    Raises:
+        ValueError: if they are not sixteen, do not ascend, lie outside [-1, 1] or have too many digits for a table.
+
+    Example:
+        >>> LINEAR.encode(torch.tensor([0.0, 0.5, 0.99])).tolist()
+        [0, 7, 15]
+    """
+
+    values: tuple[float, ...]
+    fractions: tuple[Fraction, ...] = field(init=False, repr=False, compare=False)
+    """The values, exactly as they are meant."""
+    midpoints: tuple[Fraction, ...] = field(init=False, repr=False, compare=False)
+    """Where the nearest value changes."""
+    cells: int = field(init=False, repr=False, compare=False)
+    """The least n so that all values and midpoints are multiples of 1 / n."""
+    step: float | None = field(init=False, repr=False, compare=False)
+    """The distance of neighbours, if it is always the same."""
+
+    def __post_init__(self) -> None:
+        if len(self.values) != CODES or any(a >= b for a, b in itertools.pairwise(self.values)):
+            raise ValueError(f"a codebook of 4 bits has {CODES} ascending values, got {self.values}.")
+        if self.values[0] < -1.0 or self.values[-1] > 1.0:
+            raise ValueError(f"the values of a codebook lie in [-1, 1], got {self.values}.")
+        fractions = tuple(Fraction(value).limit_denominator(FINEST) for value in self.values)
+        midpoints = tuple((a + b) / 2 for a, b in itertools.pairwise(fractions))
+        cells = math.lcm(*(number.denominator for number in (*fractions, *midpoints)))
+        if cells > FINEST:
+            raise ValueError(f"values and midpoints of a codebook must be multiples of 1 / n for an n up to {FINEST}, got {cells}.")
+        gaps = {b - a for a, b in itertools.pairwise(fractions)}
+        if self.values[0] >= 0.0 and self.values[-1] != 1.0:
+            raise ValueError(f"the last value of a codebook for positive numbers is 1, got {self.values[-1]}.")
+        step = float(gaps.pop()) if len(gaps) == 1 else None
+        for name, value in {"fractions": fractions, "midpoints": midpoints, "cells": cells, "step": step}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def signed(self) -> bool:
+        """Whether there are negative values."""
+        return self.values[0] < 0.0
+
+    @property
+    def grid(self) -> float:
+        """What 1 is multiplied by before a code is looked for."""
+        return self.cells if self.step is None else 1.0 / self.step
+
+    def encode(self, x: Tensor, factor: Tensor | None = None, *, uniform: Tensor | None = None) -> Tensor:
+        """The code of the nearest value, or at random that of the one below or above, so that the expectation is kept.
+
+        Args:
+            x: ``"*shape"``, float32, never negative if no value is.
+            factor: `grid` over the scale, broadcast over x, if x is not in [-1, 1] yet.
+            uniform: numbers in [0, 1) of the same shape, to round at random. What lies outside the values goes to the first or last.
+
+        Returns:
+            ``"*shape"``, uint8. Within rounding (a few 1e-7) of a midpoint it may be either neighbour's. Of NaN comes any code.
+        """
+        gridded = x * (self.grid if factor is None else factor)
+        if uniform is not None:
+            return self._encode_at_random(gridded, uniform)
+        if self.step is not None:
+            place = gridded.add_(0.5 - self.values[0] / self.step)  # cut off, it is the code; below 0 is at most half a step
+            return (place.clamp_(0.0, CODES - 1.0) if self.signed else place).to(torch.uint8)
+        if torch.compiler.is_compiling():  # comparisons are fused and vectorised; a look-up in a table is not
+            return _count([gridded >= float(midpoint * self.cells) for midpoint in self.midpoints])
+        return self._cell(_nearest(self, x.device), gridded)
+
+    def _encode_at_random(self, gridded: Tensor, uniform: Tensor) -> Tensor:
+        below = self._below(gridded)
+        low, high = self.decode(below), self.decode(below + 1)
+        return below + (uniform < (gridded / self.grid - low) / (high - low)).to(torch.uint8)
+
+    def _below(self, gridded: Tensor) -> Tensor:
+        """The code of the last value that is not larger; at most the last but one."""
+        if torch.compiler.is_compiling() or self.step is not None:
+            return _count([gridded >= float(value) * self.grid for value in self.fractions[1:-1]])
+        return self._cell(_lower(self, gridded.device), gridded)
+
+    def _cell(self, table: Tensor, gridded: Tensor) -> Tensor:
+        """The entry of a table that has one for every cell of [-1, 1]."""
+        cell = (gridded + self.cells).int().clamp_(0, 2 * self.cells)  # clamped last: of NaN comes any integer
+        return table.index_select(0, cell.view(-1)).view(gridded.shape)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The values of codes, float32."""
+        if self.step is not None:
+            return codes.float() * self.step + self.values[0]
+        return torch.tensor(self.values, device=codes.device)[codes.long()]
+
+    def decode_packed(self, packed: Tensor) -> Tensor:
+        """The values of codes two in a byte, without the steps between where that is faster."""
+        if torch.compiler.is_compiling():
+            return self.decode(unpack(packed, 2 * len(packed)))
+        return _pairs(self, packed.device).index_select(0, packed.int()).view(torch.float32)
+
+
+def _count(passed: Sequence[Tensor]) -> Tensor:
+    """How many of the comparisons hold."""
+    return functools.reduce(torch.add, [comparison.to(torch.uint8) for comparison in passed])
+
+
+@functools.cache
+def _nearest(codebook: Codebook, device: torch.device) -> Tensor:
+    return _table(codebook, codebook.midpoints, device)
+
+
+@functools.cache
+def _lower(codebook: Codebook, device: torch.device) -> Tensor:
+    return _table(codebook, codebook.fractions[1:-1], device)
+
+
+def _table(codebook: Codebook, borders: Sequence[Fraction], device: torch.device) -> Tensor:
+    """How many borders lie at or below the lower end of every cell."""
+    first = torch.arange(-codebook.cells, codebook.cells + 1)
+    edges = torch.tensor([int(border * codebook.cells) for border in borders])
+    return torch.searchsorted(edges, first, right=True).to(torch.uint8).to(device)
+
+
+@functools.cache
+def _pairs(codebook: Codebook, device: torch.device) -> Tensor:
+    """The two values of every byte, seen as one number of 64 bits, so that one look-up gives both."""
+    packed = torch.arange(256)
+    values = torch.tensor(codebook.values)
+    return torch.stack([values[packed & 15], values[packed >> 4]], 1).contiguous().view(torch.int64).view(-1).to(device)
+
+
+def _signed_dynamic() -> tuple[float, ...]:
+    """Three powers of ten, 1, 2 and 4 equal cells in [0.1, 1] of each; their midpoints with both signs, zero, and one."""
+    positive = [Fraction(1 + 9 * Fraction(2 * j + 1, 2 ** (i + 1)), 10) / 10 ** (2 - i) for i in range(3) for j in range(2**i)]
+    return tuple(float(value) for value in sorted([*positive, *(-value for value in positive), Fraction(0), Fraction(1)]))
+
+
+SIGNED_DYNAMIC = Codebook(_signed_dynamic())
+"""For signed numbers of very different size: 0, 0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875, their negatives, and 1 (not -1)."""
+LINEAR = Codebook(tuple((i + 1) / CODES for i in range(CODES)))
+"""For positive numbers that must not become zero: 1/16, 2/16, ..., 1."""
+
+
+# ---- several tensors in a row ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tensors one behind the other in one flat tensor, each filled up with zeros to whole units.
+
+    Args:
+        shapes: of the tensors.
+        unit: numbers in a unit.
+
+    Example:
+        >>> layout = Layout(((3,), (1, 2)), unit=2)
+        >>> flat = layout.join([torch.ones(3), torch.zeros(1, 2)])
+        >>> flat.tolist(), [tuple(part.shape) for part in layout.split(flat)]
+        ([1.0, 1.0, 1.0, 0.0, 0.0, 0.0], [(3,), (1, 2)])
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    unit: int = 1
+
+    def places(self) -> list[int]:
+        """How much room every tensor has."""
+        return [-(-math.prod(shape) // self.unit) * self.unit for shape in self.shapes]
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The flat tensor."""
+        parts = []
+        for tensor, places in zip(tensors, self.places(), strict=True):
+            parts.append(tensor.reshape(-1))
+            if places != tensor.numel():
+                parts.append(tensor.new_zeros(places - tensor.numel()))
+        return _joined(parts)
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """The tensors, as views."""
+        pieces = flat.split(self.places()) if len(self.shapes) > 1 else (flat,)
+        parts = []
+        for piece, shape in zip(pieces, self.shapes, strict=True):
+            count = math.prod(shape)
+            parts.append((piece if len(piece) == count else piece[:count]).view(shape))
+        return parts
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+# ---- scales ------------------------------------------------------------------------------------------------------------------------
+
+
+class Scale(abc.ABC):
+    """What tensors are divided by: of every tensor some numbers, in one flat tensor, float32."""
+
+    @abc.abstractmethod
+    def count(self, shape: Sequence[int]) -> int:
+        """How many numbers the scale of a tensor has."""
+
+    @abc.abstractmethod
+    def check(self, layout: Layout) -> None:
+        """Raise if the tensors cannot be measured as they lie."""
+
+    @abc.abstractmethod
+    def measure(self, flat: Tensor, layout: Layout) -> list[Tensor]:
+        """The scales of tensors that are not negative."""
+
+    @abc.abstractmethod
+    def spread(self, scales: Sequence[Tensor], layout: Layout, least: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The scales as a tensor ``"n"``, or ``"blocks 1"``. `least` is the minimum, or the maximum if one over the scales came."""
+
+
+@dataclass(frozen=True)
+class BlockScale(Scale):
+    """The largest absolute value of every block of numbers that follow each other in memory; the last is filled up with zeros.
+
+    Args:
+        size: numbers in a block, even.
+
+    Raises:
+        ValueError: for another size.
+
+    Example:
+        >>> codes, scales = Quantizer(SIGNED_DYNAMIC, BlockScale(2)).quantize(torch.tensor([0.1, 4.0, -3.0]))
+        >>> scales.tolist()
+        [4.0, 3.0]
+    """
+
+    size: int = 128
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.size, int) or self.size < 2 or self.size % 2:
+            raise ValueError(f"a block has an even number of entries, at least 2; got {self.size!r}.")
+
+    def count(self, shape: Sequence[int]) -> int:
+        return -(-math.prod(shape) // self.size)
+
+    def check(self, layout: Layout) -> None:
+        if layout.unit != self.size:
+            raise ValueError(f"blocks of {self.size} need tensors that are filled up to whole blocks, got units of {layout.unit}.")
+
+    def measure(self, flat: Tensor, layout: Layout) -> list[Tensor]:
+        scales = flat.view(-1, self.size).amax(1)
+        return list(scales.split([self.count(shape) for shape in layout.shapes])) if len(layout.shapes) > 1 else [scales]
+
+    def spread(self, scales: Sequence[Tensor], layout: Layout, least: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return _joined(scales)[:, None]
+
+
+@dataclass(frozen=True)
+class Rank1Scale(Scale):
+    """The least, over the axes, of the largest absolute values along all other axes (arXiv 2309.01507, section 4.2).
+
+    A tensor of shape (n, m, ...) has n + m + ... numbers, axis by axis.
+
+    Example:
+        >>> codes, scales = Quantizer(LINEAR, Rank1Scale()).quantize(torch.tensor([[1.0, 2.0], [8.0, 4.0]]))
+        >>> scales.tolist()
+        [2.0, 8.0, 8.0, 4.0]
+    """
+
+    def count(self, shape: Sequence[int]) -> int:
+        return sum(shape)
+
+    def check(self, layout: Layout) -> None:
+        pass
+
+    def measure(self, flat: Tensor, layout: Layout) -> list[Tensor]:
+        return [_largest_along_axes(x) for x in layout.split(flat)]
+
+    def spread(self, scales: Sequence[Tensor], layout: Layout, least: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return layout.join([_least_of_axes(part, shape, least) for part, shape in zip(scales, layout.shapes, strict=True)])
+
+
+def _largest_along_axes(x: Tensor) -> Tensor:
+    """For every axis, one after the other, the largest values along all other axes."""
+    parts = []
+    while x.ndim > 1:  # the last axes stay together, for long rows are reduced fastest
+        rows = x.flatten(1) if x.ndim > 2 else x
+        parts.append(rows.amax(1))
+        x = rows.amax(0) if x.ndim == 2 else rows.amax(0).view(x.shape[1:])
+    return torch.cat([*parts, x])
+
+
+def _least_of_axes(scales: Tensor, shape: Sequence[int], least: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """A flat tensor of that many numbers."""
+    *others, total = scales.split(list(shape))
+    for part in reversed(others):
+        total = least(part[:, None], total).view(-1)
+    return total
+
+
+# ---- quantisers --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """A codebook and a scale.
+
+    Example:
+        >>> quantizer = Quantizer(LINEAR, Rank1Scale())
+        >>> x = torch.outer(torch.tensor([1.0, 2.0]), torch.tensor([4.0, 1.0]))
+        >>> codes, scales = quantizer.quantize(x)
+        >>> quantizer.dequantize(codes, scales, x.shape).tolist()
+        [[4.0, 1.0], [8.0, 2.0]]
+    """
+
+    codebook: Codebook
+    scale: Scale
+
+    def layout(self, shape: Sequence[int]) -> Layout:
+        """How one tensor lies in memory."""
+        return Layout((tuple(shape),), self.scale.size if isinstance(self.scale, BlockScale) else 2)
+
+    def quantize(self, x: Tensor, *, uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Codes and scales of one tensor.
+
+        Args:
+            x: ``"*shape"``, any floating type; the work is done in float32. Never empty; never negative if the codebook is not.
+            uniform: numbers in [0, 1), one for every place of its `layout`, to round at random; see `Codebook.encode`.
+
+        Returns:
+            codes of uint8, two in a byte, and scales of float32; both flat.
+        """
+        layout = self.layout(x.shape)
+        codes, (scales,) = self.quantize_flat(layout.join([x.float()]), layout, uniform=uniform)
+        return codes, scales
+
+    def dequantize(self, codes: Tensor, scales: Tensor, shape: Sequence[int]) -> Tensor:
+        """The tensor, ``"*shape"``, float32, in memory of its own."""
+        layout = self.layout(shape)
+        return layout.split(self.dequantize_flat(codes, [scales], layout))[0]
+
+    def quantize_flat(self, flat: Tensor, layout: Layout, *, uniform: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Codes of tensors one behind the other, and the scales of each."""
+        self.scale.check(layout)
+        scales = self.scale.measure(flat.abs() if self.codebook.signed else flat, layout)
+        factor = self.codebook.grid / _joined(scales).clamp(min=TINY)
+        factors = factor.split([len(part) for part in scales]) if len(scales) > 1 else (factor,)
+        spread = self.scale.spread(factors, layout, torch.maximum)
+        shape = (len(spread), -1) if spread.ndim == 2 else (-1,)
+        codes = self.codebook.encode(flat.view(shape), spread, uniform=None if uniform is None else uniform.view(shape))
+        return pack(codes.view(-1)), scales
+
+    def dequantize_flat(self, codes: Tensor, scales: Sequence[Tensor], layout: Layout) -> Tensor:
+        """The tensors one behind the other, in memory of their own."""
+        spread = self.scale.spread(scales, layout, torch.minimum)
+        values = self.codebook.decode_packed(codes)
+        (values.view(len(spread), -1) if spread.ndim == 2 else values).mul_(spread)
+        return values
