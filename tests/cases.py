@@ -135,7 +135,14 @@ def _codes_and_blocks(shape: tuple[int, ...]) -> float:
 
 OPTIMIZERS: dict[str, OptimizerCase] = {
     "adamw4bit": OptimizerCase(
-        AdamW4bit, torch.optim.AdamW, lambda shape: _codes_and_blocks(shape) + math.prod(shape) / 2 + 4 * sum(shape)
+        AdamW4bit,
+        torch.optim.AdamW,
+        lambda shape: _codes_and_blocks(shape) + math.prod(shape) / 2 + 4 * min(sum(shape), math.prod(shape) // 128),
+    ),
+    "adamw4bit, rank1": OptimizerCase(
+        partial(AdamW4bit, second_moment="rank1"),
+        torch.optim.AdamW,
+        lambda shape: _codes_and_blocks(shape) + math.prod(shape) / 2 + 4 * sum(shape),
     ),
     "adamw4bit, block": OptimizerCase(
         partial(AdamW4bit, second_moment="block"), torch.optim.AdamW, lambda shape: 2 * _codes_and_blocks(shape)
