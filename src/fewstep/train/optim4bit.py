@@ -27,6 +27,7 @@ import abc
 import functools
 import hashlib
 import math
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -258,11 +259,14 @@ def _write(parameter: Tensor, x: Tensor, bits: Tensor | None) -> None:
 
 
 @functools.cache
-def _compiled(step: Callable[..., None], storages: tuple[Storage, ...], unit: int) -> Callable[..., None]:
+def _compiled(step: Callable[..., None], storages: tuple[Storage, ...], unit: int, shape: tuple[int, ...]) -> Callable[..., None]:
+    """The step of one tensor, as one graph. Each has code of its own: PyTorch compiles the same code for a few shapes only."""
+
     def run(bucket: Bucket, numbers: Any) -> None:
         step(bucket, numbers, storages, unit)
 
-    return torch.compile(run, fullgraph=True, dynamic=True)
+    own = types.FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
+    return torch.compile(own, fullgraph=True, dynamic=False)
 
 
 # ---- the optimizers ----------------------------------------------------------------------------------------------------------------
@@ -322,18 +326,17 @@ class Optimizer4bit(Optimizer, abc.ABC):
         return _Work(parameter, _local(parameter), state, storages, int(state["step"]), index)
 
     def _advance(self, works: Sequence[_Work], group: Mapping[str, Any]) -> None:
-        """A step of tensors that are kept alike, bucket by bucket. Compiled, a bucket is one tensor, so that there is one graph for all."""
+        """A step of tensors that are kept alike, bucket by bucket. Compiled, a bucket is one tensor."""
         numbers, storages, function = self._numbers(group, works[0].step), works[0].storages, self._function()
         unit = _unit(group, storages)
-        if group["compiled"]:
-            changing = {name: torch.tensor(getattr(numbers, name)) for name in ("gain", "step", "shrink") if hasattr(numbers, name)}
-            run = _compiled(function, storages, unit)
-            for work in works:
-                if work.local.numel():
-                    run(self._bucket([work], group, unit), numbers._replace(**changing))
+        if not group["compiled"] or all(isinstance(storage, Full) for storage in storages):
+            for bucket in _bucketed(works, BUCKET):
+                function(self._bucket(bucket, group, unit), numbers, storages, unit)
             return
-        for bucket in _bucketed(works):
-            function(self._bucket(bucket, group, unit), numbers, storages, unit)
+        changing = {name: torch.tensor(getattr(numbers, name)) for name in ("gain", "step", "shrink") if hasattr(numbers, name)}
+        for bucket in _bucketed(works, 0):
+            run = _compiled(function, storages, unit, tuple(bucket[0].local.shape))
+            run(self._bucket(bucket, group, unit), numbers._replace(**changing))
 
     def _bucket(self, works: Sequence[_Work], group: Mapping[str, Any], unit: int) -> Bucket:
         gradients = [_local(_gradient(work.parameter)) for work in works]
@@ -448,8 +451,8 @@ class AdamW4bit(Optimizer4bit):
         rounding: ``"nearest"``, as published, or ``"stochastic"``: up or down at random, so that what is kept is right on average.
         round_bfloat16: how parameters in bfloat16 are written, ``"nearest"`` or ``"stochastic"``. Rounded to nearest, small steps are lost.
         seed: of everything that is random; with the number of the step and the place of the parameter it decides all draws.
-        compiled: run a step as one fused function of `torch.compile`. The first step of every kind of tensor takes seconds, and a C++
-            compiler or, on a GPU, Triton. Results differ from those of the eager step by rounding.
+        compiled: run the step of a tensor as one fused function of `torch.compile`. For every shape the first step takes seconds, and a
+            C++ compiler or, on a GPU, Triton. Results differ from those of the eager step by rounding.
 
     Raises:
         ValueError: for an option that makes no sense.
@@ -618,15 +621,15 @@ class _Work(NamedTuple):
         return self.storages, self.step, self.local.dtype == torch.float64, self.local.device
 
 
-def _bucketed(works: Sequence[_Work]) -> Iterator[list[_Work]]:
-    """In order, as many at a time as have together at most so many numbers."""
+def _bucketed(works: Sequence[_Work], most: int) -> Iterator[list[_Work]]:
+    """In order, as many at a time as have together at most so many numbers, and at least one."""
     bucket: list[_Work] = []
     count = 0
     for work in works:
         size = work.local.numel()
         if not size:  # a rank's share of a small tensor
             continue
-        if bucket and count + size > BUCKET:
+        if bucket and count + size > most:
             yield bucket
             bucket, count = [], 0
         bucket.append(work)

@@ -110,6 +110,10 @@ class Codebook:
     """The least n so that all values and midpoints are multiples of 1 / n."""
     step: float | None = field(init=False, repr=False, compare=False)
     """The distance of neighbours, if it is always the same."""
+    grid: float = field(init=False, repr=False, compare=False)
+    """What 1 is multiplied by before a code is looked for."""
+    borders: tuple[tuple[float, ...], ...] = field(init=False, repr=False, compare=False)
+    """On that grid: where the nearest value changes, and where the last one below does."""
 
     def __post_init__(self) -> None:
         if len(self.values) != CODES or any(a >= b for a, b in itertools.pairwise(self.values)):
@@ -125,18 +129,23 @@ class Codebook:
         if self.values[0] >= 0.0 and self.values[-1] != 1.0:
             raise ValueError(f"the last value of a codebook for positive numbers is 1, got {self.values[-1]}.")
         step = float(gaps.pop()) if len(gaps) == 1 else None
-        for name, value in {"fractions": fractions, "midpoints": midpoints, "cells": cells, "step": step}.items():
+        grid = cells if step is None else 1.0 / step
+        borders = tuple(tuple(float(border) * grid for border in found) for found in (midpoints, fractions[1:-1]))
+        found = {
+            "fractions": fractions,
+            "midpoints": midpoints,
+            "cells": cells,
+            "step": step,
+            "grid": float(grid),
+            "borders": borders,
+        }
+        for name, value in found.items():
             object.__setattr__(self, name, value)
 
     @property
     def signed(self) -> bool:
         """Whether there are negative values."""
         return self.values[0] < 0.0
-
-    @property
-    def grid(self) -> float:
-        """What 1 is multiplied by before a code is looked for."""
-        return self.cells if self.step is None else 1.0 / self.step
 
     def encode(self, x: Tensor, factor: Tensor | None = None, *, uniform: Tensor | None = None) -> Tensor:
         """The code of the nearest value, or at random that of the one below or above, so that the expectation is kept.
@@ -156,7 +165,7 @@ class Codebook:
             place = gridded.add_(0.5 - self.values[0] / self.step)  # cut off, it is the code; below 0 is at most half a step
             return (place.clamp_(0.0, CODES - 1.0) if self.signed else place).to(torch.uint8)
         if torch.compiler.is_compiling():  # comparisons are fused and vectorised; a look-up in a table is not
-            return _count([gridded >= float(midpoint * self.cells) for midpoint in self.midpoints])
+            return _count(gridded, self.borders[0])
         return self._cell(_nearest(self, x.device), gridded)
 
     def _encode_at_random(self, gridded: Tensor, uniform: Tensor) -> Tensor:
@@ -167,7 +176,7 @@ class Codebook:
     def _below(self, gridded: Tensor) -> Tensor:
         """The code of the last value that is not larger; at most the last but one."""
         if torch.compiler.is_compiling() or self.step is not None:
-            return _count([gridded >= float(value) * self.grid for value in self.fractions[1:-1]])
+            return _count(gridded, self.borders[1])
         return self._cell(_lower(self, gridded.device), gridded)
 
     def _cell(self, table: Tensor, gridded: Tensor) -> Tensor:
@@ -188,9 +197,12 @@ class Codebook:
         return _pairs(self, packed.device).index_select(0, packed.int()).view(torch.float32)
 
 
-def _count(passed: Sequence[Tensor]) -> Tensor:
-    """How many of the comparisons hold."""
-    return functools.reduce(torch.add, [comparison.to(torch.uint8) for comparison in passed])
+def _count(x: Tensor, borders: Sequence[float]) -> Tensor:
+    """How many borders are not larger than x."""
+    codes = torch.zeros_like(x, dtype=torch.uint8)
+    for border in borders:
+        codes = codes + (x >= border).to(torch.uint8)
+    return codes
 
 
 @functools.cache
