@@ -3,9 +3,9 @@ r"""Do states of four bits train as well as full ones, in what memory, and how f
 
 *Losses.* The U-Net of the recipe `digits`, and a small character-level transformer, from three seeds, which draw weights, batches and
 noise; all but the optimizer is the same. The figure is the loss of the last weights on data that training never sees, at fixed times and
-noise. Contestants: `torch.optim.AdamW`, ours in its forms, bitsandbytes', torchao's (which compiles every shape, and so is left out where
-there are many), and ours with a codebook that has a zero for the second moment, which is put in place of the quantiser here and is no option
-of the library. A run whose loss is not finite has failed.
+noise. Contestants: `torch.optim.AdamW`, ours in its forms, bitsandbytes', torchao's (which compiles every shape, and is left out where
+there are many), and ours with a codebook that has a zero for the second moment, which is put in place of the quantiser here and is no
+option of the library. A run whose loss is not finite has failed.
 
 *Seed noise* is the standard deviation of the losses of AdamW over seeds. The bar is that the mean of the differences at equal seeds is at
 most that.

@@ -64,8 +64,8 @@ class Storage(abc.ABC):
         """Name -> length and type of the flat tensors that keep a moment of that shape."""
 
     @abc.abstractmethod
-    def advance(self, kept: Sequence[Kept], layout: Layout, decay: float, fresh: Tensor, weight: float) -> Tensor:
-        """The averages ``decay * old + weight * fresh``."""
+    def advance(self, kept: Sequence[Kept], layout: Layout, decay: float, fresh: Sequence[Tensor], weight: float) -> Tensor:
+        """The averages ``decay * old + weight * fresh``; what is fresh comes as it is, or as two factors."""
 
     @abc.abstractmethod
     def keep(self, kept: Sequence[Kept], layout: Layout, moment: Tensor, uniform: Tensor | None) -> None:
@@ -79,8 +79,8 @@ class Full(Storage):
     def tensors(self, shape: Sequence[int], unit: int) -> dict[str, tuple[int, torch.dtype]]:
         raise AssertionError("full moments have the shape of their parameter")
 
-    def advance(self, kept: Sequence[Kept], layout: Layout, decay: float, fresh: Tensor, weight: float) -> Tensor:
-        return torch.add(layout.join([tensors[""] for tensors in kept]) * decay, fresh, alpha=weight)
+    def advance(self, kept: Sequence[Kept], layout: Layout, decay: float, fresh: Sequence[Tensor], weight: float) -> Tensor:
+        return _add_(layout.join([tensors[""] for tensors in kept]) * decay, fresh, weight)
 
     def keep(self, kept: Sequence[Kept], layout: Layout, moment: Tensor, uniform: Tensor | None) -> None:
         for tensors, value in zip(kept, layout.split(moment), strict=True):
@@ -97,10 +97,10 @@ class Quantized(Storage):
         (places,) = Layout((tuple(shape),), unit).places()
         return {"_codes": (places // 2, torch.uint8), "_scales": (self.quantizer.scale.count(shape), torch.float32)}
 
-    def advance(self, kept: Sequence[Kept], layout: Layout, decay: float, fresh: Tensor, weight: float) -> Tensor:
+    def advance(self, kept: Sequence[Kept], layout: Layout, decay: float, fresh: Sequence[Tensor], weight: float) -> Tensor:
         codes = torch.cat([tensors["_codes"] for tensors in kept]) if len(kept) > 1 else kept[0]["_codes"]
         old = self.quantizer.dequantize_flat(codes, [tensors["_scales"] for tensors in kept], layout)
-        return old.to(fresh.dtype).mul_(decay).add_(fresh, alpha=weight)
+        return _add_(old.to(fresh[0].dtype).mul_(decay), fresh, weight)
 
     def keep(self, kept: Sequence[Kept], layout: Layout, moment: Tensor, uniform: Tensor | None) -> None:
         codes, scales = self.quantizer.quantize_flat(moment.float(), layout, uniform=uniform)
@@ -123,9 +123,9 @@ class Factored(Storage):
         rows, columns = self.matrix(shape)
         return {"_rows": (rows, torch.float32), "_columns": (columns, torch.float32)}
 
-    def advance(self, kept: Sequence[Kept], layout: Layout, decay: float, fresh: Tensor, weight: float) -> Tensor:
+    def advance(self, kept: Sequence[Kept], layout: Layout, decay: float, fresh: Sequence[Tensor], weight: float) -> Tensor:
         moments = []
-        for tensors, value in zip(kept, layout.split(fresh), strict=True):
+        for tensors, value in zip(kept, layout.split(math.prod(fresh[1:], start=fresh[0])), strict=True):
             matrix = value.view(self.matrix(value.shape))
             rows = tensors["_rows"].mul_(decay).add_(matrix.mean(1), alpha=weight)
             columns = tensors["_columns"].mul_(decay).add_(matrix.mean(0), alpha=weight)
@@ -135,6 +135,10 @@ class Factored(Storage):
 
     def keep(self, kept: Sequence[Kept], layout: Layout, moment: Tensor, uniform: Tensor | None) -> None:
         pass  # `advance` did
+
+
+def _add_(x: Tensor, fresh: Sequence[Tensor], weight: float) -> Tensor:
+    return x.add_(fresh[0], alpha=weight) if len(fresh) == 1 else x.addcmul_(fresh[0], fresh[1], value=weight)
 
 
 @functools.cache
@@ -212,12 +216,17 @@ def adamw(bucket: Bucket, numbers: AdamWNumbers, storages: Sequence[Storage], un
     first, second = storages
     layout = Layout(tuple(tuple(parameter.shape) for parameter in bucket.parameters), unit)
     g = layout.join([_working(gradient) for gradient in bucket.gradients])
-    m = first.advance(bucket.kept[0], layout, numbers.beta1, g, numbers.weight1)
-    v = second.advance(bucket.kept[1], layout, numbers.beta2, g * g, numbers.weight2)
+    m = first.advance(bucket.kept[0], layout, numbers.beta1, (g,), numbers.weight1)
+    v = second.advance(bucket.kept[1], layout, numbers.beta2, (g, g), numbers.weight2)
     denominators = layout.split(v.sqrt().mul_(numbers.gain).add_(numbers.epsilon))
-    for i, (move, denominator) in enumerate(zip(layout.split(m * numbers.step), denominators, strict=True)):
-        x = _working(bucket.parameters[i])
-        _write(bucket.parameters[i], x.mul_(numbers.shrink).addcdiv_(move, denominator), bucket.noise.parameters[i])
+    for i, (mean, denominator) in enumerate(zip(layout.split(m), denominators, strict=True)):
+        x = _working(bucket.parameters[i]).mul_(numbers.shrink)
+        moved = (
+            x.addcdiv_(mean, denominator, value=numbers.step)
+            if isinstance(numbers.step, float)
+            else x + mean / denominator * numbers.step
+        )
+        _write(bucket.parameters[i], moved, bucket.noise.parameters[i])
     first.keep(bucket.kept[0], layout, m, bucket.noise.moments[0])
     second.keep(bucket.kept[1], layout, v, bucket.noise.moments[1])
 
@@ -230,7 +239,7 @@ def sgd(bucket: Bucket, numbers: SGDNumbers, storages: Sequence[Storage], unit: 
     g = layout.join(
         [torch.add(gradient, x, alpha=numbers.weight_decay) for gradient, x in zip(bucket.gradients, working, strict=True)]
     )
-    m = first.advance(bucket.kept[0], layout, numbers.momentum, g, numbers.weight)
+    m = first.advance(bucket.kept[0], layout, numbers.momentum, (g,), numbers.weight)
     moves = (m * numbers.along).add_(g, alpha=numbers.through).mul_(numbers.step)
     for parameter, x, move, noise in zip(bucket.parameters, working, layout.split(moves), bucket.noise.parameters, strict=True):
         _write(parameter, x.add_(move), noise)
@@ -383,7 +392,7 @@ class Optimizer4bit(Optimizer, abc.ABC):
         kept = {key: tensor.clone() for key, tensor in _kept(self.state[parameter], name, storage, local, unit).items()}
         layout = Layout((tuple(local.shape),), unit)
         zeros = layout.join([torch.zeros_like(_working(local), memory_format=torch.contiguous_format)])
-        return layout.split(storage.advance([kept], layout, 1.0, zeros, 0.0))[0]
+        return layout.split(storage.advance([kept], layout, 1.0, (zeros,), 0.0))[0]
 
     # ---- saving and loading: PyTorch would cast codes and scales to the type of the parameter
 
@@ -662,7 +671,7 @@ def _rounded(parameter: Tensor, name: str, storage: Storage, value: Tensor, unit
     local = _local(_placed(value.to(parameter.device), parameter))
     layout = Layout((tuple(local.shape),), unit)
     kept = [_kept(state, name, storage, local, unit)]
-    storage.keep(kept, layout, storage.advance(kept, layout, 0.0, layout.join([local.float()]), 1.0), None)
+    storage.keep(kept, layout, storage.advance(kept, layout, 0.0, (layout.join([local.float()]),), 1.0), None)
     return state
 
 

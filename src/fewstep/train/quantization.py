@@ -177,11 +177,11 @@ class Codebook:
         """The code of the last value that is not larger; at most the last but one."""
         if torch.compiler.is_compiling() or self.step is not None:
             return _count(gridded, self.borders[1])
-        return self._cell(_lower(self, gridded.device), gridded)
+        return self._cell(_lower(self, gridded.device), gridded.clone())
 
     def _cell(self, table: Tensor, gridded: Tensor) -> Tensor:
-        """The entry of a table that has one for every cell of [-1, 1]."""
-        cell = (gridded + self.cells).int().clamp_(0, 2 * self.cells)  # clamped last: of NaN comes any integer
+        """The entry of a table that has one for every cell of [-1, 1]. Takes the memory of `gridded`."""
+        cell = gridded.add_(self.cells).int().clamp_(0, 2 * self.cells)  # clamped last: of NaN comes any integer
         return table.index_select(0, cell.view(-1)).view(gridded.shape)
 
     def decode(self, codes: Tensor) -> Tensor:
