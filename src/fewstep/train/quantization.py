@@ -372,7 +372,14 @@ class Rank1Scale(Scale):
         return [_largest_along_axes(x) for x in layout.split(flat)]
 
     def spread(self, scales: Sequence[Tensor], layout: Layout, least: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        return layout.join([_least_of_axes(part, shape, least) for part, shape in zip(scales, layout.shapes, strict=True)])
+        if torch.compiler.is_compiling():
+            return layout.join(
+                [_least_of_axes(part, shape, least, None) for part, shape in zip(scales, layout.shapes, strict=True)]
+            )
+        flat = scales[0].new_zeros(sum(layout.places()))
+        for part, shape, place in zip(scales, layout.shapes, layout.split(flat), strict=True):
+            _least_of_axes(part, shape, least, place)
+        return flat
 
 
 def _largest_along_axes(x: Tensor) -> Tensor:
@@ -385,12 +392,15 @@ def _largest_along_axes(x: Tensor) -> Tensor:
     return torch.cat([*parts, x])
 
 
-def _least_of_axes(scales: Tensor, shape: Sequence[int], least: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """A flat tensor of that many numbers."""
-    *others, total = scales.split(list(shape))
+def _least_of_axes(scales: Tensor, shape: Sequence[int], least: Callable[..., Tensor], place: Tensor | None) -> Tensor:
+    """A flat tensor of that many numbers; made in `place` if there is one."""
+    first, *others = scales.split(list(shape))
+    total = others.pop() if others else first
     for part in reversed(others):
         total = least(part[:, None], total).view(-1)
-    return total
+    if total is first:
+        return first if place is None else place.copy_(first)
+    return least(first[:, None], total, out=None if place is None else place.view(shape[0], -1)).view(-1)
 
 
 # ---- quantisers --------------------------------------------------------------------------------------------------------------------
