@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fewstep.errors import ArtefactError, UnknownNameError
-from fewstep.train import fit
+from fewstep.models import SmallUNet
+from fewstep.train import RECIPES, fit
 from fewstep.train.optim4bit import SECOND_MOMENTS, AdamW4bit, Quantized, SGD4bit, optimizer_state_bytes
 from fewstep.train.quantization import LINEAR, SIGNED_DYNAMIC, BlockScale, Codebook, Quantizer, Rank1Scale, pack, unpack
 from fewstep.train.trainer import CHECKPOINT, read_checkpoint
@@ -224,6 +225,18 @@ def test_bytes_are_those_of_the_formula(name):
     assert (found.quantized, found.quantized_parameters) == (wanted, 512 * 512 + 128 * 64 * 9)
     assert found.total == wanted + 4 * 4096 * len(optimizer.moments)
     assert found.per_quantized_parameter < 1.05 or "block" in name
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [("auto", 1.0464), ("rank1", 1.0519), ("block", 1.0625)])
+def test_bytes_on_the_network_of_digits(kind, wanted):
+    model = SmallUNet(RECIPES["digits"].network)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = AdamW4bit(model.parameters(), second_moment=kind)
+    optimizer.step()
+    found = optimizer_state_bytes(optimizer)
+    assert found.per_quantized_parameter == pytest.approx(wanted, abs=1e-4)
+    assert found.quantized_parameters > 0.99 * found.parameters
 
 
 def test_small_vectors_and_excluded_groups_keep_full_states():

@@ -468,7 +468,8 @@ class AdamW4bit(Optimizer4bit):
 
     Note:
         A small matrix has many rank-1 scales a number: 1.11 bytes of state a parameter for 96 x 96, where blocks take 1.06, and 1.05 for
-        512 x 512.
+        512 x 512. Keep embeddings out, as the paper does, by a group with ``"min_quantized_numel": math.inf``: their rare
+        rows learn slower.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(128, 64))
