@@ -135,7 +135,7 @@ def told(kind, act):
 
 
 def reported(rank, folder, lost, how):
-    """A process group that does not survive: worker `lost` dies in step 5."""
+    """A process group that does not survive: `lost` says who dies before which step."""
     options = {"rank": rank, "world_size": WORKERS, "timeout": timedelta(seconds=600)}
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", **options)
     model, shards = classifier(), Shards()
@@ -146,7 +146,7 @@ def reported(rank, folder, lost, how):
 
 
 def elastic(rank, folder, lost, how, fewest=1):
-    """An elastic group; worker `lost` dies in step 5, in the second round of three."""
+    """An elastic group, three rounds of four steps."""
     import warnings
 
     group = ElasticGroup(dist.FileStore(f"{folder}/store"), rank, WORKERS, PATIENCE, fewest)
@@ -165,7 +165,7 @@ def elastic(rank, folder, lost, how, fewest=1):
 
 def dies(rank, lost, how):
     def before(step):
-        if rank == lost and step == 5:
+        if lost.get(rank) == step:
             os.kill(os.getpid(), getattr(signal, how))
 
     return before

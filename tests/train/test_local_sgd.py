@@ -113,23 +113,19 @@ def test_bad_rules_are_refused():
 # ---- the slow SDE
 
 
-def test_drift_factor_is_what_a_simulation_gives():
-    rate, workers, random = 0.05, 4, np.random.default_rng(0)
-    for h in (1, 4, 16, 64):
-        y, total, steps = np.zeros((4000, workers)), 0.0, 64 * 20
-        for step in range(steps):
-            y = y - rate * (y + random.standard_normal(y.shape))
-            if step >= steps // 4:  # stationary
-                total += (y**2).mean() / (steps - steps // 4)
-            if (step + 1) % h == 0:
-                y = np.repeat(y.mean(1, keepdims=True), workers, 1)
-        plain = rate**2 / workers / (1.0 - (1.0 - rate) ** 2)
-        # the state after a round's last step is seen before it is averaged, where the law has it after: both ends are in the mean once
-        q = (1.0 - rate) ** 2
-        between = 1.0 + (workers - 1) * (1.0 - q * (1.0 - q**h) / (h * (1.0 - q)))
-        law = local_sgd_drift_factor(rate, h, 1.0, workers)
-        assert total / plain == pytest.approx(between, rel=0.02)
-        assert law <= between
+@pytest.mark.parametrize("h", [1, 4, 16, 64])
+def test_drift_factor_is_what_a_simulation_gives(h):
+    """The mean square of the states at which gradients are taken, over that of SGD with all workers' samples."""
+    rate, workers, random = 0.05, 4, np.random.default_rng(h)
+    y, total, steps = np.zeros((4000, workers)), 0.0, 64 * 12
+    for step in range(steps):
+        if step >= steps // 4:  # stationary: 0.95^(2 * 192) is below 1e-8
+            total += (y**2).mean() / (steps - steps // 4)
+        y = y - rate * (y + random.standard_normal(y.shape))
+        if (step + 1) % h == 0:
+            y = np.repeat(y.mean(1, keepdims=True), workers, 1)
+    plain = rate**2 / workers / (1.0 - (1.0 - rate) ** 2)
+    assert total / plain == pytest.approx(local_sgd_drift_factor(rate, h, 1.0, workers), rel=0.02)
 
 
 def test_drift_factor_limits():
@@ -436,33 +432,35 @@ def test_workers_that_do_not_fit_are_told(found):
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
 def test_a_lost_worker_is_reported_in_time(tmp_path, how):
-    found = finish(start("reported", tmp_path, 2, how), tmp_path, 60, lost=(2,))
+    found = finish(start("reported", tmp_path, {2: 5}, how), tmp_path, 60, lost=(2,))
     for rank in (0, 1, 3):
         assert "a synchronisation of 4 workers failed" in found[rank]["error"]
         assert found[rank]["steps"] == 8
         assert found[rank]["seconds"] < 2 * PATIENCE + 5.0  # the machine may be busy
 
 
-@pytest.mark.parametrize(("lost", "how"), [(2, "SIGKILL"), (0, "SIGKILL"), (3, "SIGSTOP")])
+@pytest.mark.parametrize(("lost", "how"), [({2: 5}, "SIGKILL"), ({0: 5, 2: 9}, "SIGKILL"), ({3: 5}, "SIGSTOP")])
 def test_a_lost_worker_is_survived(tmp_path, lost, how):
-    found = finish(start("elastic", tmp_path, lost, how), tmp_path, 60, lost=(lost,))
-    left = [rank for rank in range(WORKERS) if rank != lost]
-    expected = survivors(left)
-    for rank in left:
+    found = finish(start("elastic", tmp_path, lost, how), tmp_path, 60, lost=lost)
+    present = [[rank for rank in range(WORKERS) if lost.get(rank, STEPS) >= end] for end in (4, 8, 12)]
+    expected = survivors(present)
+    for rank in present[-1]:
         assert found[rank]["error"] == "no error"
-        assert found[rank]["seconds"] < 4 * PATIENCE + 5.0
-        assert found[rank]["workers"] == [4, 3, 3]
-        assert found[rank]["warned"] == [f"workers [{lost}] were lost; 3 go on, from the last average."]
+        assert found[rank]["seconds"] < 4 * len(lost) * PATIENCE + 5.0  # the machine may be busy
+        assert found[rank]["workers"] == [len(alive) for alive in present]
+        assert found[rank]["warned"] == [
+            f"workers [{name}] were lost; {3 - i} go on, from the last average." for i, name in enumerate(lost)
+        ]
         np.testing.assert_allclose(found[rank]["model"], expected, rtol=0, atol=1e-12)
-        assert found[rank]["model"] == found[left[0]]["model"]
+        assert found[rank]["model"] == found[present[-1][0]]["model"]
         assert found[rank]["traffic"]["rounds"] == 3
 
 
-def survivors(left):
-    """A round of all four, then two of those that are left, which keep their momentum: each in turn, averaged by hand."""
+def survivors(present):
+    """Rounds of four steps of those that are present, who keep their momentum, averaged by hand."""
     shards, models = Shards(), [classifier() for _ in range(WORKERS)]
     optimizers = [local_workers.OPTIMIZERS["momentum"](m.parameters()) for m in models]
-    for start, alive in ((0, range(WORKERS)), (4, left), (8, left)):
+    for start, alive in zip((0, 4, 8), present, strict=True):
         for worker in alive:
             for step in range(start, start + 4):
                 optimizers[worker].param_groups[0]["lr"] = local_workers.RATES(step)
@@ -474,11 +472,11 @@ def survivors(left):
                 mean = torch.stack(group).mean(0)
                 for p in group:
                     p.copy_(mean)
-    return numbers(models[left[0]])
+    return numbers(models[present[-1][0]])
 
 
 def test_a_worker_that_comes_late_is_told_and_too_few_end_the_run(tmp_path):
-    processes = start("elastic", tmp_path, 1, "SIGSTOP", 4)
+    processes = start("elastic", tmp_path, {1: 5}, "SIGSTOP", 4)
     for rank in (0, 2, 3):
         processes[rank].join(60)
     os.kill(processes[1].pid, signal.SIGCONT)
