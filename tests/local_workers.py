@@ -27,7 +27,7 @@ from fewstep.train import (
 from fewstep.train.recipes import digits
 
 WORKERS, STEPS, BATCH = 4, 12, 16
-PATIENCE = 2.0
+PATIENCE = 3.0
 RATES = warmup_cosine(0.1, total_steps=STEPS)
 RULE = QSR(alpha=0.1, h_base=2, warmup_steps=0, total_steps=STEPS)
 OPTIMIZERS = {

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
-PROMISED = {"sample.py": "is as close as DDIM with 20", "train.py": "mean distance to the nearest cluster"}
+PROMISED = {
+    "local_sgd.py": "mean distance to the nearest cluster",
+    "sample.py": "is as close as DDIM with 20",
+    "train.py": "mean distance to the nearest cluster",
+}
 
 
 def test_all_examples_are_known():

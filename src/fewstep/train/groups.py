@@ -154,21 +154,26 @@ class ElasticGroup(WorkerGroup):
         size: how many there are at the start.
         patience: seconds.
         fewest: with fewer workers the run ends, with an error.
+        start: seconds that the first waits for the last at the start.
 
     Raises:
         WorkerLostError: if not all workers come to the start.
-        ValueError: for numbers that make no sense.
+        ValueError: for numbers that make no sense, or a store that was used before.
+
+    Note:
+        No new workers are taken in on the way, nor a lost one that comes back: that is told, and its process should end.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, patience: float = 60.0, fewest: int = 1):
+    def __init__(self, store: Any, rank: int, size: int, patience: float = 60.0, fewest: int = 1, start: float = 600.0):
         if not 0 <= rank < size or not 1 <= fewest <= size:
             raise ValueError(f"ElasticGroup needs 0 <= rank < size and 1 <= fewest <= size, got {rank}, {size} and {fewest}.")
         self.store, self.rank, self.fewest = store, rank, fewest
-        self.patience = _seconds("patience", patience)
+        self.patience, start = _seconds("patience", patience), _seconds("start", start)
         self.members = list(range(size))
         self.generation = self.transaction = 0
         self.group: Any = None
         with self._store_errors():
+            self._assemble(start)
             self._connected()
 
     @property
@@ -189,6 +194,19 @@ class ElasticGroup(WorkerGroup):
                     self.transaction += 1
                     return tensors, attempts
                 self._regroup()
+
+    def _assemble(self, seconds: float) -> None:
+        """Wait until all workers are there."""
+        end, come = time.monotonic() + seconds, self.store.add("assembled", 1)
+        while come < self.size:
+            if time.monotonic() > end:
+                raise WorkerLostError(f"only {come} of {self.size} workers came to the start within {seconds:g} s.")
+            time.sleep(POLL)
+            come = self.store.add("assembled", 0)
+        if come > self.size:
+            raise ValueError(
+                f"{come} workers came to the start of {self.size}: the store has keys of an earlier run; make a new one."
+            )
 
     def _committed(self, key: str, tensors: list[Tensor]) -> bool:
         """Sum in place; whether all members have the result."""
