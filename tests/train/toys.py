@@ -90,10 +90,8 @@ def turns():
 
 
 class Coded:
-    """Signs with momentum kept as bytes and a scale, and a record of nested things.
-
-    PyTorch's `load_state_dict` would not give these back.
-    """
+    """Signs with momentum kept as bytes and a scale, and a record of nested things: what `load_state_dict` of PyTorch would not give
+    back."""
 
     def __init__(self, parameters, lr):
         self.inner = CodedSigns(parameters, lr)

@@ -169,23 +169,24 @@ def average_afterwards(folder: str | os.PathLike[str], sigma_rel: float, step: i
     Args:
         folder: of the run; `fewstep.train.fit` wrote ``averages-*.safetensors`` into it, with ``snapshot_every``.
         sigma_rel: relative length of the wanted average.
-        step: after which step; left out, the last snapshot's.
+        step: after which step, one that has a snapshot; left out, the last one.
 
     Returns:
         name -> averaged weights in float32, floating-point ones only: ``model.load_state_dict(..., strict=False)`` if there are others.
 
     Raises:
         ArtefactError: if there are no snapshots, or fewer than two lengths in them.
-        ValueError: if `step` lies after the last snapshot.
+        ValueError: if there is no snapshot of `step`.
     """
     files = snapshot_files(folder)
     if not files:
         raise ArtefactError(f"{folder} has no snapshots of averages; fit(..., ema=(PowerFunction(0.05), ...), snapshot_every=...).")
-    last = max(files)
-    if step is not None and not 0 < step <= last:
-        raise ValueError(f"step must lie between 1 and the last snapshot's, {last}; got {step}.")
-    goal = last if step is None else step
-    kept = [Artefact.load(path, kind=KIND) for at, path in files.items() if at <= goal or at == _next(files, goal)]
+    goal = max(files) if step is None else step
+    if goal not in files:
+        raise ValueError(
+            f"step must be one of the snapshots' ({', '.join(map(str, files))}), got {step}: between them there is no record."
+        )
+    kept = [Artefact.load(path, kind=KIND) for at, path in files.items() if at <= goal]
     known = [(sigma, artefact.meta["step"]) for artefact in kept for sigma in artefact.meta["sigma_rel"]]
     if len({sigma for sigma, _ in known}) < 2:
         raise ArtefactError(f"the snapshots in {folder} hold one length of average; a reconstruction needs two, as 0.05 and 0.10.")
@@ -199,8 +200,3 @@ def average_afterwards(folder: str | os.PathLike[str], sigma_rel: float, step: i
                 if prefix == str(sigma):
                     total[short] = total.get(short, 0.0) + weight * value.astype(np.float64)
     return {name: torch.from_numpy(np.asarray(value, np.float32)) for name, value in total.items()}
-
-
-def _next(files: Mapping[int, Path], goal: int) -> int:
-    """The first snapshot at or after a step."""
-    return min(step for step in files if step >= goal)

@@ -52,7 +52,7 @@ class Batches:
             return {name: values[rows] for name, values in self.data.items()}
         if not callable(self.data):
             return dict(self.data[self._rows(step, len(self.data))[first:last]])
-        whole = self.data(self.size, make_generator(self.seed, "data", step))
+        whole: Any = self.data(self.size, make_generator(self.seed, "data", step))
         return {name: values[first:last] for name, values in whole.items()}
 
     def told(self) -> Any:

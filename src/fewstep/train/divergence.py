@@ -5,7 +5,7 @@ $k \max(l, l_{max}/100)$, with $l_{max}$ the highest level there was, so that a 
 alone. When the last n steps were all far above, the run has diverged: it does not come back by itself (Adam's own averages are full of
 the explosion), and every further step is wasted.
 
-The check begins after the warm-up and its first hundred steps, and gives up for good at a loss below zero, which has no level to be a
+The check begins after a hundred steps, and gives up for good at a loss below zero, which has no level to be a
 multiple of. A run that is merely noisy, spiky or rising slowly is not ended.
 """
 
@@ -31,18 +31,17 @@ class RunningLevel:
 
     Args:
         factor: k.
-        start: updates before the check begins.
 
     Example:
-        >>> level = RunningLevel(20.0, start=0)
+        >>> level = RunningLevel(20.0)
         >>> any(level.far_above(1.0) for _ in range(500)), level.far_above(1000.0)
         (False, False)
         >>> [level.far_above(1000.0) for _ in range(99)][-1]
         True
     """
 
-    def __init__(self, factor: float, start: int):
-        self.factor, self.start = factor, start + MEMORY
+    def __init__(self, factor: float):
+        self.factor = factor
         self.seen, self.level, self.highest, self.above, self.watching = 0, 0.0, 0.0, 0, True
 
     def far_above(self, loss: float) -> bool:
@@ -51,7 +50,7 @@ class RunningLevel:
         self.watching = self.watching and loss >= 0.0
         if not self.watching:
             return False
-        if self.seen > self.start and loss > self.factor * max(self.level, FLOOR * self.highest):
+        if self.seen > MEMORY and loss > self.factor * max(self.level, FLOOR * self.highest):
             self.above += 1
             return self.above >= PATIENCE
         self.above = 0

@@ -45,5 +45,16 @@ def purpose_of(what: str, stage: int, piece: int) -> str:
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """PyTorch's ambient generator, which dropout layers use, is seeded inside and untouched outside."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        _seed(seed, device)
         yield
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """As ``torch.manual_seed``, which also keeps a record of every call for each kind of device that is not in use yet."""
+    if device.type not in ("cpu", "cuda"):
+        torch.manual_seed(seed)
+        return
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)

@@ -275,7 +275,7 @@ class _Turn:
         clip = options.clip if stage.clip is None else stage.clip
         self.largest = math.inf if clip is None else clip
         factor = options.divergence if stage.watched else None
-        self.level = None if factor is None else RunningLevel(factor, options.warmup)
+        self.level = None if factor is None else RunningLevel(factor)
         self.loss, self.gradient_norm, self.info = math.nan, math.nan, {}
         self.record: dict[str, float] = {}  # of an update before the last checkpoint
         self.label = ""
