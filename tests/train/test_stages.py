@@ -266,7 +266,7 @@ def test_a_loss_far_above_its_level_ends_the_run():
 
     options = {**OPTIONS, "steps": 350, "log_every": 400, "learning_rate": 1e-4}
     objective.calls = 0
-    with pytest.raises(NetworkError, match=r"above 20 times its level of .* for 100 steps at step 250\. Lower learning_rate"):
+    with pytest.raises(NetworkError, match=r"above 10 times its level of .* for 100 steps at step 250\. Lower learning_rate"):
         fit(objective, toys.make(), toys.DATA, **options)
     objective.calls = 0
     assert fit(objective, toys.make(), toys.DATA, **options, divergence=None).step == 350
@@ -289,7 +289,7 @@ def test_a_learning_rate_far_too_high_is_caught():
     }
     assert fit(objective, toys.make(), toys.DATA, **options, learning_rate=1.0).log[-1]["loss"] < 0.01
     for rate in (3.0, 10.0):
-        with pytest.raises(NetworkError, match="above 20 times its level"):
+        with pytest.raises(NetworkError, match="above 10 times its level"):
             fit(objective, toys.make(), toys.DATA, **options, learning_rate=rate)
 
 

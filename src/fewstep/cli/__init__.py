@@ -27,7 +27,7 @@ COMMANDS = {
     "compare": "rank the solvers on a model: error to the exact solution, distance of the distributions",
     "evaluate": "how far samples are from data: distances with intervals, floor and test",
     "tune": "make plans for a model that beat every untuned one, and a page that shows it",
-    "train": "train a shipped model anew",
+    "train": "train a small model on pictures of your own, or a shipped model anew",
     "plan make": "plan a run and save it to a file",
     "plan show": "print a saved plan as a table",
     "plan export": "write a saved plan as JSON, for other runtimes",

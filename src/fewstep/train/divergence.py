@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["RunningLevel"]
 
-FACTOR = 20.0
+FACTOR = 10.0
 """k: how many times its own level a loss must exceed."""
 PATIENCE = 100
 """n: at how many steps in a row."""
@@ -33,7 +33,7 @@ class RunningLevel:
         factor: k.
 
     Example:
-        >>> level = RunningLevel(20.0)
+        >>> level = RunningLevel(10.0)
         >>> any(level.far_above(1.0) for _ in range(500)), level.far_above(1000.0)
         (False, False)
         >>> [level.far_above(1000.0) for _ in range(99)][-1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,12 @@ from torch.nn import functional
 from fewstep.errors import MissingExtraError, UnknownNameError
 from fewstep.models import SmallClassifier, SmallUNet, SmallUNetConfig, save_classifier, save_model
 from fewstep.schedules import Flow, VPLinear
+from fewstep.train.averages import PowerFunction, check_profiles
+from fewstep.train.batches import Data
+from fewstep.train.divergence import FACTOR
 from fewstep.train.losses import DenoisingLoss, LabelDropout
-from fewstep.train.trainer import FitResult, fit
+from fewstep.train.stages import ADAMW
+from fewstep.train.trainer import FitResult, Options, fit
 
 __all__ = ["RECIPES", "RandomCrops", "Recipe", "digits", "photo_regions", "photos", "train_classifier", "train_recipe"]
 
@@ -116,17 +121,20 @@ def _sklearn_datasets() -> Any:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a shipped model.
+    """Everything that decides a model.
 
     Attributes:
         data: gives the training data, as `fewstep.train.fit` takes them.
         network: options of the network.
         loss: the objective, with the noise schedule and the prediction.
-        steps, batch_size, learning_rate, warmup, ema, precision, seed: of `fewstep.train.fit`.
         licence: on what terms the data were used, and whose they are.
+        others: options of `fewstep.train.fit` by these names; `ema` is one average, which becomes the model.
+
+    Raises:
+        ValueError: for values that make no sense.
     """
 
-    data: Callable[[], Mapping[str, Tensor] | RandomCrops]
+    data: Callable[[], Data]
     network: SmallUNetConfig
     loss: DenoisingLoss
     steps: int
@@ -134,14 +142,62 @@ class Recipe:
     licence: str
     learning_rate: float = 1e-3
     warmup: int = 200
-    ema: float = 0.999
+    ema: float | PowerFunction = 0.999
     precision: torch.dtype | None = torch.bfloat16
     seed: int = 0
+    decay: str = "cosine"
+    clip: float | None = 1.0
+    accumulate: int = 1
+    divergence: float | None = FACTOR
+    checkpoint_every: int = CHECKPOINT_EVERY
+    log_every: int = 50
+    optimizer: Callable[..., Any] = field(default=ADAMW)
+
+    def __post_init__(self) -> None:
+        for name, least in WHOLE.items():
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+        for name in ("learning_rate", "clip", "divergence"):
+            value = getattr(self, name)
+            if not (type(value) in (int, float) or (value is None and name != "learning_rate")):
+                raise ValueError(f"{name} must be a number, got {value!r}.")
+        if type(self.ema) not in (int, float, PowerFunction):
+            raise ValueError(f"ema must be one decay, or one PowerFunction, got {self.ema!r}.")
+        self.check()
+
+    def check(self) -> None:
+        """Have `fewstep.train.fit` look at the options, before any data are read.
+
+        Raises:
+            ValueError: for options that make no sense.
+        """
+        names = ("steps", "batch_size", "learning_rate", "warmup", "decay", "clip", "precision", "seed", "divergence")
+        Options(ema=check_profiles(self.ema), **{name: getattr(self, name) for name in names})
 
     def record(self) -> dict[str, Any]:
         """The recipe as JSON values, for the model's configuration."""
         options = {name: getattr(self, name) for name in ("steps", "batch_size", "learning_rate", "warmup", "ema", "seed")}
-        return {**options, "precision": str(self.precision), "loss": repr(self.loss), "data": self.data.__name__}
+        options |= {name: getattr(self, name) for name in OTHERS if getattr(self, name) != getattr(RECIPES["digits"], name)}
+        data = getattr(self.data, "__name__", "pictures")
+        return {
+            **{name: _told(value) for name, value in options.items()},
+            "precision": str(self.precision),
+            "loss": repr(self.loss),
+            "data": data,
+        }
+
+
+WHOLE = {"steps": 1, "batch_size": 1, "warmup": 0, "seed": 0, "accumulate": 1, "checkpoint_every": 1, "log_every": 1}
+"""Options that are whole numbers, and their least."""
+OTHERS = ("decay", "clip", "accumulate", "optimizer")
+"""Options that a record has if they are not the usual ones."""
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, PowerFunction):
+        return {"sigma_rel": value.sigma_rel}
+    return [value.func.__name__, dict(value.keywords)] if isinstance(value, functools.partial) else value
 
 
 RECIPES: dict[str, Recipe] = {
@@ -175,7 +231,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def train_recipe(
-    name: str,
+    recipe: str | Recipe,
     folder: str | Path,
     *,
     steps: int | None = None,
@@ -184,19 +240,21 @@ def train_recipe(
     threads: int | None = None,
     progress: bool = True,
     resume: bool = True,
+    tensorboard: bool = False,
 ) -> FitResult:
     """Train a model by its recipe and write its folder: averaged weights in half precision, ready for `fewstep.load`.
 
     Checkpoints and the log lie in ``folder/training``; run again with the same options, training goes on from there.
 
     Args:
-        name: one of `RECIPES`.
+        recipe: one of your own, or the name of one of `RECIPES`.
         folder: where the model goes.
         steps, seed: other ones than the recipe's.
         device: where to train.
         threads: processor threads to use.
         progress: show a bar.
         resume: False starts afresh.
+        tensorboard: also write event files for TensorBoard, into ``folder/training``.
 
     Returns:
         what `fit` returned.
@@ -205,10 +263,13 @@ def train_recipe(
         UnknownNameError: for an unknown recipe.
         MissingExtraError: if scikit-learn, which brings the data, is not installed.
     """
-    if name not in RECIPES:
-        raise UnknownNameError("recipe", name, RECIPES)
+    name = recipe if isinstance(recipe, str) else None
+    if isinstance(recipe, str):
+        if recipe not in RECIPES:
+            raise UnknownNameError("recipe", recipe, RECIPES)
+        recipe = RECIPES[recipe]
     given = {key: value for key, value in {"steps": steps, "seed": seed}.items() if value is not None}
-    recipe = dataclasses.replace(RECIPES[name], **given)
+    recipe = dataclasses.replace(recipe, **given)
     recipe = dataclasses.replace(recipe, warmup=min(recipe.warmup, recipe.steps // 10))
     place, data = Path(folder), recipe.data()
     network = _initial(recipe).to(device)
@@ -225,16 +286,21 @@ def train_recipe(
             precision=recipe.precision,
             seed=recipe.seed,
             folder=place / "training",
-            checkpoint_every=CHECKPOINT_EVERY,
             resume=resume,
             progress=progress,
+            tensorboard=tensorboard,
+            **{name: getattr(recipe, name) for name in PASSED_ON},
         )
-    network.load_state_dict(result.averages[recipe.ema])
-    training = {"recipe": name, **recipe.record(), "last_loss": result.log[-1]["loss"] if result.log else None}
-    save_model(
-        place, network, schedule=recipe.loss.schedule, predicts=recipe.loss.predicts, licence=recipe.licence, training=training
-    )
+    if result.main:
+        network = SmallUNet(recipe.network)
+        network.load_state_dict(result.averages[recipe.ema])
+        training = {"recipe": name, **recipe.record(), "last_loss": result.log[-1]["loss"] if result.log else None}
+        about = {"schedule": recipe.loss.schedule, "predicts": recipe.loss.predicts, "licence": recipe.licence}
+        save_model(place, network, **about, training=training)
     return result
+
+
+PASSED_ON = ("decay", "clip", "accumulate", "divergence", "checkpoint_every", "log_every", "optimizer")
 
 
 CLASSIFIER = {"steps": 800, "batch_size": 128, "learning_rate": 2e-3}
