@@ -1,9 +1,9 @@
 """Is a run that was killed and resumed the run that was not? ``python benchmarks/kills.py`` writes ``benchmarks/results/kills.json``.
 
-A small U-Net learns digits, with dropout, AdamW, two averages, snapshots of them, a batch in two pieces, and a checkpoint every second step. Each
-trial starts it in a process of its own, ends that by SIGKILL at a random moment between its start and the time a whole run takes, starts it
-again in another process to the end, and compares with the uninterrupted run: weights, averages, optimizer, log and snapshots, bit for bit.
-Last, one run is killed again and again, at random moments, until it is through.
+A small U-Net learns digits, with dropout, AdamW, two averages, snapshots of them, a batch in two pieces, and a checkpoint every second
+step. Each trial starts it in a process of its own, ends that by SIGKILL at a random moment between its start and the time a whole run
+takes, starts it again in another process to the end, and compares with the uninterrupted run: weights, averages, optimizer, log and
+snapshots, bit for bit. Last, one run is killed again and again, at random moments, until it is through.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ sys.path.insert(0, str(HERE))
 import toys  # noqa: E402 - beside this file
 from two_processes import OPTIONS, crashing, flat  # noqa: E402
 
+pytest.importorskip("accelerate")
+
 from fewstep.errors import ArtefactError  # noqa: E402
 from fewstep.train import fit  # noqa: E402
 

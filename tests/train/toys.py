@@ -31,7 +31,7 @@ def make(dropout=0.0):
 class Drawn:
     """Denoising, with everything random drawn for the whole batch."""
 
-    def draw(self, batch, generator):
+    def draw_whole(self, batch, generator):
         x = batch["x"]
         return {
             "x": x,
@@ -48,7 +48,7 @@ class Drawn:
 
 def undrawn(model, batch, generator):
     """The same, drawn from the generator of the piece."""
-    return Drawn()(model, Drawn().draw(batch, generator), generator)
+    return Drawn()(model, Drawn().draw_whole(batch, generator), generator)
 
 
 # ---- two players -------------------------------------------------------------------------------------------------------------------

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import torch
 import toys
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
 from fewstep.train import PowerFunction, fit
@@ -28,14 +26,17 @@ def crashing(objective, at):
                 raise Crash
             return objective(*arguments)
 
-    if hasattr(objective, "draw"):
-        Crashing.draw = staticmethod(objective.draw)
+    if hasattr(objective, "draw_whole"):
+        Crashing.draw_whole = staticmethod(objective.draw_whole)
     Crashing.__qualname__ = "Crashing"
     return Crashing()
 
 
 def sharded():
     """Accelerate takes FSDP for accelerators only; what it then does works on the CPU as well."""
+    from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState
+
     AcceleratorState._reset_state(reset_partial_state=False)
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap", cpu_ram_efficient_loading=False)
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)

@@ -185,7 +185,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], Any]:
 
 
 def restore_optimizer(optimizer: Any, saved: Any) -> None:
-    """Load the state of an optimizer and make sure that it is the saved one to the bit, dtypes included.
+    """Load the state of an optimizer and make sure that it is the saved one to the bit, dtypes included; entries may be added by it, as
+    PyTorch adds options that an optimizer does not name.
 
     Args:
         optimizer: anything with ``state_dict`` and ``load_state_dict``, also one that wraps another.
@@ -198,7 +199,7 @@ def restore_optimizer(optimizer: Any, saved: Any) -> None:
     saved = _spread(saved, parameters)
     optimizer.load_state_dict(_copied(saved))  # which may keep what it is given
     _put_back(optimizer.state_dict(), saved)
-    if not same_state(optimizer.state_dict(), saved):
+    if not _covers(optimizer.state_dict(), saved):
         raise ArtefactError(
             f"{type(optimizer).__name__} does not give back the state that it was given: load_state_dict, then state_dict, differ in more "
             "than the dtypes of tensors. A run with it cannot be continued exactly; pass resume=False to start afresh."
@@ -239,6 +240,15 @@ def _put_back(live: Any, saved: Any) -> None:
         elif not same_state(live[key], value):
             device = live[key].device if isinstance(live[key], Tensor) else None
             live[key] = value.to(device) if isinstance(value, Tensor) and device is not None else _copied(value)
+
+
+def _covers(live: Any, saved: Any) -> bool:
+    """Whether a state has everything of a saved one."""
+    if isinstance(live, Mapping) and isinstance(saved, Mapping):
+        return all(key in live and _covers(live[key], value) for key, value in saved.items())
+    if isinstance(live, (list, tuple)) and type(live) is type(saved) and len(live) == len(saved):
+        return all(_covers(a, b) for a, b in zip(live, saved, strict=True))
+    return same_state(live, saved)
 
 
 def same_state(first: Any, second: Any) -> bool:

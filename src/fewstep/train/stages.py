@@ -30,7 +30,7 @@ class Objective(Protocol):
     An object may say more, by attributes that the loop looks for:
 
     - ``modules``: name -> module. Trained along (parameters that need gradients), and kept in checkpoints, but not averaged.
-    - ``draw(batch, generator) -> batch``: draws everything random for a whole batch. Pieces of the batch are then given their part of
+    - ``draw_whole(batch, generator) -> batch``: draws everything random for a whole batch. Pieces of the batch are then given their part of
       what it
       returned, so that a step in pieces, or of several processes, is that of the whole batch to rounding.
     - ``updated(model, step)``: called after its update, for targets that follow the model.

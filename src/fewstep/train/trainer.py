@@ -55,9 +55,9 @@ from fewstep.train.checkpoints import (
 )
 from fewstep.train.divergence import FACTOR, RunningLevel
 from fewstep.train.logs import LOG, Log, make_bar
+from fewstep.train.processes import Processes, find_processes
 from fewstep.train.randomness import derive, make_generator, purpose_of, seeded
 from fewstep.train.stages import ADAMW, Objective, Stage, optimizers_of, parameters_of
-from fewstep.train.workers import Workers, find_workers
 
 __all__ = ["CHECKPOINT", "LOG", "FitResult", "fit"]
 
@@ -193,11 +193,11 @@ def fit(
         )
     given = (objective,) if isinstance(objective, Stage) else objective
     stages = tuple(given) if isinstance(given, Sequence) else (Stage(given, optimizer=optimizer),)
-    workers = find_workers(accelerator, _device(model), precision)
-    run = _Run(stages, model, Batches(data, batch_size, seed), options, workers, accumulate, share_gradients)
+    processes = find_processes(accelerator, _device(model), precision)
+    run = _Run(stages, model, Batches(data, batch_size, seed), options, processes, accumulate, share_gradients)
     files = _Files(None if folder is None else Path(folder), run, tensorboard)
     files.open(resume)
-    main = workers.rank == 0
+    main = processes.rank == 0
     with _training(run.modules), _interruptible() as interrupted, make_bar(run.step, steps, progress and main) as bar:
         while run.step < steps:
             loss, stop = run.advance(interrupted)
@@ -214,7 +214,7 @@ def fit(
             if stop:
                 raise KeyboardInterrupt
     files.log.close()
-    workers.finish(run.prepared.values())
+    processes.finish(run.prepared.values())
     return FitResult(run.step, run.whole_averages(), files.log.records, run.nested(run.whole_weights()), main)
 
 
@@ -293,17 +293,17 @@ class _Run:
         model: Model,
         batches: Batches,
         options: Options,
-        workers: Workers,
+        processes: Processes,
         accumulate: int,
         share: bool,
     ):
-        self.batches, self.options, self.workers, self.accumulate = batches, options, workers, accumulate
+        self.batches, self.options, self.processes, self.accumulate = batches, options, processes, accumulate
         self.single = not isinstance(model, Mapping)
         self.modules: dict[str, nn.Module] = {"": model} if isinstance(model, nn.Module) else dict(model)
-        self.pieces = workers.count * accumulate
+        self.pieces = processes.count * accumulate
         if options.batch_size % self.pieces:
             raise ValueError(
-                f"batch_size={options.batch_size} is cut into {workers.count} x {accumulate} equal pieces (processes x accumulate); "
+                f"batch_size={options.batch_size} is cut into {processes.count} x {accumulate} equal pieces (processes x accumulate); "
                 f"take a multiple of {self.pieces}."
             )
         if not stages:
@@ -328,22 +328,22 @@ class _Run:
 
     def _prepare(self, share: bool) -> None:
         trained = {name: self.modules[name] for name in dict.fromkeys(name for turn in self.turns for name in turn.names)}
-        if self.workers.count > 1 and any(
+        if self.processes.count > 1 and any(
             p.requires_grad for turn in self.turns for m in turn.own.values() for p in m.parameters()
         ):
             raise ValueError(
                 "an objective's own modules are trained in one process only; with several, pass them in the model: {name: module}."
             )
         optimizers = [optimizer for turn in self.turns for optimizer in turn.optimizers]
-        self.prepared, ready = self.workers.prepare(trained, optimizers, share)
+        self.prepared, ready = self.processes.prepare(trained, optimizers, share)
         for turn in self.turns:
             turn.optimizers = [ready.pop(0) for _ in turn.optimizers]
             turn.parameters = parameters_of([*(self.prepared[name] for name in turn.names), *turn.own.values()])
             for module in turn.own.values():
-                module.to(self.workers.device)
+                module.to(self.processes.device)
         for name, module in self.modules.items():
             if name not in trained:
-                module.to(self.workers.device)
+                module.to(self.processes.device)
 
     def _told(self, model: Model) -> dict[str, Any]:
         states = {name: _shapes(module.state_dict()) for name, module in self.modules.items()}
@@ -369,7 +369,7 @@ class _Run:
         turns = [turn for turn in self.turns if step % turn.stage.every == 0]
         asked = [self._update(turn, step, interrupted) for turn in turns]
         if not turns:
-            asked = self.workers.mean([float(bool(interrupted))])
+            asked = self.processes.mean([float(bool(interrupted))])
         self._average(turns)
         self.step = step
         return (turns or self.turns)[-1].loss, any(asked)
@@ -383,11 +383,11 @@ class _Run:
         turn.info = {}
         with self._only(turn):
             losses = [self._piece(turn, step, number) for number in range(self.accumulate)]
-        turn.loss, asked = self.workers.mean([sum(losses) / self.accumulate, float(bool(interrupted))])
+        turn.loss, asked = self.processes.mean([sum(losses) / self.accumulate, float(bool(interrupted))])
         if not math.isfinite(turn.loss):
             raise NetworkError(self._diverged(turn, step, f"the {turn.label}loss is {turn.loss}"))
-        turn.gradient_norm = self.workers.clip(turn.optimizers, turn.parameters, turn.largest)
-        scaler = self.workers.scaler
+        turn.gradient_norm = self.processes.clip(turn.optimizers, turn.parameters, turn.largest)
+        scaler = self.processes.scaler
         if not math.isfinite(turn.gradient_norm) and (scaler is None or scaler.get_scale() < SMALLEST_SCALE):
             raise NetworkError(self._diverged(turn, step, f"the {turn.label}norm of the gradient is {turn.gradient_norm}"))
         level = turn.level
@@ -396,7 +396,7 @@ class _Run:
                 f"the {turn.label}loss has been above {level.factor:g} times its level of {level.level:.3g} for {level.above} steps"
             )
             raise NetworkError(self._diverged(turn, step, told))
-        self.workers.step(turn.optimizers)
+        self.processes.step(turn.optimizers)
         updated = getattr(turn.stage.objective, "updated", None)
         if updated is not None:
             updated(self._view(()), step)
@@ -404,21 +404,21 @@ class _Run:
 
     def _piece(self, turn: _Turn, step: int, number: int) -> float:
         """Forward and backward on one piece of the batch; returns its loss."""
-        seed, device, index = self.options.seed, self.workers.device, self.workers.rank * self.accumulate + number
+        seed, device, index = self.options.seed, self.processes.device, self.processes.rank * self.accumulate + number
         objective = turn.stage.objective
         generator = make_generator(seed, purpose_of("objective", turn.number, index), step)
         more = number + 1 < self.accumulate
         with contextlib.ExitStack() as stack:
             stack.enter_context(seeded(derive(seed, purpose_of("network", turn.number, index), step), device))
             if more:
-                stack.enter_context(self.workers.unsynchronised([self.prepared[name] for name in turn.names]))
-            with self.workers.lower_precision():
+                stack.enter_context(self.processes.unsynchronised([self.prepared[name] for name in turn.names]))
+            with self.processes.lower_precision():
                 loss, info = objective(self._view(turn.names), self._batch(turn, step, index), generator)
             for name, value in info.items():
                 part = value.detach() if isinstance(value, Tensor) else value
                 turn.info[name] = turn.info[name] + part if name in turn.info else part
             value = float(loss.detach())
-            self.workers.backward(loss if self.accumulate == 1 else loss / self.accumulate)
+            self.processes.backward(loss if self.accumulate == 1 else loss / self.accumulate)
         return value
 
     def _batch(self, turn: _Turn, step: int, index: int) -> dict[str, Tensor]:
@@ -426,13 +426,13 @@ class _Run:
         size, seed = self.options.batch_size, self.options.seed
         part = size // self.pieces
         first, last = index * part, (index + 1) * part
-        draw = getattr(turn.stage.objective, "draw", None)
+        draw = getattr(turn.stage.objective, "draw_whole", None)
         if draw is None:
             batch = self.batches.piece(step, first, last)
         else:
             drawn = draw(self.batches.piece(step, 0, size), make_generator(seed, purpose_of("objective", turn.number, 0), step))
             batch = {name: v[first:last] if v.ndim and len(v) == size else v for name, v in drawn.items()}
-        return {name: value.to(self.workers.device) for name, value in batch.items()}
+        return {name: value.to(self.processes.device) for name, value in batch.items()}
 
     def _view(self, names: tuple[str, ...]) -> Any:
         """The model as an objective sees it: what it trains as the processes share it, all else as it is."""
@@ -459,7 +459,7 @@ class _Run:
 
     def _diverged(self, turn: _Turn, step: int, what: str) -> str:
         clip = "none" if turn.largest == math.inf else f"{turn.largest:g}"
-        precision = "" if self.workers.precision is None else f", train in full precision (now {self.workers.precision})"
+        precision = "" if self.processes.precision is None else f", train in full precision (now {self.processes.precision})"
         return (
             f"training diverged: {what} at step {step}. Lower learning_rate={turn.rates[0][0]:g}, lengthen warmup={self.options.warmup}, "
             f"clip the gradient (clip={clip}){precision}, and see that the data are about as large as 1 (images in [-1, 1]). The last "
@@ -477,7 +477,7 @@ class _Run:
         if math.isnan(turn.loss):
             return turn.record
         names = list(turn.info)
-        info = self.workers.mean([float(turn.info[name]) / self.accumulate for name in names])
+        info = self.processes.mean([float(turn.info[name]) / self.accumulate for name in names])
         rate = turn.optimizers[0].param_groups[0]["lr"]
         last = {"gradient_norm": turn.gradient_norm, "learning_rate": rate}
         return {"loss": turn.loss, **dict(zip(names, info, strict=True)), **last}
@@ -509,7 +509,7 @@ class _Run:
             "objectives": [{name: dict(module.state_dict()) for name, module in turn.own.items()} for turn in self.turns],
             "records": [self._record(turn) for turn in self.turns],
             "levels": [None if turn.level is None else turn.level.state() for turn in self.turns],
-            "scaler": None if self.workers.scaler is None else self.workers.scaler.state_dict(),
+            "scaler": None if self.processes.scaler is None else self.processes.scaler.state_dict(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -530,8 +530,8 @@ class _Run:
                 turn.level.restore(level)
         for turn, record in zip(self.turns, state["records"], strict=True):
             turn.record = record
-        if self.workers.scaler is not None:
-            self.workers.scaler.load_state_dict(state["scaler"])
+        if self.processes.scaler is not None:
+            self.processes.scaler.load_state_dict(state["scaler"])
         self.step = int(state["step"])
 
 
@@ -539,8 +539,8 @@ class _Files:
     """Checkpoint, snapshots and log of one run. Without a folder: the log in memory."""
 
     def __init__(self, folder: Path | None, run: _Run, tensorboard: bool):
-        self.folder, self.run, self.workers = folder, run, run.workers
-        self.main = run.workers.rank == 0
+        self.folder, self.run, self.processes = folder, run, run.processes
+        self.main = run.processes.rank == 0
         self.log = Log(folder, writes=self.main, tensorboard=tensorboard)
         self.checked = folder is None
 
@@ -555,7 +555,7 @@ class _Files:
                 left.unlink(missing_ok=True)
             if not resume:
                 path.unlink(missing_ok=True)
-        self.workers.wait()
+        self.processes.wait()
         if path.exists():
             self._read(path)
         self.log.rewind(self.run.step)
@@ -564,19 +564,19 @@ class _Files:
             for step, file in snapshot_files(self.folder).items():
                 if step > self.run.step:
                     file.unlink()
-        self.workers.wait()
+        self.processes.wait()
 
     def _read(self, path: Path) -> None:
         values, state = read_checkpoint(path)
         self._check_settings(path, values["settings"])
         if values["apart"] is not None:
-            if values["apart"] != self.workers.count:
+            if values["apart"] != self.processes.count:
                 raise ArtefactError(
                     f"{path} is of {values['apart']} processes that had weights or states of their own; now there are "
-                    f"{self.workers.count}. Start as many, or pass resume=False to start afresh."
+                    f"{self.processes.count}. Start as many, or pass resume=False to start afresh."
                 )
             if not self.main:
-                values, state = read_checkpoint(rank_file(path.parent, state["step"], self.workers.rank))
+                values, state = read_checkpoint(rank_file(path.parent, state["step"], self.processes.rank))
         self.run.restore(state)
 
     def check(self) -> None:
@@ -590,16 +590,16 @@ class _Files:
         if self.folder is None:
             return
         text, tensors = frozen(self.run.state())
-        found = self.workers.gathered(int(digest(text, tensors)[:15], 16)) if self.workers.count > 1 else [0]
-        apart = None if len(set(found)) == 1 else self.workers.count
+        found = self.processes.gathered(int(digest(text, tensors)[:15], 16)) if self.processes.count > 1 else [0]
+        apart = None if len(set(found)) == 1 else self.processes.count
         values = {"settings": self.run.settings, "apart": apart}
         if apart is not None and not self.main:
-            write_checkpoint(rank_file(self.folder, self.run.step, self.workers.rank), values, text, tensors)
-        self.workers.wait()  # the first process names the others' files when they are there
+            write_checkpoint(rank_file(self.folder, self.run.step, self.processes.rank), values, text, tensors)
+        self.processes.wait()  # the first process names the others' files when they are there
         if self.main:
             write_checkpoint(self.folder / CHECKPOINT, values, text, tensors)
             self._clear(self.run.step)
-        self.workers.wait()
+        self.processes.wait()
 
     def keep_averages(self) -> None:
         """Write a snapshot of the averages of the power function."""

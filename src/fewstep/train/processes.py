@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from fewstep.errors import MissingExtraError
 
-__all__ = ["Alone", "Spread", "Workers", "find_workers"]
+__all__ = ["Alone", "Processes", "Spread", "find_processes"]
 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Workers(abc.ABC):
+class Processes(abc.ABC):
     """All processes of a run, seen from one of them."""
 
     count: int = 1
@@ -75,7 +75,7 @@ class Workers(abc.ABC):
         """Undo what `prepare` put around the modules' calls."""
 
 
-class Alone(Workers):
+class Alone(Processes):
     """One process, without Accelerate. float16 has its loss scaled."""
 
     def __init__(self, device: torch.device, precision: torch.dtype | None):
@@ -113,7 +113,7 @@ class Alone(Workers):
         pass
 
 
-class Spread(Workers):
+class Spread(Processes):
     """The processes of an ``accelerate.Accelerator``.
 
     Raises:
@@ -197,7 +197,7 @@ class Spread(Workers):
         return torch.float32 if self.device.type == "mps" else torch.float64
 
 
-def find_workers(accelerator: Any, device: torch.device, precision: torch.dtype | None) -> Workers:
+def find_processes(accelerator: Any, device: torch.device, precision: torch.dtype | None) -> Processes:
     """The processes of an Accelerator; of the launcher that started this process among others; or this one alone.
 
     Raises:
