@@ -29,7 +29,7 @@ from fewstep.train.recipes import RECIPES, digits
 
 RESULTS = Path(__file__).parent / "results" / "kills.json"
 NETWORK = SmallUNetConfig(1, 8, channels=(8, 16), blocks=(1, 1), classes=10, embedding=32, dropout=0.1)
-STEPS, BATCH = 40, 8
+STEPS, BATCH = 30, 8
 OPTIONS = {
     "ema": (0.99, PowerFunction(0.1)),
     "accumulate": 2,
