@@ -54,6 +54,10 @@ def test_two_players_resume_bit_exactly(tmp_path):
     assert result.averages.keys() == {0.9, PowerFunction(0.1)}
     assert result.averages[0.9].keys() == {"student"}  # the adversary is not averaged
     assert {"adversary/loss", "adversary/real", "student/loss", "student/learning_rate"} <= result.log[-1].keys()
+    coded = [Stage(toys.student_loss, "student"), Stage(toys.adversary_loss, "adversary", torch.optim.Adam)]
+    fit(coded, toys.players(), toys.DATA, folder=tmp_path / "sgd", **{**OPTIONS, "steps": 1}, optimizer=torch.optim.SGD)
+    told = read_checkpoint(tmp_path / "sgd" / CHECKPOINT)[0]["settings"]["optimizer"]
+    assert [stage[0][0] for stage in told] == ["SGD", "Adam"]
     assert "student/loss" not in fit(stages(-1), toys.players(), toys.DATA, **{**OPTIONS, "steps": 2}).log[-1]  # not its turn yet
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -46,7 +46,8 @@ class Stage:
     Args:
         objective: ``(model, batch, generator) -> (loss, info)``, called with the whole model.
         trains: names of the modules that it updates, of a model that maps names to modules; none: all.
-        optimizer: called as ``optimizer(parameters, lr=learning_rate)``; gives an optimizer, or a sequence of them.
+        optimizer: called as ``optimizer(parameters, lr=learning_rate)``; gives an optimizer, or a sequence of them. None: that of
+            `fewstep.train.fit`.
         learning_rate: the highest; None: that of `fewstep.train.fit`.
         clip: largest norm of the gradient; None: that of `fewstep.train.fit`; ``math.inf``: any.
         every: the update takes place at steps that this divides.
@@ -56,7 +57,7 @@ class Stage:
 
     objective: Objective
     trains: str | tuple[str, ...] = ()
-    optimizer: Callable[..., Any] = field(default=ADAMW)
+    optimizer: Callable[..., Any] | None = None
     learning_rate: float | None = None
     clip: float | None = None
     every: int = 1
@@ -93,13 +94,13 @@ def parameters_of(modules: Iterable[nn.Module]) -> list[Tensor]:
     return list({id(parameter): parameter for parameter in found}.values())
 
 
-def optimizers_of(stage: Stage, parameters: Sequence[Tensor], learning_rate: float) -> list[Any]:
-    """What the stage's callable gave, as a list.
+def optimizers_of(make: Callable[..., Any], parameters: Sequence[Tensor], learning_rate: float) -> list[Any]:
+    """What a callable gives for parameters, as a list.
 
     Raises:
         TypeError: if that is no optimizer.
     """
-    made = stage.optimizer(parameters, lr=learning_rate)
+    made = make(parameters, lr=learning_rate)
     found = list(made) if isinstance(made, (list, tuple)) else [made]
     wanted = ("param_groups", "step", "zero_grad", "state_dict", "load_state_dict")
     for optimizer in found:

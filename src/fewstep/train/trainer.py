@@ -192,7 +192,8 @@ def fit(
             f"got {checkpoint_every}, {log_every} and {accumulate}."
         )
     given = (objective,) if isinstance(objective, Stage) else objective
-    stages = tuple(given) if isinstance(given, Sequence) else (Stage(given, optimizer=optimizer),)
+    stages = tuple(given) if isinstance(given, Sequence) else (Stage(given),)
+    stages = tuple(dataclasses.replace(stage, optimizer=stage.optimizer or optimizer) for stage in stages)
     processes = find_processes(accelerator, _device(model), precision)
     run = _Run(stages, model, Batches(data, batch_size, seed), options, processes, accumulate, share_gradients)
     files = _Files(None if folder is None else Path(folder), run, tensorboard)
@@ -270,7 +271,7 @@ class _Turn:
         self.own: dict[str, nn.Module] = dict(getattr(stage.objective, "modules", None) or {})
         self.parameters = parameters_of([*modules.values(), *self.own.values()])
         rate = options.learning_rate if stage.learning_rate is None else stage.learning_rate
-        self.optimizers = optimizers_of(stage, self.parameters, rate)
+        self.optimizers = optimizers_of(stage.optimizer or ADAMW, self.parameters, rate)
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         clip = options.clip if stage.clip is None else stage.clip
         self.largest = math.inf if clip is None else clip
