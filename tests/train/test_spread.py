@@ -18,7 +18,7 @@ from two_processes import OPTIONS, crashing, flat  # noqa: E402
 
 pytest.importorskip("accelerate")
 
-from fewstep.errors import ArtefactError  # noqa: E402
+from fewstep.errors import ArtefactError, MissingExtraError  # noqa: E402
 from fewstep.train import fit  # noqa: E402
 
 ROUNDING = {"rtol": 1e-4, "atol": 2e-6}
@@ -142,3 +142,10 @@ def test_accelerator_of_one_process_and_its_refusals():
     for name, value in mine.weights.items():
         torch.testing.assert_close(lower.weights[name], value, rtol=0.02, atol=2e-3)
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_launcher_without_accelerate_is_told(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(MissingExtraError, match=r"several processes needs accelerate.*fewstep\[train\]"):
+        fit(toys.Drawn(), toys.make(), toys.DATA, **OPTIONS)

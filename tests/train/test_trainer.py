@@ -202,6 +202,14 @@ def test_other_model_data_and_objective_are_refused(tmp_path):
         fit(OBJECTIVE, nn.Linear(4, 4), DATA, **options)
 
 
+def test_what_a_killed_run_left_half_written_goes(tmp_path, whole):
+    for name in (CHECKPOINT, LOG, "averages-000000010.safetensors"):
+        (tmp_path / f".{name}.123.abcdef01.tmp").write_bytes(b"half")
+    model, _ = run(tmp_path)
+    assert same(model.state_dict(), whole[0].state_dict())
+    assert {path.name for path in tmp_path.iterdir()} == {CHECKPOINT, LOG}
+
+
 def test_torn_line_of_the_log_is_dropped(tmp_path, whole):
     run(tmp_path)
     with open(tmp_path / LOG, "a") as file:

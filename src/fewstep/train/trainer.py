@@ -552,8 +552,9 @@ class _Files:
         path = self.folder / CHECKPOINT
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(f".{path.stem}*.tmp"):  # of runs that were killed while they wrote
-                left.unlink(missing_ok=True)
+            for name in (path.stem, LOG, "averages"):
+                for left in self.folder.glob(f".{name}*.tmp"):  # of runs that were killed while they wrote
+                    left.unlink(missing_ok=True)
             if not resume:
                 path.unlink(missing_ok=True)
         self.processes.wait()
