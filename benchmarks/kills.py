@@ -85,8 +85,11 @@ def left(folder: Path) -> dict[str, str]:
 
 def killed(folder: Path, data: dict[str, torch.Tensor], after: float) -> dict[str, object]:
     """Start a run and kill it; what it was doing."""
+    begun = time.perf_counter()
     pid = start(folder, data)
-    time.sleep(after)
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None and time.perf_counter() - begun < after:
+        time.sleep(min(0.002, max(0.0, after - (time.perf_counter() - begun))))
+    after = time.perf_counter() - begun
     os.kill(pid, signal.SIGKILL)
     status = ended(pid)
     path = folder / CHECKPOINT
@@ -113,8 +116,10 @@ def main() -> int:
     while len(trials) < options.trials:
         folder = place / str(len(trials) + early)
         told = killed(folder, data, moments.uniform(0.0, seconds))
-        if not told["killed"]:  # it was quicker than the first one
+        if not told["killed"]:  # it was quicker than those before it: moments are drawn from its time from now on
             early += 1
+            seconds = min(seconds, float(str(told["seconds"])))
+            shutil.rmtree(folder)
             continue
         assert ended(start(folder, data)) == 0
         trials.append({**told, "identical": left(folder) == wanted})
