@@ -31,6 +31,7 @@ from fewstep.models import SmallUNetConfig
 from fewstep.schedules import Flow, from_config
 from fewstep.train.averages import PowerFunction
 from fewstep.train.losses import DenoisingLoss, LabelDropout
+from fewstep.train.optim4bit import AdamW4bit, SGD4bit
 from fewstep.train.pictures import Pictures, read_pictures
 from fewstep.train.recipes import RECIPES, Recipe
 
@@ -41,11 +42,13 @@ SIZE = 32
 LABEL_DROPOUT = 0.1
 OPTIMIZERS: dict[str, Any] = {
     "adamw": torch.optim.AdamW,
+    "adamw4bit": AdamW4bit,
     "adam": torch.optim.Adam,
     "nadam": torch.optim.NAdam,
     "radam": torch.optim.RAdam,
     "rmsprop": torch.optim.RMSprop,
     "sgd": torch.optim.SGD,
+    "sgd4bit": SGD4bit,
 }
 """Name -> class, called as ``(parameters, lr=..., **options)``."""
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
