@@ -5,6 +5,7 @@ from __future__ import annotations
 from fewstep.train.averages import PowerFunction, average_afterwards
 from fewstep.train.batches import Rows
 from fewstep.train.groups import ElasticGroup, FixedGroup, WorkerLostError
+from fewstep.train.int4 import Int4Conversion, Int4Linear, convert_to_int4_training
 from fewstep.train.local_sgd import LocalOptimizer, Round, SynchronizationError, Traffic
 from fewstep.train.losses import DenoisingLoss, LabelDropout
 from fewstep.train.optim4bit import AdamW4bit, SGD4bit, optimizer_state_bytes
@@ -33,6 +34,8 @@ __all__ = [
     "ElasticGroup",
     "FitResult",
     "FixedGroup",
+    "Int4Conversion",
+    "Int4Linear",
     "InversePower",
     "LabelDropout",
     "LocalOptimizer",
@@ -50,6 +53,7 @@ __all__ = [
     "WorkerLostError",
     "average_afterwards",
     "communication_volume",
+    "convert_to_int4_training",
     "fit",
     "local_sgd_drift_factor",
     "optimizer_state_bytes",
