@@ -12,6 +12,7 @@ from fewstep.train.optim4bit import AdamW4bit, SGD4bit, optimizer_state_bytes
 from fewstep.train.recipes import RECIPES, Recipe, train_classifier, train_recipe
 from fewstep.train.simulated_workers import SimulatedWorkers
 from fewstep.train.slow_sde import local_sgd_drift_factor, sharpness
+from fewstep.train.sparse import HybridSparseAttention, MixedSparsity, SparsitySchedule
 from fewstep.train.stages import Objective, Stage
 from fewstep.train.synchronization import (
     QSR,
@@ -34,11 +35,13 @@ __all__ = [
     "ElasticGroup",
     "FitResult",
     "FixedGroup",
+    "HybridSparseAttention",
     "Int4Conversion",
     "Int4Linear",
     "InversePower",
     "LabelDropout",
     "LocalOptimizer",
+    "MixedSparsity",
     "Objective",
     "PostLocal",
     "PowerFunction",
@@ -47,6 +50,7 @@ __all__ = [
     "Rows",
     "SGD4bit",
     "SimulatedWorkers",
+    "SparsitySchedule",
     "Stage",
     "SynchronizationError",
     "Traffic",
