@@ -24,6 +24,8 @@ ELSEWHERE = {
     "compensated.md": "minutes",
     "layer_skips.md": "minutes",
     "timesteps.md": "minutes",
+    "int4.md": "tests/train/test_int4.py",
+    "sparse.md": "tests/train/test_sparse.py",
 }
 """Pages whose examples need more than this namespace, and where the same is tested; or that tune a network for minutes."""
 SLOW = ("fs.tune(", "pipe.scheduler", "kdiffusion_sampler(", "path/to/", "cuda", "teleport_skip", "raw,")

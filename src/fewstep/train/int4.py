@@ -181,18 +181,23 @@ def keep_probabilities(scores: Tensor, count: float) -> Tensor:
     return (scores * _rate(scores, count)).clamp(max=1.0)
 
 
-def dyadic_probabilities(scores: Tensor, count: float, halvings: int = 12) -> Tensor:
-    """The same as powers of two: 2^floor(log2 min(1, tau c_i)), with the largest tau for which their sum is at most ``count``."""
-    low = _rate(scores, count)  # rounds down to at most `count`; twice of it to at least that, unless all are 1
-    high = 2.0 * low
+def dyadic_probabilities(scores: Tensor, count: float) -> Tensor:
+    """The same as powers of two: 2^floor(log2 min(1, tau c_i)), with the largest tau for which their sum is at most ``count``.
 
-    def rounded(rate: float) -> Tensor:
-        return torch.exp2((scores * rate).clamp(max=1.0).log2().floor())
-
-    for _ in range(halvings):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if float(rounded(middle).sum()) <= count * (1.0 + 1e-6) else (low, middle)
-    return rounded(low)
+    Example:
+        >>> dyadic_probabilities(torch.tensor([8.0, 1.2, 1.0, 0.0]), 2.0)
+        tensor([1.0000, 0.5000, 0.5000, 0.0000])
+    """
+    logs = (
+        scores * _rate(scores, count)
+    ).log2()  # rounded down, at most `count`; at twice the rate all below 1 have doubled, so more
+    floors = logs.floor().clamp(max=0.0)
+    chance = torch.exp2(floors)
+    grows = (logs < 0.0) & (chance > 0.0)
+    order = torch.where(grows, floors - logs, math.inf).argsort()  # those that double first come first
+    total = chance.double().sum() + (chance * grows)[order].double().cumsum(0)
+    doubled = grows[order] & (total <= count * (1.0 + 1e-9))
+    return chance.index_copy(0, order, chance[order] * (1.0 + doubled.to(chance.dtype)))
 
 
 def _rate(scores: Tensor, count: float) -> float:
