@@ -304,11 +304,12 @@ class Tied(nn.Module):
 
 def test_conversion_and_back():
     model = Tied()
-    before = dict(model.named_parameters())
+    before, state = dict(model.named_parameters()), torch.get_rng_state()
     conversion = convert_to_int4_training(model)
     assert sorted(conversion.layers) == ["body.0", "body.2"]
     assert set(conversion.left) == {"head", "attention.out_proj"}
     assert "tied" in conversion.left["head"]
+    assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn
     after = dict(model.named_parameters())
     assert all(after[name] is value for name, value in before.items())
     assert after.keys() - before.keys() == {f"body.{k}.{which}_step" for k, which in itertools.product((0, 2), ("input", "weight"))}

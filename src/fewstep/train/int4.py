@@ -334,9 +334,11 @@ class Int4Linear(nn.Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, block: int | None = None, kept: float = 0.5) -> Int4Linear:
         """The layer with the parameters, not copies of them, of an ordinary one."""
-        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, block=block, kept=kept, **like)
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, block=block, kept=kept, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
+        device = linear.weight.device
+        layer.input_step, layer.weight_step = (nn.Parameter(torch.ones((), device=device)) for _ in range(2))
+        layer.hadamard_block = torch.zeros((), dtype=torch.int64, device=device)
         return layer.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch gives it
