@@ -173,7 +173,8 @@ def main() -> int:
     for part in options.parts:
         began = time.process_time()
         found = PARTS[part](options)
-        told[part] = {**found, "steps": options.steps, "seconds_of_the_processor": round(time.process_time() - began, 1)}
+        command = f"python benchmarks/int4.py --parts {part} --steps {options.steps} --seeds {options.seeds}"
+        told[part] = {"command": command, **found, "seconds_of_the_processor": round(time.process_time() - began, 1)}
         options.out.write_text(json.dumps(told, indent=1) + "\n")
     return 0
 

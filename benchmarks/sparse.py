@@ -106,7 +106,8 @@ def main() -> int:
     for (way, share), attention in zip(shares.items(), (None, ATTENTION), strict=True):
         run(way, SparsitySchedule(0, share, None), drop=0.0, attention=attention)
     run("short dense", steps=round(steps / fewer))
-    told = {"command": "python benchmarks/sparse.py", "machine": "one core of a 2-core machine", "torch": torch.__version__}
+    command = f"python benchmarks/sparse.py --steps {steps} --seeds {options.seeds} --peak {options.peak:g}"
+    told = {"command": command, "machine": "one core of a 2-core machine", "torch": torch.__version__}
     told |= {
         "steps": steps,
         "peak": options.peak,
