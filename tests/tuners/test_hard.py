@@ -81,7 +81,7 @@ def test_what_is_refused_is_learned_once_more_from_the_untuned_plan(task, monkey
     found = auto._candidates(task, 5, method, effort, None)
     names = [candidate.name for candidate in found]
     assert any(name.startswith("learned: polish") for name in names)
-    assert any(name.startswith("learned: start, polish") for name in names)
+    assert any(name.startswith("learned: untuned, polish") for name in names)
     assert any(name.startswith("compensation") for name in names) == (method == "auto"), names
     assert best_of(found) is found[0]
     assert ratio_of(found) == 1.0

@@ -299,9 +299,18 @@ def _add_plan(page: Any, nfe: int, plan: Any, candidates: list[Any], best: str) 
     import numpy as np
 
     page.heading(f"{nfe} calls")
-    tried = [[c.name, f"{c.errors.rms:.3g}", f"{c.errors.median:.3g}", f"{c.distance:.3g}"] for c in candidates]
+    tried = [
+        [
+            c.name,
+            f"{c.errors.rms:.3g}",
+            f"{c.errors.median:.3g}",
+            f"{c.distance:.3g}",
+            f"{c.challenge[0]:.3g}" if c.challenge else "",
+        ]
+        for c in candidates
+    ]
     chosen = next(i for i, candidate in enumerate(candidates) if candidate.name == best)
-    head = ["tried", "error", "median error", "distance of distributions"]
+    head = ["tried", "error", "median error", "distance of distributions", "error with hard noise"]
     page.table(head, tried, best={(chosen, column) for column in range(len(head))})
     page.heading("The plan", 3)
     lams = plan.schedule.lam(plan.tau)

@@ -18,7 +18,7 @@ from fewstep.plan import Plan
 from fewstep.tuners.checkpoint import Checkpoint, Spending, check_savable
 from fewstep.tuners.compensation import compensation_candidates
 from fewstep.tuners.draws import Draws, seconds_of
-from fewstep.tuners.effort import PRICES, Effort, estimate, suitable
+from fewstep.tuners.effort import AGAIN, PRICES, Effort, estimate, suitable
 from fewstep.tuners.learned import Learned
 from fewstep.tuners.numbers import Numbers
 from fewstep.tuners.preparation import checked_denoiser, checked_starts, prepare, probe
@@ -84,7 +84,7 @@ def tune(
         minutes: spend about as long, by the speed of the network as it is measured; instead of `effort`.
         evaluations: spend about so many network evaluations (one sample, one call); instead of both.
         starts: number of calls -> a plan to start learning from, such as the one of another guidance scale or of the model before
-            fine-tuning: it is polished, and searched anew only if that gains little.
+            fine-tuning: it is polished, and searched anew only if that gains little. Read by `"learned"` and `"auto"` alone.
         features: from samples to vectors ``"batch size"``, such as `fewstep.evaluate.digit_features`: where the distributions of samples
             are compared; the samples themselves when left out.
         checkpoint: a folder that keeps what is finished: the exact paths, and every number of calls. The same call goes on from there.
@@ -198,11 +198,11 @@ def learned(task: Task, nfe: int, effort: Effort) -> Iterator[Candidate]:
         yield from _learned(task, nfe, _options(effort))
 
 
-def from_untuned(task: Task, nfe: int, effort: Effort) -> Iterator[Candidate]:
+def once_more(task: Task, nfe: int, effort: Effort) -> Iterator[Candidate]:
     """The polish of `Learned` from the best untuned plan, whose times differ from those that were searched: what the one leads astray,
     the other may not.
     """
-    return _learned(task, nfe, _options(effort), Numbers.of(task.untuned(nfe).plan))
+    return _learned(task, nfe, _options(effort), Numbers.of(task.untuned(nfe).plan), "untuned")
 
 
 def _options(effort: Effort) -> Learned:
@@ -210,8 +210,8 @@ def _options(effort: Effort) -> Learned:
     return Learned(**{name: told[name] for name in ("trials", "trial_paths", "polish", "robust", "hard", "hard_pool")})
 
 
-def _learned(task: Task, nfe: int, options: Learned, start: Numbers | None = None) -> Iterator[Candidate]:
-    for stage, numbers in options.stages(task, nfe, start):
+def _learned(task: Task, nfe: int, options: Learned, start: Numbers | None = None, told: str = "start") -> Iterator[Candidate]:
+    for stage, numbers in options.stages(task, nfe, start, told):
         made_by = {"solver": {"name": "learned", "options": {**asdict(options), "stage": stage}}, "grid": "learned"}
         yield task.judge(f"learned: {stage}", numbers.plan(task.schedule, made_by))
 
@@ -252,8 +252,10 @@ def _candidates(task: Task, nfe: int, method: str, effort: Effort, budget: int |
             task.report(f"{nfe} calls: {name} is left out. {error}")
             continue
         if name == "learned" and not best_of(found).tuned and effort.polish:
-            task.report(f"{nfe} calls: learned once more, from {base.name}")
-            found = settled(task, _told(task, found, from_untuned(task, nfe, effort)), effort)
+            spent, price = task.denoiser.evaluations - begun, PRICES[AGAIN](effort, nfe)
+            if budget is None or spent + price <= budget:
+                task.report(f"{nfe} calls: learned once more, from {base.name}")
+                found = settled(task, _told(task, found, once_more(task, nfe, effort)), effort)
     return found
 
 

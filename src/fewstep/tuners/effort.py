@@ -111,12 +111,7 @@ def estimate(effort: Effort, nfe: Sequence[int], shape: Sequence[int], method: s
 def validation_cost(effort: Effort, nfe: Sequence[int]) -> int:
     """About how many evaluations it takes to find the best untuned settings, and to judge a few plans beside them."""
     screened = len(UNTUNED) * len(GRIDS) * SCREENED + (FINALISTS + 2) * effort.held_out
-    challenged = (CHALLENGED + 1) * (effort.hard_pool + effort.held_out)
-    return (
-        _path_cost(effort) * effort.held_out
-        + sum(nfe) * (screened + challenged)
-        + len(nfe) * effort.hard * effort.reference_calls * 9 // 8
-    )
+    return _path_cost(effort) * effort.held_out + sum(n * screened + _challenged(effort, n) for n in nfe)
 
 
 def _path_cost(effort: Effort) -> int:
@@ -129,15 +124,25 @@ def _closed_form(effort: Effort, n: int) -> int:
 
 
 def _learned(effort: Effort, n: int) -> int:
+    return _closed_form(effort, n) + n * (effort.trials * effort.trial_paths + effort.trajectories) + _polished(effort, n)
+
+
+def _polished(effort: Effort, n: int) -> int:
     columns, calls = sum((i + 2) * (n - 1 - i) + (n - i) for i in range(n)), effort.reference_calls * 9 // 8
-    fitted = n * (effort.trials * effort.trial_paths + effort.trajectories)
     polished = effort.trajectories * effort.polish * (columns + 9 * n) + (effort.trajectories + effort.hard) * 18 * n
     polished += effort.hard * (columns + calls) + 2 * n * effort.hard_pool
-    return _closed_form(effort, n) + fitted + len(effort.robust) * (polished + 4 * n * effort.held_out)
+    return len(effort.robust) * (polished + 4 * n * effort.held_out)
 
 
+def _challenged(effort: Effort, n: int) -> int:
+    return n * (CHALLENGED + 1) * (effort.hard_pool + effort.held_out) + effort.hard * effort.reference_calls * 9 // 8
+
+
+AGAIN = "learned once more"
+"""The polish that is made from the untuned plan where all else that was learned is refused."""
 PRICES: dict[str, Callable[[Effort, int], int]] = {
     "learned": _learned,
+    AGAIN: lambda effort, n: _polished(effort, n) + _challenged(effort, n),
     "closed-form": _closed_form,
     "compensation": lambda effort, n: n * (3000 + 4 * effort.held_out),
     "statistics": lambda effort, n: 100 * min(256, effort.trajectories) + n * (800 + 4 * effort.held_out),

@@ -48,12 +48,12 @@ def mined(task: Task, plan: Plan, *, pool: int, count: int, turn: int = 0) -> Mi
     picked = torch.from_numpy(_farthest(_between(*runs), count)).to(noise.device)
     paths = replace(task.trace(noise[picked], take_rows(cond, picked)), weights=np.full(len(picked), MINED_WEIGHT))
     untuned, mine = ((distances(run[picked], paths.target) ** 2).mean() for run in runs)
-    return Mined(paths, bool(mine > untuned))
+    return Mined(paths, not mine <= untuned)  # also where samples are not finite
 
 
 def challenged(task: Task, candidates: Sequence[Candidate], *, pool: int, count: int) -> list[tuple[float, float]]:
-    """The root mean square errors of candidates and of the best untuned plan, over a pool of noise that nothing was fitted to and the
-    noises that the validation paths stand for: a few samples in the wrong mode decide these errors, so the more noise the better.
+    """The root mean square errors of candidates and of the best untuned plan, over a pool of noise that nothing was fitted to or chosen
+    by, and the validation noise: a few samples in the wrong mode decide these errors, so the more noise the better.
 
     Exact paths are traced for the `count` noises of the pool on which any candidate is farthest from the untuned plan; what lies nearer
     is estimated from those validation paths on which they are as near.
@@ -84,8 +84,9 @@ def challenged(task: Task, candidates: Sequence[Candidate], *, pool: int, count:
         fresh = float(np.mean(distances(runs[k][picked], target) ** 2))
         if near.any():
             fresh = share * fresh + (1.0 - share) * float(np.average(known[near], weights=task.held_out.shares[near]))
-        stands_for = float(task.held_out.shares.sum())
-        return math.sqrt((pool * fresh + float(task.held_out.shares @ known)) / (pool + stands_for))
+        known = float(np.average(known, weights=task.held_out.shares))
+        mean = (pool * fresh + task.held_out.count * known) / (pool + task.held_out.count)
+        return math.sqrt(mean) if math.isfinite(mean) else math.inf
 
     return [(error(k), error(0)) for k in range(1, len(plans))]
 

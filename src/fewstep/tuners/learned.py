@@ -97,10 +97,11 @@ class Learned:
         if not (self.ridge > 0.0 and self.robust and min(self.robust) > 0.0):
             raise ValueError(f"ridge and robust must be positive, got {self.ridge:g} and {self.robust}.")
 
-    def stages(self, task: Task, nfe: int, start: Numbers | None = None) -> Iterator[tuple[str, Numbers]]:
-        """The numbers after every stage: of all three, or of the polish alone if there are numbers to start from."""
+    def stages(self, task: Task, nfe: int, start: Numbers | None = None, told: str = "start") -> Iterator[tuple[str, Numbers]]:
+        """The numbers after every stage: of all three, or of the polish alone if there are numbers to start from, and how they are told."""
         if start is not None:
-            yield from self._polished(task, start.pooled, "start, polish")
+            if self.polish:
+                yield from self._polished(task, start.pooled, f"{told}, polish")
             return
         fitter, some = _Fitter(task, task.fit, self), _Fitter(task, task.fit.take(slice(self.trial_paths)), self)
         begun, loss = min((some.closed_form(times) for times in _grids(task, nfe)), key=lambda found: found[1])

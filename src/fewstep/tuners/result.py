@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -81,9 +82,9 @@ def best_of(tried: list[Candidate]) -> Candidate:
     than half a standard error of the difference: one sample that ends in another mode can make a standard error, and which plan it befalls
     is chance. The best has the least product of both errors and the distance.
     """
-    sure = _sure(tried)
-    passed = [c for c in sure if c.challenge is not None and c.challenge[0] <= c.challenge[1]]
-    return next(iter(passed or [c for c in sure if c.challenge is None] or tried))
+    left = _left(tried)
+    passed = sorted((c for c in left if c.challenge), key=lambda c: c.challenge[0] * c.errors.median * c.distance)  # type: ignore[index]
+    return next(iter(passed or left or tried))
 
 
 def ratio_of(tried: list[Candidate]) -> float:
@@ -93,24 +94,29 @@ def ratio_of(tried: list[Candidate]) -> float:
     return error / untuned if untuned > 0.0 else 1.0
 
 
-def _sure(tried: list[Candidate]) -> list[Candidate]:
-    """What is better than the untuned plan on the validation noise, best first."""
+def _left(tried: list[Candidate]) -> list[Candidate]:
+    """What is better than the untuned plan on the validation noise, best first, without what failed a challenge."""
     base = tried[0]
     sure = [c for c in tried[1:] if c.gain > SURE and c.errors.rms <= base.errors.rms and c.distance <= base.distance]
-    rms = {id(c): c.errors.rms if c.challenge is None else c.challenge[0] for c in sure}
-    return sorted(sure, key=lambda c: rms[id(c)] * c.errors.median * c.distance)
+    return sorted((c for c in sure if _stands(c)), key=lambda c: c.errors.rms * c.errors.median * c.distance)
+
+
+def _stands(candidate: Candidate) -> bool:
+    """Whether it has not failed a challenge."""
+    mine, untuned = candidate.challenge or (0.0, 0.0)
+    return math.isfinite(mine) and mine <= untuned
 
 
 def settled(task: Task, tried: list[Candidate], effort: Effort) -> list[Candidate]:
-    """The same, challenged a few at a time, best first, until one is better than the untuned plan on hard noise too, or none is left."""
-    while (best := best_of(tried)).tuned and best.challenge is None:
-        finalists = [c for c in _sure(tried) if c.challenge is None][:CHALLENGED]
+    """The same, challenged a few at a time, best first, until the best of those that are left has passed, or none is left."""
+    while (left := _left(tried)) and left[0].challenge is None:
+        finalists = [c for c in left if c.challenge is None][:CHALLENGED]
         outcomes = challenged(task, finalists, pool=effort.hard_pool, count=effort.hard)
         found = {id(c): replace(c, challenge=outcome) for c, outcome in zip(finalists, outcomes, strict=True)}
         tried = [found.get(id(c), c) for c in tried]
         for finalist in finalists:
             error, base = found[id(finalist)].challenge or (0.0, 0.0)
-            task.report(f"{best.plan.nfe} calls: {finalist.name}, with hard noise {error:.4g}, untuned {base:.4g}")
+            task.report(f"{finalist.plan.nfe} calls: {finalist.name}, with hard noise {error:.4g}, untuned {base:.4g}")
     return tried
 
 
