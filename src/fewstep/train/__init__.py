@@ -5,9 +5,10 @@ from __future__ import annotations
 from fewstep.train.averages import PowerFunction, average_afterwards
 from fewstep.train.batches import Rows
 from fewstep.train.groups import ElasticGroup, FixedGroup, WorkerLostError
+from fewstep.train.high_order import HighOrderLoss
 from fewstep.train.int4 import Int4Conversion, Int4Linear, convert_to_int4_training
 from fewstep.train.local_sgd import LocalOptimizer, Round, SynchronizationError, Traffic
-from fewstep.train.losses import DenoisingLoss, LabelDropout
+from fewstep.train.losses import DenoisingLoss, LabelDropout, importance_of_weight, measured_importance
 from fewstep.train.optim4bit import AdamW4bit, SGD4bit, optimizer_state_bytes
 from fewstep.train.recipes import RECIPES, Recipe, train_classifier, train_recipe
 from fewstep.train.simulated_workers import SimulatedWorkers
@@ -35,6 +36,7 @@ __all__ = [
     "ElasticGroup",
     "FitResult",
     "FixedGroup",
+    "HighOrderLoss",
     "HybridSparseAttention",
     "Int4Conversion",
     "Int4Linear",
@@ -59,7 +61,9 @@ __all__ = [
     "communication_volume",
     "convert_to_int4_training",
     "fit",
+    "importance_of_weight",
     "local_sgd_drift_factor",
+    "measured_importance",
     "optimizer_state_bytes",
     "sharpness",
     "train_classifier",

@@ -1,69 +1,32 @@
 r"""The denoising loss: noise clean data, let the network predict, weigh its squared error.
 
-With $t$ drawn, $x_t = \alpha x_0 + \sigma\varepsilon$ and the target $f = A x_0 + B\varepsilon$ (`fewstep.predictions`), the loss is
+With $t$ drawn (`fewstep.train.times`), $x_t = \alpha x_0 + \sigma\varepsilon$ and the target $f = A x_0 + B\varepsilon$
+(`fewstep.predictions`), the loss is
 
-$$ L = \operatorname{mean}_i\; w(t_i)\, \operatorname{mean}\big(f_\theta(x_{t_i}, t_i) - f_i\big)^2 . $$
+$$ L = \operatorname{mean}_i\; w(t_i)\, \operatorname{mean}\big(f_\theta(x_{t_i}, t_i) - f_i\big)^2 $$
 
-One error has one size in each kind of prediction: at a fixed $x_t$ the data error is $b$ times the error of $f$, where
-$x_0 = a\,x_t + b\,f$. So $b_{\text{mine}}^2 / b_{\text{kind}}^2$ is the weight that turns the loss of a network of my kind *exactly* into
-the loss that a network of another kind would be trained with:
-
-| weighting | $w$ for a network whose data error is $b$ times its own | source |
-| --- | --- | --- |
-| `constant` | 1: the network's own kind | |
-| `noise`, `data`, `velocity`, `flow`, `score` | $b^2 / b_{\text{kind}}^2$: the loss of that kind | |
-| `min_snr` | $b^2 \min(\alpha^2/\sigma^2, 5)$ | "Efficient Diffusion Training via Min-SNR Weighting", arXiv 2303.09556, eq. 8 |
-
-Times are drawn in the schedule's own time, between `t_end` and `t_start`:
-
-| times | u in [0, 1), $t = t_{end} + u\,(t_{start} - t_{end})$ | source |
-| --- | --- | --- |
-| `uniform` | independent | |
-| `low_discrepancy` | one random offset, then equal gaps: uniform for each sample, less variance in the mean | arXiv 2107.00630, app. I.1 |
-| `logit_normal` | logistic function of a standard normal: more of the middle | arXiv 2403.03206, section 3.1 |
+with a weight from `fewstep.train.weightings`. The bound of the likelihood is the loss with ``weighting="noise"`` and ``times="lambda"``,
+times the range of lambda, in nats a dimension: $\int |\varepsilon_\theta - \varepsilon|^2\,\mathrm d\lambda$ (arXiv 2107.00630).
+i-DODE's velocity parameterisation of it ("Improved Techniques for Maximum Likelihood Estimation for Diffusion ODEs", arXiv 2305.03935) is
+a network that predicts ``"velocity"`` (or ``"flow"`` on the straight path), with the times of `importance_of_weight`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.errors import UnknownNameError
-from fewstep.predictions import PREDICTIONS, check_prediction, data_coefficients, target_coefficients
+from fewstep.predictions import check_prediction, target_coefficients
 from fewstep.schedules import NoiseSchedule
+from fewstep.train.times import TIMES, ImportanceTimes, LowDiscrepancy, Times, make_times
+from fewstep.train.weightings import WEIGHTINGS, Weighting, make_weighting
 
-__all__ = ["TIMES", "WEIGHTINGS", "DenoisingLoss", "LabelDropout"]
-
-MIN_SNR_GAMMA = 5.0
-"""Where min-SNR clips the signal-to-noise ratio; the paper's value."""
-WEIGHTINGS = ("constant", *PREDICTIONS, "min_snr")
-"""Names of the weightings."""
-
-
-def _uniform(count: int, generator: torch.Generator) -> Tensor:
-    return torch.rand(count, generator=generator, dtype=torch.float64)
-
-
-def _low_discrepancy(count: int, generator: torch.Generator) -> Tensor:
-    offset = torch.rand((), generator=generator, dtype=torch.float64)
-    return (offset + torch.arange(count, dtype=torch.float64) / count) % 1.0
-
-
-def _logit_normal(count: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(count, generator=generator, dtype=torch.float64).sigmoid()
-
-
-TIMES: dict[str, Callable[[int, torch.Generator], Tensor]] = {
-    "uniform": _uniform,
-    "low_discrepancy": _low_discrepancy,
-    "logit_normal": _logit_normal,
-}
-"""Name -> how times are drawn, on the unit interval."""
+__all__ = ["TIMES", "WEIGHTINGS", "DenoisingLoss", "LabelDropout", "importance_of_weight", "measured_importance"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +48,33 @@ class LabelDropout:
             raise ValueError(f"LabelDropout needs a probability in [0, 1], got {self.probability}.")
 
 
+class Noised(NamedTuple):
+    """One batch, noised.
+
+    Attributes:
+        x_t: ``"batch *shape"``, the noisy states.
+        time: ``"batch"``, what the network is told.
+        target: ``"batch *shape"``, what it should predict.
+        x_0: ``"batch *shape"``, the clean data.
+        t: float64 ``"batch"``, the schedule's times.
+        weight: float64 ``"batch"``, of the squared error, importance sampling included.
+        cond: the conditions.
+    """
+
+    x_t: Tensor
+    time: Tensor
+    target: Tensor
+    x_0: Tensor
+    t: np.ndarray
+    weight: np.ndarray
+    cond: dict[str, Any]
+
+    def errors(self, model: Callable[..., Tensor]) -> Tensor:
+        """The mean squared error of every sample, without the weight, ``"batch"``."""
+        output = model(self.x_t, self.time, **self.cond).to(self.x_0.dtype)
+        return (output - self.target).square().flatten(1).mean(1)
+
+
 @dataclass(frozen=True)
 class DenoisingLoss:
     """The denoising loss as an objective: ``loss, info = objective(model, batch, generator)``.
@@ -92,8 +82,8 @@ class DenoisingLoss:
     Args:
         schedule: the noise schedule to train on.
         predicts: what the network predicts.
-        weighting: one of `WEIGHTINGS`.
-        times: one of `TIMES`.
+        weighting: a name of `WEIGHTINGS`, or a `fewstep.train.weightings.Weighting`.
+        times: a name of `TIMES`, or a `fewstep.train.times.Times`.
         dropout: of a label, for classifier-free guidance.
 
     Example:
@@ -106,16 +96,14 @@ class DenoisingLoss:
 
     schedule: NoiseSchedule
     predicts: str
-    weighting: str = "constant"
-    times: str = "uniform"
+    weighting: str | Weighting = "constant"
+    times: str | Times = "uniform"
     dropout: LabelDropout | None = None
 
     def __post_init__(self) -> None:
         check_prediction(self.predicts)
-        if self.weighting not in WEIGHTINGS:
-            raise UnknownNameError("weighting", self.weighting, WEIGHTINGS)
-        if self.times not in TIMES:
-            raise UnknownNameError("distribution of times", self.times, TIMES)
+        make_weighting(self.weighting)
+        make_times(self.times)
 
     def __call__(
         self, model: Callable[..., Tensor], batch: Mapping[str, Tensor], generator: torch.Generator
@@ -130,47 +118,123 @@ class DenoisingLoss:
         Returns:
             the loss, and ``{"squared_error"}``: the mean squared error without the weight.
         """
+        drawn = self.draw(batch, generator)
+        error = drawn.errors(model)
+        weight = torch.as_tensor(drawn.weight).to(error)
+        return (weight * error).mean(), {"squared_error": error.detach().mean()}
+
+    def draw(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Noised:
+        """Everything random of one batch: times, noise and dropped labels, in this order."""
         x_0 = batch["x"]
-        cond = {name: value for name, value in batch.items() if name != "x"}
-        t = self.draw_times(len(x_0), generator)
+        cond: dict[str, Any] = {name: value for name, value in batch.items() if name != "x"}
+        t, factor = make_times(self.times).draw(self.schedule, len(x_0), generator)
         noise = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=generator.device).to(x_0.device)
         if self.dropout is not None:
             cond[self.dropout.name] = self._drop(cond[self.dropout.name], generator)
-        error = self.errors(model, x_0, noise, t, cond)
-        weight = torch.as_tensor(self.weight(t)).to(error)
-        return (weight * error).mean(), {"squared_error": error.detach().mean()}
+        return self.noised(x_0, noise, t, self.weight(t) * factor, cond)
 
-    def draw_times(self, count: int, generator: torch.Generator) -> np.ndarray:
-        """Times for one batch, float64 ``"count"``."""
-        u = TIMES[self.times](count, generator).cpu().numpy()
-        return self.schedule.t_end + u * (self.schedule.t_start - self.schedule.t_end)
-
-    def errors(self, model: Callable[..., Tensor], x_0: Tensor, noise: Tensor, t: np.ndarray, cond: Mapping[str, Any]) -> Tensor:
-        """The mean squared error of every sample, without the weight, ``Float[Tensor, "batch"]``."""
+    def noised(self, x_0: Tensor, noise: Tensor, t: np.ndarray, weight: np.ndarray, cond: Mapping[str, Any]) -> Noised:
+        """Clean data ``"batch *shape"`` with noise ``"batch *shape"`` at times ``"batch"``."""
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         A, B = target_coefficients(self.predicts, alpha, sigma)
-
-        def column(values: np.ndarray) -> Tensor:
-            return torch.as_tensor(values).to(x_0).reshape(-1, *[1] * (x_0.ndim - 1))
-
-        x_t = column(alpha) * x_0 + column(sigma) * noise
-        time = torch.as_tensor(self.schedule.network_time(t)).to(x_0)
-        target = column(A) * x_0 + column(B) * noise
-        output = model(x_t, time, **cond).to(x_0.dtype)
-        return (output - target).square().flatten(1).mean(1)
+        x_t = column(alpha, x_0) * x_0 + column(sigma, x_0) * noise
+        target = column(A, x_0) * x_0 + column(B, x_0) * noise
+        return Noised(x_t, torch.as_tensor(self.schedule.network_time(t)).to(x_0), target, x_0, t, weight, dict(cond))
 
     def weight(self, t: np.ndarray) -> np.ndarray:
         """The weight of every time, float64."""
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        if self.weighting == "constant":
-            return np.ones_like(alpha)
-        _, mine = data_coefficients(self.predicts, alpha, sigma)
-        if self.weighting == "min_snr":
-            return mine**2 * np.minimum((alpha / sigma) ** 2, MIN_SNR_GAMMA)
-        _, theirs = data_coefficients(self.weighting, alpha, sigma)
-        return (mine / theirs) ** 2
+        return make_weighting(self.weighting).weight(self.predicts, self.schedule.alpha(t), self.schedule.sigma(t))
 
     def _drop(self, label: Tensor, generator: torch.Generator) -> Tensor:
         assert self.dropout is not None
         chance = torch.rand(label.shape, generator=generator, device=generator.device)
         return label.masked_fill((chance < self.dropout.probability).to(label.device), self.dropout.null)
+
+
+def column(values: np.ndarray, x: Tensor) -> Tensor:
+    """One number a sample, to multiply x with."""
+    return torch.as_tensor(values).to(x).reshape(-1, *[1] * (x.ndim - 1))
+
+
+# ---- importance sampling of the times ------------------------------------------------------------------------------------------------
+
+
+def importance_of_weight(
+    objective: DenoisingLoss, error: Callable[[np.ndarray], np.ndarray] | None = None, *, bins: int = 512
+) -> Times:
+    """Times with a density proportional to the weight times an error that is known; the objective stays what it is.
+
+    Args:
+        objective: the loss; its times are the distribution that the mean is over.
+        error: the root mean square of the network's squared error at times ``"n"``, up to a factor; constant when left out, as i-DODE takes
+            it for the velocity.
+        bins: on which the density is constant.
+
+    Returns:
+        a distribution for ``DenoisingLoss(times=...)``, drawn with low discrepancy.
+
+    Example:
+        >>> from fewstep.schedules import VPLinear
+        >>> likelihood = DenoisingLoss(VPLinear(), "velocity", "noise", "lambda")
+        >>> times = importance_of_weight(likelihood)
+        >>> t, _ = times.at(VPLinear(), np.array([0.5]))
+        >>> ends = VPLinear().sigma([VPLinear().t_start, VPLinear().t_end])
+        >>> bool(abs(VPLinear().sigma(t)[0] / ends.prod() ** 0.5 - 1) < 1e-3)  # log sigma is uniform
+        True
+    """
+    base = _base(objective)
+    middle, _ = base.at(objective.schedule, (np.arange(bins) + 0.5) / bins)
+    scale = np.ones_like(middle) if error is None else np.asarray(error(middle), np.float64)
+    return LowDiscrepancy(ImportanceTimes(base, tuple((objective.weight(middle) * scale).tolist())))
+
+
+@torch.no_grad()
+def measured_importance(
+    objective: DenoisingLoss,
+    model: Callable[..., Tensor],
+    data: Mapping[str, Tensor],
+    *,
+    bins: int = 32,
+    samples: int = 128,
+    plain: float = 0.05,
+    seed: int = 0,
+) -> Times:
+    """Times with a density proportional to the weight times the error, which is measured; the objective stays what it is.
+
+    Args:
+        objective: the loss; its times are the distribution that the mean is over.
+        model: the network as it is now. Measure again when its errors have changed.
+        data: ``"x"`` and conditions, tensors with one entry a sample.
+        bins: on which the density is constant.
+        samples: noised samples a bin; the network is called once a bin.
+        plain: share of the draws that the objective's own distribution keeps, so that no loss is ever multiplied with more than 1 / plain.
+        seed: of the samples, times and noise.
+
+    Returns:
+        a distribution for ``DenoisingLoss(times=...)``, drawn with low discrepancy.
+
+    Raises:
+        ValueError: for a share outside (0, 1].
+    """
+    if not 0.0 < plain <= 1.0:
+        raise ValueError(f"plain is a share in (0, 1], got {plain:g}.")
+    base, generator = _base(objective), torch.Generator().manual_seed(seed)
+    squares = np.empty(bins)
+    for k in range(bins):
+        rows = torch.randint(len(data["x"]), (samples,), generator=generator)
+        t, _ = base.at(objective.schedule, (k + torch.rand(samples, generator=generator, dtype=torch.float64).numpy()) / bins)
+        batch = {name: values[rows.to(values.device)] for name, values in data.items()}
+        x_0 = batch.pop("x")
+        noise = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype).to(x_0.device)
+        noised = objective.noised(x_0, noise, t, objective.weight(t), batch)
+        squares[k] = ((noised.weight * noised.errors(model).cpu().double().numpy()) ** 2).mean()
+    masses = np.sqrt(squares)
+    return LowDiscrepancy(ImportanceTimes(base, tuple(((1.0 - plain) * masses / masses.mean() + plain).tolist())))
+
+
+def _base(objective: DenoisingLoss) -> Times:
+    """The distribution that the objective is the mean over, without what only changes how it is drawn."""
+    times = make_times(objective.times)
+    while isinstance(times, (LowDiscrepancy, ImportanceTimes)):
+        times = times.times if isinstance(times, LowDiscrepancy) else times.base
+    return times
