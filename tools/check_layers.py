@@ -39,7 +39,7 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("2", ("denoisers", "exact", "grids", "guidance", "identity", "models")),
     ("3", ("multistep", "plan", "recipes", "solver", "statistics")),
     ("4", ("solvers", "discrete")),
-    ("5", ("noise", "sampler", "integrate", "likelihood", "restoration")),
+    ("5", ("noise", "dequantization", "sampler", "integrate", "likelihood", "restoration")),
     ("5b", ("azula", "diffusers", "export", "kdiffusion", "loading")),
     ("6", ("data", "train")),
     ("7", ("evaluate",)),
@@ -58,6 +58,8 @@ SAME_ROW = {
     ("loading", "diffusers"),
     ("likelihood", "integrate"),
     ("likelihood", "noise"),
+    ("likelihood", "dequantization"),
+    ("dequantization", "noise"),
     ("restoration", "noise"),
     ("restoration", "sampler"),
 }
