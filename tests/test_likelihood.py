@@ -138,7 +138,7 @@ def test_levels():
     assert levels.index(x).tolist() == list(range(17))
     assert torch.equal(levels.values(levels.index(x)), x.double())
     for wrong in (x + 0.05, x * 1.5):
-        with pytest.raises(ValueError, match="Pass the Levels"):
+        with pytest.raises(ValueError, match="Pass the levels"):
             levels.index(wrong)
     with pytest.raises(ValueError, match="at least 2 levels"):
         Levels(1)
@@ -310,7 +310,7 @@ def test_wrong_options():
     ):
         with pytest.raises(ValueError, match=message):
             bits_per_dim(exact, x, Levels(3), **options)
-    with pytest.raises(ValueError, match="Pass the Levels"):
+    with pytest.raises(ValueError, match="Pass the levels"):
         bits_per_dim(exact, x + 0.2, Levels(3))
     assert isinstance(Uniform(), type(DEQUANTIZATIONS["uniform"]))
 

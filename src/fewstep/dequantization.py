@@ -85,7 +85,7 @@ class Levels:
         if not off <= OFF_LEVEL or float(nearest.min()) < 0 or float(nearest.max()) > self.count - 1:
             raise ValueError(
                 f"the data lie between {float(x.min()):.6g} and {float(x.max()):.6g}, up to {off:.2g} bins from the nearest of "
-                f"{self.count} levels from {self.low:g} to {self.high:g}. Pass the Levels that they take."
+                f"{self.count} levels from {self.low:g} to {self.high:g}. Pass the levels that they take (--levels)."
             )
         return nearest.long()
 

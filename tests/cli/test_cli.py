@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 import fewstep as fs
-from fewstep.cli import COMMANDS, compare, main, setup
+from fewstep.cli import COMMANDS, compare, evaluate, main, setup
 from fewstep.cli.tune import _told_how_to_go_on
+from fewstep.dequantization import Levels
 from fewstep.evaluate import comparison
+from fewstep.likelihood import bits_per_dim
 from fewstep.models import SmallUNet, SmallUNetConfig, save_model
 
 
@@ -240,6 +242,36 @@ def test_evaluate_reads_what_sample_writes_and_pictures(tiny, tmp_path, capsys):
     assert "The samples have no labels, so the classes are not held fixed and the test has less power." in text
 
 
+def test_evaluate_bits_per_dim(tiny, tmp_path, capsys):
+    """As the library's function gives them, on the held-out digits."""
+    arguments = [
+        "evaluate",
+        tiny,
+        "--bits-per-dim",
+        "--count",
+        4,
+        "--time",
+        0.1,
+        "--tol",
+        1e-2,
+        "--out",
+        tmp_path / "out",
+        "--quiet",
+    ]
+    status, text, _ = run(capsys, *arguments, "--json")
+    assert status == 0
+    results = json.loads(text)
+    assert results == json.loads((tmp_path / "out" / "results.json").read_text())
+    x = evaluate.read_samples("digits", evaluate.EvaluateOptions(samples="digits", count=4))[0]
+    label = torch.full((4,), 10)
+    found = bits_per_dim(fs.load(tiny), x, Levels(17), t=0.1, tol=1e-2, cond={"label": label})
+    assert results["bits_per_dim"] == pytest.approx(found.value, rel=1e-6)
+    assert results["levels"] == 17
+    assert results["bound"]
+    text = run(capsys, *arguments[:7], "--tol", 1e-2, "--dequantization", "uniform")[1]
+    assert "tiny on 4 samples of digits (held_out): at most" in text.replace(str(tiny), "tiny")
+
+
 def test_evaluate_reads_pictures_and_bytes(tmp_path, capsys):
     """Bytes are brought to [-1, 1]. The exact distance takes all samples of both sides."""
     pytest.importorskip("ot")
@@ -346,6 +378,10 @@ def test_check(tiny, tmp_path, capsys):
         (["evaluate", "digits", "digits"], "the same samples"),
         (["evaluate", "digits", "--distances", "fid"], "unknown distance"),
         (["evaluate", "digits", "--features", "inception", "--weights", "DIR/none"], "weights of Inception are not at"),
+        (["evaluate", "TINY", "--bits-per-dim", "--levels", "16"], "Pass the levels that they take"),
+        (["evaluate", "TINY", "photos", "--bits-per-dim"], "makes samples of shape (1, 8, 8)"),
+        (["evaluate", "TINY", "--bits-per-dim", "--features", "pixels"], "--features does nothing with --bits-per-dim"),
+        (["evaluate", "digits", "--levels", "16", "--draws", "2"], "--levels, --draws do nothing without --bits-per-dim"),
     ],
 )
 def test_bad_input_is_one_line_and_a_status(arguments, message, tiny, tmp_path, capsys):

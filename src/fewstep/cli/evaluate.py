@@ -17,7 +17,9 @@ class EvaluateOptions(Common):
     """Options of the command."""
 
     samples: str = option(
-        None, "samples: a folder of `fewstep sample` or of pictures, a .npz or .npy file, or digits or photos", positional=True
+        None,
+        "samples: a folder of `fewstep sample` or of pictures, a .npz or .npy file, or digits or photos; with --bits-per-dim a model",
+        positional=True,
     )
     data: str = option(
         "digits", "what they are compared with: the same kinds, or the shipped data digits or photos", positional=True
@@ -32,16 +34,111 @@ class EvaluateOptions(Common):
     resamples: int = option(200, "resamples of the intervals, and again of the floor and the test")
     seed: int = option(0, "seed of the resamples and of the crops of photos")
     out: str = option("", "folder for index.html, results.json and pictures; left out: none")
+    bits_per_dim: bool = option(
+        False, "how many bits per dimension the data cost under a model, an upper bound, instead of distances"
+    )
+    levels: int = option(
+        0, "of --bits-per-dim: how many values the data take, from -1 to 1; 0: 17 for digits, 1021 for photos, else 256"
+    )
+    dequantization: str = option(
+        "truncated_normal",
+        "of --bits-per-dim: how discrete data become states",
+        choices=("truncated_normal", "uniform", "variational"),
+    )
+    time: float = option(0.0, "of --bits-per-dim: the noise level of these states as a time of the schedule; 0: its last")
+    draws: int = option(1, "of --bits-per-dim: states a sample")
+    tol: float = option(1e-4, "of --bits-per-dim: tolerance of a step of the ODE")
 
 
 OPTIONS = {"evaluate": EvaluateOptions}
 SHIPPED = ("digits", "photos")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 SHOWN = 30
+LEVELS = {"digits": 17, "photos": 1021}
+"""Photos are averages of four bytes."""
+ONLY_BITS = ("levels", "dequantization", "time", "draws", "tol")
+ONLY_DISTANCES = ("distances", "features", "weights", "resamples")
+BATCH = 64
 
 
 def run(options: EvaluateOptions) -> int:
     """Measure and print, and write the page if it is asked for."""
+    _check_options(options)
+    return _run_bits(options) if options.bits_per_dim else _run_distances(options)
+
+
+def _check_options(options: EvaluateOptions) -> None:
+    """Refuse options that would do nothing."""
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    idle = ONLY_DISTANCES if options.bits_per_dim else ONLY_BITS
+    given = [f"--{name}" for name in idle if getattr(options, name) != defaults[name]]
+    if given:
+        does, beside = "does" if len(given) == 1 else "do", "with" if options.bits_per_dim else "without"
+        raise ValueError(f"{', '.join(given)} {does} nothing {beside} --bits-per-dim.")
+
+
+def _run_bits(options: EvaluateOptions) -> int:
+    """Bits per dimension of data under a model."""
+    from contextlib import nullcontext
+
+    from fewstep.cli.setup import machine, new_folder, open_model, parse_labels, progress
+    from fewstep.dequantization import Levels
+    from fewstep.evaluate.report import Report
+    from fewstep.likelihood import bits_per_dim
+
+    shipped = options.data in SHIPPED and not Path(options.data).exists()
+    levels = Levels(options.levels or (LEVELS[options.data] if shipped else 256))
+    denoiser = open_model(options.samples, options)
+    data, _ = read_samples(options.data, options)
+    if denoiser.info.shape is not None and tuple(data.shape[1:]) != tuple(denoiser.info.shape):
+        raise ValueError(
+            f"{denoiser.info.name} makes samples of shape {tuple(denoiser.info.shape)}, the data have {tuple(data.shape[1:])}."
+        )
+    label = parse_labels(None, denoiser, len(data))
+    t = options.time or denoiser.schedule.t_end
+    with new_folder(options.out) if options.out else nullcontext() as folder:
+        with progress(options, total=len(data) * options.draws, desc="samples") as bar:
+            found = bits_per_dim(
+                denoiser,
+                data.to(options.device),
+                levels,
+                dequantization=options.dequantization,
+                draws=options.draws,
+                tol=options.tol,
+                t=t,
+                cond={} if label is None else {"label": label.to(options.device)},
+                seeds=range(options.seed, options.seed + len(data)),
+                batch_size=BATCH,
+                after=lambda count: bar.update(count * options.draws),
+            )
+        given = {name: getattr(options, name) for name in ("data", "part", "dequantization", "draws", "tol", "seed")}
+        figures = {"bits_per_dim": found.value, "stderr": found.stderr, "bound": found.is_bound, "calls": float(found.calls.mean())}
+        results = {
+            "command": "fewstep evaluate --bits-per-dim",
+            "model": options.samples,
+            **given,
+            "time": t,
+            "levels": levels.count,
+        }
+        results = {**results, "count": len(data), **figures, "machine": machine()}
+        part = f" ({options.part})" if shipped else ""
+        told = (
+            f"{options.samples} on {len(data)} samples of {options.data}{part}: at most {found}, {options.dequantization} at t={t:g}, "
+            f"{levels.count} levels, {figures['calls']:.0f} evaluations a sample"
+        )
+        if folder is not None:
+            report = Report("fewstep: bits per dimension", told, results)
+            report.table(["bits/dim", "standard error"], [[f"{found.value:.4f}", f"{found.stderr:.4f}"]])
+            report.write(folder)
+    if options.json:
+        print(json.dumps(results))
+    elif not options.quiet:
+        print(told)
+    return 0
+
+
+def _run_distances(options: EvaluateOptions) -> int:
+    """Distances between samples and data."""
     from contextlib import nullcontext
 
     from fewstep.cli.setup import new_folder, progress
