@@ -138,8 +138,10 @@ def test_terms_are_those_of_i_dode():
     objective = HighOrderLoss(DenoisingLoss(schedule, "velocity", "noise", "lambda"), second=0.1, probes=1)
     loss, info = objective(network, {"x": x_0}, torch.Generator().manual_seed(2))
     generator = torch.Generator().manual_seed(2)
-    drawn = objective.first.draw({"x": x_0}, generator)
-    e = 2.0 * torch.randint(2, (1, 64, 3), generator=generator)[0] - 1.0
+    given = objective.draw({"x": x_0}, generator)
+    e = given.pop("drawn signs")[:, 0]
+    assert set(e.unique().tolist()) == {-1, 1}
+    drawn = objective.first.prepare(given, generator)
     alpha, sigma = (torch.as_tensor(v) for v in (schedule.alpha(drawn.t), schedule.sigma(drawn.t)))
     output = network(drawn.x_t, drawn.time)
     h = ((1 - output**2) * (e.double() @ W.T) * e).sum(1)

@@ -13,7 +13,7 @@ from scipy import stats
 from fewstep.errors import UnknownNameError
 from fewstep.predictions import PREDICTIONS, data_coefficients
 from fewstep.schedules import EDM, Flow, FromBetas, VPCosine, VPLinear
-from fewstep.train import DenoisingLoss, LabelDropout, importance_of_weight, measured_importance
+from fewstep.train import DenoisingLoss, HighOrderLoss, LabelDropout, importance_of_weight, measured_importance
 from fewstep.train.times import TIMES, ImportanceTimes, LambdaTimes, LogitNormalTimes
 from fewstep.train.weightings import P2, WEIGHTINGS, MinSNR
 
@@ -42,7 +42,7 @@ def as_kind(schedule, predicts):
 def losses(schedule, predicts, weighting, seed=0):
     objective = DenoisingLoss(schedule, predicts, weighting)
     network = as_kind(schedule, predicts)
-    network.times = objective.draw({"x": X}, torch.Generator().manual_seed(seed)).t
+    network.times = objective.prepare({"x": X}, torch.Generator().manual_seed(seed)).t
     return objective(network, {"x": X}, torch.Generator().manual_seed(seed))[0].item()
 
 
@@ -119,7 +119,7 @@ def test_gradients_are_equal_whatever_the_network_predicts(schedule, weighting):
     for predicts in PREDICTIONS:
         weights = torch.full((3, 3), 0.2, dtype=torch.float64, requires_grad=True)
         objective = DenoisingLoss(schedule, predicts, weighting)
-        drawn = objective.draw({"x": X}, torch.Generator().manual_seed(1))
+        drawn = objective.prepare({"x": X}, torch.Generator().manual_seed(1))
         a, b = data_coefficients(predicts, schedule.alpha(drawn.t), schedule.sigma(drawn.t))
 
         def network(x_t, time, weights=weights, a=a, b=b):
@@ -228,7 +228,7 @@ def test_importance_sampling_keeps_the_mean_and_lowers_the_variance():
         objective = dataclasses.replace(plain, times=distribution)
         generator, losses = torch.Generator().manual_seed(0), []
         for _ in range(400):
-            drawn = objective.draw({"x": torch.zeros(16, 1, dtype=torch.float64)}, generator)
+            drawn = objective.prepare({"x": torch.zeros(16, 1, dtype=torch.float64)}, generator)
             losses.append((drawn.weight * 0.1**2).mean())
         sizes[name] = (np.mean(losses), np.std(losses))
     t, _ = LambdaTimes().at(schedule, (np.arange(20_000) + 0.5) / 20_000)
@@ -273,6 +273,20 @@ def test_importance_times_are_exact_whatever_the_masses():
         ImportanceTimes(LogitNormalTimes(), (1.0, 0.0))
     with pytest.raises(ValueError, match=r"share in \(0, 1\]"):
         measured_importance(DenoisingLoss(schedule, "flow"), data_network, {"x": X}, plain=0.0)
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_a_step_in_pieces_is_that_of_the_whole(order):
+    """What is drawn for a whole batch is cut with it: the mean over the pieces is the loss of the whole, label dropout included."""
+    first = DenoisingLoss(VPLinear(), "velocity", "debiased", "low_discrepancy", LabelDropout(null=3, probability=0.5))
+    objective = first if order == "first" else HighOrderLoss(first)
+    batch = {"x": X, "label": torch.arange(12) % 3}
+    network = lambda x, time, label: torch.tanh(x) * label[:, None, None]  # noqa: E731
+    whole = objective(network, batch, torch.Generator().manual_seed(0))[0]
+    drawn = objective.draw(batch, torch.Generator().manual_seed(0))
+    assert all(len(value) == 12 for value in drawn.values())
+    parts = [objective(network, {name: value[i : i + 4] for name, value in drawn.items()}, torch.Generator())[0] for i in (0, 4, 8)]
+    assert sum(part.item() for part in parts) / 3 == pytest.approx(whole.item(), rel=1e-12)
 
 
 def test_wrong_options():

@@ -48,6 +48,9 @@ from fewstep.train.losses import DenoisingLoss, Noised, column
 
 __all__ = ["HighOrderLoss", "Residuals", "residuals"]
 
+SIGNS = "drawn signs"
+"""Entry of a batch with the probes that were drawn for it."""
+
 
 class Residuals(NamedTuple):
     """What the objectives square.
@@ -107,10 +110,10 @@ class HighOrderLoss:
         self, model: Callable[..., Tensor], batch: Mapping[str, Tensor], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one batch, as `DenoisingLoss`; info has the terms before their coefficients."""
-        noised = self.first.draw(batch, generator)
-        shape = (self.probes, *noised.x_t.shape)
-        coins = torch.randint(2, shape, generator=generator, device=generator.device)
-        signs = (2.0 * coins - 1.0).to(noised.x_t)
+        given = dict(batch if SIGNS in batch else self.draw(batch, generator))
+        signs = given.pop(SIGNS)
+        noised = self.first.prepare(given, generator)
+        signs = signs.to(noised.x_t).transpose(0, 1)
         found = residuals(self.first, model, noised, signs, third=self.third > 0.0)
         _, b = data_coefficients(self.first.predicts, *self._levels(noised))
         sigma, d = self._levels(noised)[1], noised.x_t[0].numel()
@@ -124,6 +127,13 @@ class HighOrderLoss:
         loss = means["first"] + self.second * means["second"] + (self.third * means["third"] if self.third else 0.0)
         return loss, {name: mean.detach() for name, mean in means.items()}
 
+    def draw(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Everything random of one batch, as `DenoisingLoss.draw`, and the probes."""
+        drawn = self.first.draw(batch, generator)
+        shape = (len(batch["x"]), self.probes, *batch["x"].shape[1:])
+        coins = torch.randint(2, shape, generator=generator, device=generator.device, dtype=torch.int8)
+        return {**drawn, SIGNS: (2 * coins - 1).to(batch["x"].device)}
+
     def _levels(self, noised: Noised) -> tuple:
         return self.first.schedule.alpha(noised.t), self.first.schedule.sigma(noised.t)
 
@@ -136,7 +146,7 @@ def residuals(
     Args:
         objective: says the schedule and what the network predicts.
         model: the network, called as ``model(x_t, time, **cond)``.
-        noised: a batch of `DenoisingLoss.draw`.
+        noised: a batch of `DenoisingLoss.prepare`.
         signs: ``"probes batch *shape"``, Hutchinson's probes. Unit vectors times the root of d, one after the other, make the mean over
             the probes exact.
         third: whether r_3 is wanted.

@@ -29,6 +29,10 @@ from fewstep.train.weightings import WEIGHTINGS, Weighting, make_weighting
 __all__ = ["TIMES", "WEIGHTINGS", "DenoisingLoss", "LabelDropout", "importance_of_weight", "measured_importance"]
 
 
+NOISE, TIMES_DRAWN = "drawn noise", "drawn times"
+"""Entries of a batch with what `DenoisingLoss.draw` drew."""
+
+
 @dataclass(frozen=True)
 class LabelDropout:
     """Replace a label by the null label now and then, so that one network learns the conditional and the unconditional prediction.
@@ -118,19 +122,31 @@ class DenoisingLoss:
         Returns:
             the loss, and ``{"squared_error"}``: the mean squared error without the weight.
         """
-        drawn = self.draw(batch, generator)
+        drawn = self.prepare(batch, generator)
         error = drawn.errors(model)
         weight = torch.as_tensor(drawn.weight).to(error)
         return (weight * error).mean(), {"squared_error": error.detach().mean()}
 
-    def draw(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Noised:
-        """Everything random of one batch: times, noise and dropped labels, in this order."""
-        x_0 = batch["x"]
-        cond: dict[str, Any] = {name: value for name, value in batch.items() if name != "x"}
+    def draw(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Everything random of one batch: times, noise and dropped labels, in this order, as further entries of the batch.
+
+        `fewstep.train.fit` calls it once a step, so that a step in pieces draws as the whole does.
+        """
+        x_0, drawn = batch["x"], dict(batch)
         t, factor = make_times(self.times).draw(self.schedule, len(x_0), generator)
-        noise = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=generator.device).to(x_0.device)
+        drawn[NOISE] = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=generator.device).to(x_0.device)
         if self.dropout is not None:
-            cond[self.dropout.name] = self._drop(cond[self.dropout.name], generator)
+            drawn[self.dropout.name] = self._drop(drawn[self.dropout.name], generator)
+        # as bits, because not every device has float64
+        times = np.ascontiguousarray(np.stack([t, factor], 1)).view(np.int64)
+        drawn[TIMES_DRAWN] = torch.from_numpy(times).to(x_0.device)
+        return drawn
+
+    def prepare(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Noised:
+        """One batch, noised with what was drawn for it, or is drawn now."""
+        cond: dict[str, Any] = dict(batch if NOISE in batch else self.draw(batch, generator))
+        x_0, noise, bits = (cond.pop(name) for name in ("x", NOISE, TIMES_DRAWN))
+        t, factor = bits.cpu().numpy().view(np.float64).T
         return self.noised(x_0, noise, t, self.weight(t) * factor, cond)
 
     def noised(self, x_0: Tensor, noise: Tensor, t: np.ndarray, weight: np.ndarray, cond: Mapping[str, Any]) -> Noised:
