@@ -130,6 +130,7 @@ def of_variance() -> dict[str, Any]:
     denoiser, data = fs.load("digits"), {"x": digits("train")["x"]}
     network = denoiser.network
     assert isinstance(network, nn.Module)
+    network.requires_grad_(True)
     plain = DenoisingLoss(denoiser.schedule, "velocity", "noise", LambdaTimes())
     closed, measured = importance_of_weight(plain), measured_importance(plain, network, data, samples=64)
     assert isinstance(closed, LowDiscrepancy)
