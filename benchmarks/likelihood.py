@@ -98,11 +98,11 @@ def of_byte() -> dict[str, Any]:
 
 
 def of_digits() -> list[dict[str, Any]]:
-    """The same 40 samples, and the same probes, for every row."""
-    denoiser, x = fs.load("digits"), digits("held_out")["x"][:40]
+    """The same 30 samples, and the same probes, for every row."""
+    denoiser, x = fs.load("digits"), digits("held_out")["x"][:30]
     rows = []
     for name in DEQUANTIZATIONS:
-        for t in (0.001, 0.003, 0.006, 0.01, 0.015, 0.02):
+        for t in (0.001, 0.003, 0.006, 0.01, 0.015):
             found = bits_per_dim(denoiser, x, Levels(17), dequantization=name, t=t, tol=1e-3)
             row = {"dequantization": name, "t": t, "sigma": float(denoiser.schedule.sigma(t)), "bits_per_dim": found.value}
             rows.append({**row, "stderr": found.stderr, "evaluations": float(found.calls.mean())})
@@ -229,7 +229,7 @@ def of_fine_tuning() -> dict[str, Any]:
             network.load_state_dict(averages)
             began = time.process_time()
             if objective is not None:
-                result = fit(objective, network, data, steps=120, batch_size=64, learning_rate=5e-4, warmup=20, ema=0.98, seed=seed)
+                result = fit(objective, network, data, steps=80, batch_size=64, learning_rate=5e-4, warmup=10, ema=0.98, seed=seed)
                 network.load_state_dict(result.averages[0.98])
             seconds = time.process_time() - began
             found = bits_per_dim(fs.Denoiser(network.eval(), schedule, "velocity"), x, Levels(17), t=0.01, tol=1e-3, draws=2)
