@@ -283,7 +283,7 @@ def test_a_step_in_pieces_is_that_of_the_whole(order):
     batch = {"x": X, "label": torch.arange(12) % 3}
     network = lambda x, time, label: torch.tanh(x) * label[:, None, None]  # noqa: E731
     whole = objective(network, batch, torch.Generator().manual_seed(0))[0]
-    drawn = objective.draw(batch, torch.Generator().manual_seed(0))
+    drawn = objective.draw_whole(batch, torch.Generator().manual_seed(0))
     assert all(len(value) == 12 for value in drawn.values())
     parts = [objective(network, {name: value[i : i + 4] for name, value in drawn.items()}, torch.Generator())[0] for i in (0, 4, 8)]
     assert sum(part.item() for part in parts) / 3 == pytest.approx(whole.item(), rel=1e-12)

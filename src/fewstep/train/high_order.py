@@ -110,7 +110,7 @@ class HighOrderLoss:
         self, model: Callable[..., Tensor], batch: Mapping[str, Tensor], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one batch, as `DenoisingLoss`; info has the terms before their coefficients."""
-        given = dict(batch if SIGNS in batch else self.draw(batch, generator))
+        given = dict(batch if SIGNS in batch else self.draw_whole(batch, generator))
         signs = given.pop(SIGNS)
         noised = self.first.prepare(given, generator)
         signs = signs.to(noised.x_t).transpose(0, 1)
@@ -127,9 +127,9 @@ class HighOrderLoss:
         loss = means["first"] + self.second * means["second"] + (self.third * means["third"] if self.third else 0.0)
         return loss, {name: mean.detach() for name, mean in means.items()}
 
-    def draw(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Everything random of one batch, as `DenoisingLoss.draw`, and the probes."""
-        drawn = self.first.draw(batch, generator)
+    def draw_whole(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Everything random of one batch, as `DenoisingLoss.draw_whole`, and the probes."""
+        drawn = self.first.draw_whole(batch, generator)
         shape = (len(batch["x"]), self.probes, *batch["x"].shape[1:])
         coins = torch.randint(2, shape, generator=generator, device=generator.device, dtype=torch.int8)
         return {**drawn, SIGNS: (2 * coins - 1).to(batch["x"].device)}

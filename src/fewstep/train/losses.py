@@ -30,7 +30,7 @@ __all__ = ["TIMES", "WEIGHTINGS", "DenoisingLoss", "LabelDropout", "importance_o
 
 
 NOISE, TIMES_DRAWN = "drawn noise", "drawn times"
-"""Entries of a batch with what `DenoisingLoss.draw` drew."""
+"""Entries of a batch with what `DenoisingLoss.draw_whole` drew."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class DenoisingLoss:
         weight = torch.as_tensor(drawn.weight).to(error)
         return (weight * error).mean(), {"squared_error": error.detach().mean()}
 
-    def draw(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    def draw_whole(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Everything random of one batch: times, noise and dropped labels, in this order, as further entries of the batch.
 
         `fewstep.train.fit` calls it once a step, so that a step in pieces draws as the whole does.
@@ -144,7 +144,7 @@ class DenoisingLoss:
 
     def prepare(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Noised:
         """One batch, noised with what was drawn for it, or is drawn now."""
-        cond: dict[str, Any] = dict(batch if NOISE in batch else self.draw(batch, generator))
+        cond: dict[str, Any] = dict(batch if NOISE in batch else self.draw_whole(batch, generator))
         x_0, noise, bits = (cond.pop(name) for name in ("x", NOISE, TIMES_DRAWN))
         t, factor = bits.cpu().numpy().view(np.float64).T
         return self.noised(x_0, noise, t, self.weight(t) * factor, cond)

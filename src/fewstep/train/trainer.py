@@ -11,7 +11,7 @@ one JSON object a line. Never pickle.
 *Pieces.* A step works its batch out in P = processes x `accumulate` pieces of equal size, whose losses are averaged. Pieces have rows of
 their own and generators of their own, so a step depends on P and not on where the pieces are worked out: two processes give the numbers
 of one process with ``accumulate=2``, to the rounding of a sum in another order, and a run may be resumed with another number of processes
-if P stays. P pieces give the numbers of one whole batch, to rounding, if the objective draws nothing from its generator or has `draw`
+if P stays. P pieces give the numbers of one whole batch, to rounding, if the objective draws nothing from its generator or has `draw_whole`
 (see `fewstep.train.Objective`), and treats samples one by one (no dropout, no batch normalisation, no buffers that training changes).
 
 The learning rate at step s of S is $\eta\,\min(s/W, 1)\,c(s)$, with $c = \tfrac12(1 + \cos \pi (s-1)/S)$ for cosine decay, 1 for none.
