@@ -1,5 +1,6 @@
 """Noise on which plans go wrong is found, mended and judged on."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -69,6 +70,30 @@ def test_what_fails_its_challenge_is_not_chosen(task, candidates, monkeypatch):
     after = settled(task, candidates, EFFORT)
     assert best_of(after) is candidates[0]
     assert sum(heard) == sum(c.challenge is not None for c in after) > 0
+
+
+def test_what_comes_later_and_is_better_is_challenged_too(task, candidates, monkeypatch):
+    """Whatever passed before it; and of those that pass the best with hard noise is taken. What is not finite there fails."""
+    base = candidates[0]
+    passed = replace(candidates[-1], name="passed", challenge=(0.95, 1.0))
+    made = {"gain": 9.0, "errors": replace(passed.errors, rms=0.1 * passed.errors.rms), "challenge": None}
+    better, broken = replace(passed, name="better", **made), replace(passed, name="broken", **made)
+    outcomes = {"better": (0.5, 1.0), "broken": (math.nan, 1.0)}
+    monkeypatch.setattr("fewstep.tuners.result.challenged", lambda task, found, **_: [outcomes[c.name] for c in found])
+    for order in ([base, passed, broken, better], [base, better, broken, passed]):
+        after = settled(task, order, EFFORT)
+        assert best_of(after).name == "better"
+    assert best_of(settled(task, [base, broken, passed], EFFORT)).name == "passed"
+
+
+def test_a_plan_whose_samples_are_not_finite_fails_and_leads_astray(task, candidates):
+    plan = candidates[-1].plan
+    wild = replace(plan, rows=(replace(plan.rows[0], carry=(1e200,)), *plan.rows[1:]))
+    wild = replace(wild, rows=(*wild.rows[:-1], replace(wild.rows[-1], carry=(1e200,))))
+    assert hard.mined(task, wild, pool=16, count=4).led_astray
+    ((mine, untuned),) = hard.challenged(task, [replace(candidates[-1], plan=wild)], pool=16, count=4)
+    assert mine == math.inf
+    assert math.isfinite(untuned)
 
 
 @pytest.mark.parametrize("method", ["learned", "auto"])
