@@ -9,7 +9,7 @@ The Frechet distance is that of the shipped classifier's features, samples again
 is what good samples of its number would show. *Intensity* is the difference of the mean pixel, the colour shift that the paper of
 debiased estimation is about.
 
-``python benchmarks/weightings.py --steps 30 --samples 64 --seeds 1 --out /tmp/w.json`` is a quick look.
+``python benchmarks/weightings.py --steps 30 --samples 64 --seeds 1 --out quick.json`` is a quick look.
 """
 
 from __future__ import annotations
