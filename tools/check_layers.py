@@ -62,6 +62,8 @@ SAME_ROW = {
     ("dequantization", "noise"),
     ("restoration", "noise"),
     ("restoration", "sampler"),
+    ("distill", "adapt"),  # a student may be an adapter
+    ("distill", "tuners"),  # and is compared with tuned plans
 }
 """(importer, imported) pairs that are allowed within a row. No cycles."""
 NOT_EVEN = {("sampler", "solvers"), ("sampler", "discrete"), ("serve", "train")}

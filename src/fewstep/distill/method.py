@@ -6,16 +6,18 @@ teacher's with an adapter), reads as the teacher's does, and is run by a plan of
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from fewstep.denoisers import Denoiser
 from fewstep.plan import Plan
 from fewstep.train.stages import Stage
 
-__all__ = ["STUDENT", "Method", "Training"]
+__all__ = ["STUDENT", "Method", "Training", "reading"]
 
 STUDENT = "student"
 """The name of the student among the modules that are trained."""
@@ -38,8 +40,11 @@ class Training:
 class Method(Protocol):
     """A frozen dataclass with a method's options.
 
+    A method whose student is more than a copy of the network, because it takes another condition, also has
+    ``wrap(network) -> nn.Module``; see `fewstep.distill.LCM`.
+
     Attributes:
-        needs_data: whether batches must hold clean data ``"x"``; if not, they hold conditions, and ``"x"`` is nowhere read.
+        needs_data: whether batches must hold clean data ``"x"``; if not, they hold conditions, and of ``"x"`` the shape alone is right.
     """
 
     needs_data: ClassVar[bool]
@@ -55,3 +60,30 @@ class Method(Protocol):
             PlanError: for a number of calls that the student is not made for.
         """
         ...
+
+
+def reading(teacher: Callable[..., Tensor], network: nn.Module) -> Denoiser:
+    """A network asked and read as the teacher's is: its schedule, kind of prediction, times and precision, without guidance or limits.
+
+    For a teacher without a network, as an exact one is, it predicts data.
+
+    Raises:
+        TypeError: for a teacher that is no denoiser with a schedule.
+
+    Example:
+        >>> import fewstep as fs
+        >>> teacher = fs.guidance.ClassifierFree(fs.load("digits"), 3.0, {"label": 10})
+        >>> reading(teacher, nn.Identity()).predicts
+        'velocity'
+    """
+    inner: Any = teacher
+    while not isinstance(inner, Denoiser) and hasattr(inner, "denoiser"):
+        inner = inner.denoiser
+    if isinstance(inner, Denoiser):
+        made = copy.copy(inner)
+        made.network, made.calls, made.info = network, 0, replace(inner.info, fingerprint=None)
+        return made
+    schedule = getattr(inner, "schedule", None)
+    if schedule is None:
+        raise TypeError(f"the teacher is a {type(inner).__name__} without a noise schedule. Wrap it in fewstep.Denoiser first.")
+    return Denoiser(network, schedule, "data")
