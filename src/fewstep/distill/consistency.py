@@ -234,8 +234,7 @@ class Consistency:
         x = _column(alpha, x_0) * x_0 + _column(sigma, x_0) * batch[NOISE]
         online = self._end(student, x, t, 0, index, {**cond, **told})
         with torch.no_grad():
-            kept = self.schedule.sigma(before) / sigma
-            there = _column(kept, x) * x + _column(self.schedule.alpha(before) - alpha * kept, x) * self._teach(x, t, batch, cond)
+            there = self.skipped(x, index, cond, batch.get(SCALE))
             target = self._end(student if self.target is None else self.target, there, before, 1, index, {**cond, **told})
         difference = online - target
         return self._measured(difference), {"difference": difference.detach().square().mean().sqrt()}
@@ -250,18 +249,25 @@ class Consistency:
                 if value.requires_grad:
                     follows[name].lerp_(value, 1.0 - self.method.target_decay)  # type: ignore[operator]
 
+    def skipped(self, x: Tensor, index: NDArray[np.int64], cond: Mapping[str, Tensor], scale: Tensor | None = None) -> Tensor:
+        """The states at the times before: one step of DDIM with the teacher from x ``"batch *shape"`` at the solver times."""
+        t, before = self.times.time[index], self.times.before[index]
+        kept = self.schedule.sigma(before) / self.schedule.sigma(t)
+        rest = self.schedule.alpha(before) - self.schedule.alpha(t) * kept
+        return _column(kept, x) * x + _column(rest, x) * self._teach(x, t, cond, scale)
+
     def _end(self, network: nn.Module, x: Tensor, t: Floats, row: int, index: Any, cond: Mapping[str, Tensor]) -> Tensor:
         """f(x, t)."""
         skip, out = (_column(values[row, index], x) for values in (self.times.skip, self.times.out))
         return skip * x + out * reading(self.teacher, network)(x, torch.from_numpy(t), **cond)
 
-    def _teach(self, x: Tensor, t: Floats, batch: Mapping[str, Tensor], cond: Mapping[str, Tensor]) -> Tensor:
+    def _teach(self, x: Tensor, t: Floats, cond: Mapping[str, Tensor], scale: Tensor | None) -> Tensor:
         """The teacher's data prediction, under the scale of every sample."""
         time = torch.from_numpy(t)
-        if self.method.guidance is None:
+        if scale is None:
             return self.teacher(x, time, **cond)
-        free, full = (self.teacher.with_scale(scale)(x, time, **cond) for scale in (0.0, 1.0))  # type: ignore[attr-defined]
-        return free + batch[SCALE].to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) * (full - free)
+        free, full = (self.teacher.with_scale(s)(x, time, **cond) for s in (0.0, 1.0))  # type: ignore[attr-defined]
+        return free + scale.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) * (full - free)
 
     def _measured(self, difference: Tensor) -> Tensor:
         if self.method.loss == "l2":
