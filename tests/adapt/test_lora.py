@@ -93,8 +93,8 @@ def test_without_the_metadata_the_adapter_is_another(tmp_path):
 @torch.no_grad()
 def test_what_a_file_cannot_hold_is_not_saved(tmp_path):
     module = trained()
+    module[5].lora_alpha["default"] = 2.0  # not what its configuration, and so the file, says
     with pytest.raises(ArtefactError, match=r"was not saved.*differ by"):
-        module[5].lora_alpha["default"] = 2.0  # not what its configuration, and so the file, says
         save_adapter(module, tmp_path, ask=ask)
     assert not (tmp_path / FILE).exists()
     with pytest.raises(UnknownNameError, match="unknown adapter 'style'"):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def test_help_of_every_command(capsys):
             main([*command.split(), "--help"])
         assert stop.value.code == 0
         assert "usage: fewstep" in capsys.readouterr().out
-    assert len(COMMANDS) == 11
+    assert len(COMMANDS) == 12
     assert main([]) == 2
     with pytest.raises(SystemExit):
         main(["--version"])
@@ -545,3 +546,68 @@ def test_tune_refuses_what_it_cannot_do(tiny, tmp_path, capsys):
         assert (status, len(error.splitlines())) == (2, 1)
         assert words in error
         assert not (tmp_path / "x").exists()
+
+
+def test_distill_writes_a_student_that_sample_takes(tiny, tmp_path, capsys):
+    pytest.importorskip("peft")
+    out, data = tmp_path / "student", tmp_path / "data.npz"
+    generator = np.random.default_rng(0)
+    np.savez(data, x=generator.uniform(-1, 1, (32, 1, 8, 8)).astype(np.float32), label=np.arange(32) % 10)
+    common = ["--iterations", 6, "--batch", 4, "--quiet", "--out", out]
+    status, text, error = run(
+        capsys, "distill", tiny, "--steps", "1,2", "--data", data, "--count", 16, "--untuned", "--json", *common
+    )
+    assert (status, error) == (0, "")
+    card = json.loads(text)
+    assert card["report"]["calls"].keys() == {"1", "2"}
+    assert sorted(p.name for p in out.iterdir() if not p.name.startswith("samples-")) == [
+        *("README.md", "index.html", "plan-1.safetensors", "plan-2.safetensors"),
+        *("probe.safetensors", "results.json", "student.json", "student.safetensors"),
+    ]
+    assert not Path(f"{out}.unfinished").exists()
+    made = tmp_path / "samples"
+    status, _, error = run(
+        capsys, "sample", out, "--plan", out, "--nfe", 2, "--count", 3, "--label", "each", "--out", made, "--quiet"
+    )
+    assert (status, error) == (0, "")
+    from fewstep.distill import Student
+
+    mine = Student.load(out).sample(range(3), nfe=2, cond={"label": torch.arange(3)})
+    np.testing.assert_allclose(np.load(made / "samples.npz")["samples"], mine.numpy(), atol=1e-6)
+    options = [
+        "--method",
+        "lcm-lora",
+        "--adapter",
+        2,
+        "--drawn",
+        8,
+        "--count",
+        0,
+        "--options",
+        "loss=l2,solver_steps=10",
+        "--steps",
+        2,
+    ]
+    status, _, error = run(capsys, "distill", tiny, *options, *common)
+    assert (status, error) == (0, "")
+    assert "pytorch_lora_weights.safetensors" in {p.name for p in out.iterdir()}
+    assert "student.safetensors" not in {p.name for p in out.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "lcn"], "unknown method of distillation 'lcn'"),
+        (["--options", "loss"], "--options takes name=value"),
+        (["--options", "losss=l2"], "has no option 'losss'"),
+        (["--iterations", 0], "must be at least 1"),
+        (["--steps", 51, "--iterations", 1, "--count", 0, "--drawn", 2], "1 to 50 calls"),
+        (["--data", "a.npz", "--drawn", 2], "give one of --data and --drawn"),
+        (["--dtype", "float64"], "trained in float32"),
+    ],
+)
+def test_distill_refuses_what_makes_no_sense(tiny, tmp_path, capsys, arguments, message):
+    status, _, error = run(capsys, "distill", tiny, "--out", tmp_path / "out", "--quiet", *arguments)
+    assert status == 2
+    assert message in error
+    assert error.count("\n") == 1

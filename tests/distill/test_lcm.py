@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import fewstep as fs
-from fewstep.distill import LCM, STUDENT, distill, lcm_lora, make_method, reading
+from fewstep.distill import LCM, STUDENT, distill, lcm_lora, make_method, read_as
 from fewstep.distill.consistency import INDEX, NOISE, SCALE, solver_times
-from fewstep.distill.networks import GuidanceEmbedded, guidance_embedding
+from fewstep.distill.student_network import GuidanceEmbedded, guidance_embedding
 from fewstep.errors import NetworkError, PlanError, UnknownNameError
 from fewstep.schedules import EDM, Flow, FromBetas, VPCosine, VPLinear
 
@@ -102,7 +102,7 @@ def test_one_call_is_the_consistency_function(schedule):
     teacher, network = fs.exact.Gaussian(schedule, [0.5, -1.0], 0.3), small().double()
     plan = LCM().plan(teacher, 1)
     noise = fs.draw_noise((2,), range(5), plan, dtype=torch.float64)
-    student = reading(teacher, network)
+    student = read_as(teacher, network)
     f = objective_of(LCM(), teacher, network)._end(network, noise, np.full(5, plan.tau[0]), 0, np.full(5, -1), {})
     assert (fs.sample(student, noise, plan) - f).abs().max() <= 1e-12
     assert not plan.stochastic
@@ -270,7 +270,7 @@ def test_options_that_make_no_sense_are_refused():
         LCM(solver_steps=0)
     with pytest.raises(ValueError, match="target_decay"):
         LCM(target_decay=1.0)
-    with pytest.raises(UnknownNameError, match="unknown method of distillation 'lcn'. Did you mean 'lcm'"):
+    with pytest.raises(UnknownNameError, match=r"unknown method of distillation 'lcn'\. Did you mean 'lcm'"):
         make_method("lcn")
     with pytest.raises(TypeError, match="lcm has no option 'losss'"):
         make_method("lcm", losss="l2")

@@ -61,7 +61,7 @@ def open_model(name: str, options: Common) -> Denoiser:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
     dtype = None if options.dtype == "float32" else getattr(torch, options.dtype)
-    denoiser = load(name, device=device, dtype=dtype)
+    denoiser = _load(name, device, dtype)
     network = denoiser.network
     parameters = sum(p.numel() for p in network.parameters()) if isinstance(network, torch.nn.Module) else 0
     if not options.threads and device.type == "cpu" and parameters < SMALL:
@@ -72,6 +72,15 @@ def open_model(name: str, options: Common) -> Denoiser:
     if not isinstance(getattr(denoiser, "size", None), tuple):
         raise ValueError(f"{name} has one size; leave --size out.")
     return denoiser.with_size(parse_size(size))  # type: ignore[attr-defined]
+
+
+def _load(name: str, device: torch.device, dtype: torch.dtype | None) -> Denoiser:
+    """The model of a name, or the student of a folder."""
+    if not (Path(name) / "student.json").is_file():
+        return load(name, device=device, dtype=dtype)
+    from fewstep.distill.student import Student
+
+    return Student.load(name, device=device, dtype=dtype).denoiser
 
 
 def check_plannable(solver: str, grid: str, nfe: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fewstep.distill.consistency import LCM, lcm_lora
-from fewstep.distill.method import STUDENT, Method, Training, reading
+from fewstep.distill.method import STUDENT, Method, Training, read_as
 from fewstep.distill.report import Comparison
 from fewstep.distill.run import METHODS, distill, make_method, teacher_samples
 from fewstep.distill.student import Student
@@ -19,6 +19,6 @@ __all__ = [
     "distill",
     "lcm_lora",
     "make_method",
-    "reading",
+    "read_as",
     "teacher_samples",
 ]

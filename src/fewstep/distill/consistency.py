@@ -40,8 +40,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fewstep.distill.method import STUDENT, Training, reading
-from fewstep.distill.networks import GuidanceEmbedded, sharing_copy
+from fewstep.distill.method import RESERVED, STUDENT, Training, read_as
+from fewstep.distill.student_network import GuidanceEmbedded, sharing_copy
 from fewstep.errors import PlanError, UnknownNameError
 from fewstep.grids import make_grid
 from fewstep.identity import identity
@@ -165,7 +165,7 @@ class LCM:
         elif self.embedded:
             raise ValueError("a student that is told the guidance scale needs a range to learn, such as guidance=(3, 15).")
 
-    def wrap(self, network: nn.Module) -> nn.Module:
+    def wrapped(self, network: nn.Module) -> nn.Module:
         """The network of the student, from a copy of the teacher's."""
         return GuidanceEmbedded(network) if self.embedded else network
 
@@ -180,7 +180,7 @@ class LCM:
                 "guidance=(low, high) needs a teacher with guidance, whose scale it draws: fewstep.guidance.ClassifierFree(...)."
             )
         target = None if self.target_decay is None else sharing_copy(student).requires_grad_(False).eval()
-        schedule = reading(teacher, student).schedule
+        schedule = read_as(teacher, student).schedule
         objective = Consistency(self, schedule, str(identity(teacher)), teacher, target, solver_times(schedule, self.solver_steps))
         return Training({STUDENT: student}, (Stage(objective, trains=STUDENT),))
 
@@ -227,7 +227,7 @@ class Consistency:
     def __call__(self, model: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch that `draw` gave, and ``{"difference"}``: the root mean square of what it is the loss of."""
         x_0, index, student = batch["x"], batch[INDEX].cpu().numpy(), model[STUDENT]
-        cond = {name: value for name, value in batch.items() if name not in ("x", NOISE, INDEX, SCALE)}
+        cond = {name: value for name, value in batch.items() if name not in (*RESERVED, NOISE, INDEX, SCALE)}
         told = {"guidance": batch[SCALE]} if self.method.embedded else {}
         t, before = self.times.time[index], self.times.before[index]
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
@@ -259,7 +259,7 @@ class Consistency:
     def _end(self, network: nn.Module, x: Tensor, t: Floats, row: int, index: Any, cond: Mapping[str, Tensor]) -> Tensor:
         """f(x, t)."""
         skip, out = (_column(values[row, index], x) for values in (self.times.skip, self.times.out))
-        return skip * x + out * reading(self.teacher, network)(x, torch.from_numpy(t), **cond)
+        return skip * x + out * read_as(self.teacher, network)(x, torch.from_numpy(t), **cond)
 
     def _teach(self, x: Tensor, t: Floats, cond: Mapping[str, Tensor], scale: Tensor | None) -> Tensor:
         """The teacher's data prediction, under the scale of every sample."""

@@ -17,8 +17,10 @@ from fewstep.denoisers import Denoiser
 from fewstep.plan import Plan
 from fewstep.train.stages import Stage
 
-__all__ = ["STUDENT", "Method", "Training", "reading"]
+__all__ = ["RESERVED", "STUDENT", "Method", "Training", "read_as"]
 
+RESERVED = ("x", "noise")
+"""Names in a batch that are no conditions."""
 STUDENT = "student"
 """The name of the student among the modules that are trained."""
 
@@ -40,8 +42,9 @@ class Training:
 class Method(Protocol):
     """A frozen dataclass with a method's options.
 
-    A method whose student is more than a copy of the network, because it takes another condition, also has
-    ``wrap(network) -> nn.Module``; see `fewstep.distill.LCM`.
+    Batches hold conditions by their names, clean data as ``"x"`` and starting noise of unit variance as ``"noise"`` (`RESERVED`).
+    A method whose student is more than a copy of the network, because it is told something more, also has
+    ``wrapped(network) -> nn.Module``; see `fewstep.distill.LCM`.
 
     Attributes:
         needs_data: whether batches must hold clean data ``"x"``; if not, they hold conditions, and of ``"x"`` the shape alone is right.
@@ -62,7 +65,7 @@ class Method(Protocol):
         ...
 
 
-def reading(teacher: Callable[..., Tensor], network: nn.Module) -> Denoiser:
+def read_as(teacher: Callable[..., Tensor], network: nn.Module) -> Denoiser:
     """A network asked and read as the teacher's is: its schedule, kind of prediction, times and precision, without guidance or limits.
 
     For a teacher without a network, as an exact one is, it predicts data.
@@ -73,7 +76,7 @@ def reading(teacher: Callable[..., Tensor], network: nn.Module) -> Denoiser:
     Example:
         >>> import fewstep as fs
         >>> teacher = fs.guidance.ClassifierFree(fs.load("digits"), 3.0, {"label": 10})
-        >>> reading(teacher, nn.Identity()).predicts
+        >>> read_as(teacher, nn.Identity()).predicts
         'velocity'
     """
     inner: Any = teacher

@@ -22,10 +22,10 @@ from fewstep.adapt.lora import LoraOptions
 from fewstep.artefacts import write_atomically
 from fewstep.denoisers import innermost
 from fewstep.distill.consistency import LCM, lcm_lora
-from fewstep.distill.method import STUDENT, Method, Training, reading
-from fewstep.distill.networks import GuidanceEmbedded, student_network, told_adapter
+from fewstep.distill.method import RESERVED, STUDENT, Method, Training, read_as
 from fewstep.distill.report import Comparison, compare_student
 from fewstep.distill.student import FORMAT, Student
+from fewstep.distill.student_network import WRAPPERS, AdaptedNetwork, GuidanceEmbedded, student_network, told_adapter
 from fewstep.errors import UnknownNameError
 from fewstep.guidance import Distilled
 from fewstep.identity import identity
@@ -171,9 +171,9 @@ def _card(method: Method, name: str, teacher: Any, student: nn.Module, plans: Ma
         "format": FORMAT,
         "fewstep": __version__,
         "method": {"name": name, "options": repr(method)},
-        "calls": {str(nfe): reading(teacher, student).network_time(plan.tau).tolist() for nfe, plan in plans.items()},
+        "calls": {str(nfe): read_as(teacher, student).network_time(plan.tau).tolist() for nfe, plan in plans.items()},
         "guidance": model["guidance"],
-        "embedded": student.layer if isinstance(student, GuidanceEmbedded) else None,
+        "wrapped": {"kind": type(student).__name__, "options": student.options} if type(student).__name__ in WRAPPERS else None,
         "base": {key: model[key] for key in ("name", "fingerprint", "predicts")},
         "schedule": teacher.schedule.config(),
     }
@@ -194,8 +194,11 @@ def _begin(method: Method, teacher: Any, network: nn.Module | None, adapter: Any
             "the teacher has no torch module that the student could begin as; pass network=, a module network(x, time, **cond)."
         )
     made = student_network(inner, adapter, seed=seed)
-    wrap = getattr(method, "wrap", None)
-    return made if wrap is None else wrap(made)
+    wrapped = getattr(method, "wrapped", None)
+    made = made if wrapped is None else wrapped(made)
+    if adapter is not None and not isinstance(made, AdaptedNetwork):
+        raise ValueError(f"{method} tells its student something more, for which an adapter's file has no place: leave adapter out.")
+    return made
 
 
 def _checked_data(method: Method, name: str, data: Any, conditions: Mapping[str, Tensor] | None, teacher: Any) -> Any:
@@ -352,7 +355,7 @@ def _scale(method: Method, teacher: Any, student: nn.Module) -> float | None:
 
 def _shown(source: Any, seed: int) -> dict[str, Tensor]:
     """Conditions of the samples in the pictures."""
-    return {name: value for name, value in Batches(source, SHOWN, seed).piece(1, 0, SHOWN).items() if name != "x"}
+    return {name: value for name, value in Batches(source, SHOWN, seed).piece(1, 0, SHOWN).items() if name not in RESERVED}
 
 
 class _Recorder:
@@ -366,9 +369,10 @@ class _Recorder:
 def _probe(teacher: Any, source: Any, plan: Plan, seed: int) -> dict[str, Tensor]:
     """What the student is asked on two samples at the plan's first time."""
     batch = Batches(source, PROBED, seed).piece(1, 0, PROBED)
-    x = draw_noise(batch.pop("x").shape[1:], range(PROBED), plan)
+    x = draw_noise(batch["x"].shape[1:], range(PROBED), plan)
     recorder = _Recorder()
-    reading(teacher, recorder)(x, float(plan.tau[0]), **batch)  # type: ignore[arg-type]
+    cond = {name: value for name, value in batch.items() if name not in RESERVED}
+    read_as(teacher, recorder)(x, float(plan.tau[0]), **cond)  # type: ignore[arg-type]
     return recorder.asked
 
 
@@ -388,7 +392,7 @@ class _Sheets:
 
         network = model[STUDENT]
         training = network.training
-        denoiser = reading(self.teacher, network.eval())
+        denoiser = read_as(self.teacher, network.eval())
         asked = denoiser if self.scale is None else Distilled(denoiser, self.scale)
         shape, seeds = denoiser.info.shape or (), range(SHOWN)
         made = []

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from fewstep.adapt.lora import FILE, load_adapter, save_adapter
 from fewstep.artefacts import json_value, write_atomically
 from fewstep.denoisers import innermost
-from fewstep.distill.method import reading
-from fewstep.distill.networks import AdaptedNetwork, GuidanceEmbedded, core, part_of
+from fewstep.distill.method import read_as
+from fewstep.distill.student_network import WRAPPERS, AdaptedNetwork, GuidanceEmbedded, core, part_of
 from fewstep.errors import ArtefactError, PlanError
 from fewstep.guidance import Distilled
 from fewstep.identity import identity
@@ -92,7 +92,7 @@ class Student:
         return self._denoiser(self.guidance_scale)
 
     def _denoiser(self, guidance_scale: float | None) -> Any:
-        made = reading(self.teacher, self.network.eval())
+        made = read_as(self.teacher, self.network.eval())
         told = hashlib.sha256(f"{identity(self.teacher)['fingerprint']} {identity(made)['fingerprint']}".encode()).hexdigest()
         made.info = dataclasses.replace(made.info, name=f"student of {made.info.name}", fingerprint=told)
         return made if guidance_scale is None else Distilled(made, guidance_scale)
@@ -183,7 +183,13 @@ class Student:
 
     @classmethod
     def load(
-        cls, folder: str | PathLike[str], base: Any = None, *, other_base: bool = False, network: nn.Module | None = None
+        cls,
+        folder: str | PathLike[str],
+        base: Any = None,
+        *,
+        other_base: bool = False,
+        network: nn.Module | None = None,
+        **options: Any,
     ) -> Student:
         """Read a folder that `save` wrote.
 
@@ -192,6 +198,7 @@ class Student:
             base: the teacher: a denoiser, guided or not, or whatever `fewstep.load` takes. Left out, it is loaded by the card's name.
             other_base: take an adapter to another model than it was made for, such as a fine-tuned one; nothing is compared then.
             network: what the weights go into, for a student whose network is not the teacher's.
+            **options: of `fewstep.load`, where that loads the base: ``device``, ``dtype``.
 
         Raises:
             ArtefactError: if the folder is damaged, the base another one, or the student does not say what it said when it was saved.
@@ -199,7 +206,8 @@ class Student:
         """
         place = Path(folder)
         card = _read_card(place)
-        teacher = load(card["base"]["name"]) if base is None else base if hasattr(base, "schedule") else load(base)
+        source = card["base"].get("source", card["base"]["name"]) if base is None else base
+        teacher = source if hasattr(source, "schedule") else load(source, **options)
         if not other_base:
             _check_base(card, teacher, place)
         student_network = _read_network(place, card, innermost(teacher, "network") if network is None else network)
@@ -352,8 +360,8 @@ def _read_network(place: Path, card: Mapping[str, Any], inner: Any) -> nn.Module
     if card["adapter"] is not None:
         return AdaptedNetwork(inner, lambda part: load_adapter(part, place)).eval()
     network: nn.Module = copy.deepcopy(inner)
-    if card["embedded"] is not None:
-        network = GuidanceEmbedded(network, card["embedded"])
+    if card["wrapped"] is not None:
+        network = WRAPPERS[card["wrapped"]["kind"]](network, **card["wrapped"]["options"])
     try:
         network.load_state_dict(_read_tensors(place / WEIGHTS))
     except RuntimeError as error:

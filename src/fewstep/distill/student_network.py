@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +22,16 @@ from torch import Tensor, nn
 from fewstep.adapt.lora import LoraOptions, add_adapter
 from fewstep.errors import FewstepError
 
-__all__ = ["AdaptedNetwork", "GuidanceEmbedded", "core", "guidance_embedding", "part_of", "sharing_copy", "student_network"]
+__all__ = [
+    "WRAPPERS",
+    "AdaptedNetwork",
+    "GuidanceEmbedded",
+    "core",
+    "guidance_embedding",
+    "part_of",
+    "sharing_copy",
+    "student_network",
+]
 
 EMBEDDING = 256
 """Numbers of the embedding of the guidance scale."""
@@ -65,16 +74,18 @@ class AdaptedNetwork(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The adapter alone."""
-        prefix = kwargs.get("prefix", "")
-        whole = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in whole.items() if name.removeprefix(prefix) in self._own}
+        prefix, whole = kwargs.get("prefix", ""), super().state_dict(*args, **kwargs)
+        for name in list(whole):  # in place, for this may be a part of a larger network's
+            if name.startswith(prefix) and name.removeprefix(prefix) not in self._own:
+                del whole[name]
+        return whole
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """The inverse of `state_dict`."""
-        if strict and state_dict.keys() != self._own:
-            odd = sorted(state_dict.keys() ^ self._own)
-            raise RuntimeError(f"the weights are not those of this adapter: {odd[0]} is in one of them only.")
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore
+        """What is not the adapter stays as it is."""
+        for name, value in super().state_dict().items():
+            if name not in self._own:
+                state_dict[f"{prefix}{name}"] = value
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _frozen_view(network: nn.Module) -> nn.Module:
@@ -126,6 +137,11 @@ class GuidanceEmbedded(nn.Module):
         finally:
             self._now.clear()
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What makes such a network of another, as JSON values."""
+        return {"layer": self.layer}
+
 
 class _Added:
     """Adds to the input of a layer what there is to add now. One for the wrapper and the layer, also in copies of both."""
@@ -135,6 +151,10 @@ class _Added:
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         return (inputs[0] + self.now[0].to(inputs[0].dtype), *inputs[1:]) if self.now else None
+
+
+WRAPPERS: dict[str, Callable[..., nn.Module]] = {"GuidanceEmbedded": GuidanceEmbedded}
+"""Name of a class -> what makes one of a network and the options that it tells of itself."""
 
 
 def guidance_embedding(w: Tensor, size: int = EMBEDDING) -> Tensor:

@@ -1,0 +1,235 @@
+"""``fewstep distill``."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep.cli.options import Prompted, option
+
+
+@dataclass(frozen=True)
+class DistillOptions(Prompted):
+    """Options of the command."""
+
+    model: str = option(
+        "digits",
+        "a shipped model (digits, photos), a model folder or a diffusers pipeline (folder, id of the hub)",
+        positional=True,
+    )
+    method: str = option("lcm", "lcm, or lcm-lora, which trains an adapter")
+    steps: str = option("1,2,4", "numbers of network calls that the student is for")
+    options: str = option("", "options of the method: loss=l2,solver_steps=40; guidance=(1,5),embedded=True")
+    guidance: float = option(1.0, "scale of classifier-free guidance that the student has within, 1 is none")
+    adapter: int = option(0, "train an adapter of this rank; 0: the whole network, but for methods of adapters")
+    data: str = option("", "clean data, a .npz file with x and, for models with classes, label; left out, a shipped model's own")
+    drawn: int = option(0, "instead, so many samples that the model itself draws; where there are no data, 1024")
+    label: str = option("each", 'labels of what the model draws: a class, a list like 0,1,2, or "each"; "" for without condition')
+    iterations: int = option(1000, "optimizer steps")
+    batch: int = option(64, "samples in a step")
+    learning_rate: float = option(0.0, "of AdamW; 0: 0.0001 for a network, 0.001 for an adapter")
+    seed: int = option(0, "of everything random")
+    count: int = option(512, "samples that the student and plans for the model are compared on; 0: no comparison")
+    untuned: bool = option(False, "leave tuned plans out of the comparison, which take the longest")
+    out: str = option("student", "folder for the student, index.html and results.json")
+    fresh: bool = option(False, "begin anew; otherwise a run that was stopped goes on from OUT.unfinished")
+
+
+OPTIONS = {"distill": DistillOptions}
+OWN_FILES = (
+    r"plan-\d+\.safetensors|student\.(json|safetensors)|pytorch_lora_weights\.safetensors|probe\.safetensors|README\.md|scheduler"
+    r"|scheduler_config\.json|plan\.safetensors|index\.html|results\.json|samples-.*\.png"
+)
+"""Names of the files and folders that the command writes."""
+DRAWN, SHOWN = 1024, 8
+
+
+def run(options: DistillOptions) -> int:
+    """Distill, write the student and the page."""
+    from fewstep.adapt.lora import LoraOptions
+    from fewstep.cli.conditions import check_prompted, guided
+    from fewstep.cli.setup import new_folder, open_model, parse_numbers
+    from fewstep.distill import Comparison, distill, make_method
+    from fewstep.tuners import Effort
+
+    calls = parse_numbers("--steps", options.steps)
+    if min(options.iterations, options.batch) < 1 or min(options.adapter, options.drawn, options.count, options.seed) < 0:
+        raise ValueError("--iterations and --batch must be at least 1; --adapter, --drawn, --count and --seed at least 0.")
+    if options.data and options.drawn:
+        raise ValueError("give one of --data and --drawn.")
+    if options.dtype != "float32":
+        raise ValueError("students are trained in float32: leave --dtype out.")
+    method = make_method(options.method, **parse_options(options.options))
+    check_prompted(options)
+    model = open_model(options.model, options)
+    teacher = guided(model, options.guidance, options)
+    data = _data(model, teacher, options)
+    unfinished = Path(f"{options.out}.unfinished")
+    if options.fresh:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    compared = Comparison(options.count, features=_features(model), seed=options.seed, tuned=None if options.untuned else Effort())
+    with new_folder(options.out, OWN_FILES) as folder, _told_how_to_go_on(unfinished):
+        student = distill(
+            teacher,
+            method=options.method if not options.options else method,
+            steps=calls,
+            data=data,
+            adapter=LoraOptions(rank=options.adapter) if options.adapter else None,
+            iterations=options.iterations,
+            batch_size=options.batch,
+            learning_rate=options.learning_rate or None,
+            seed=options.seed,
+            folder=unfinished,
+            checkpoint_every=200,
+            progress=not options.quiet,
+            sheets=max(1, options.iterations // 4) if _drawable(model) else 0,
+            compare=compared if options.count else None,
+        )
+        place = Path(options.model)
+        student.card["base"]["source"] = str(place.resolve()) if place.exists() else options.model
+        student.save(folder)
+        _page(student, options, unfinished).write(folder)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    if options.json:
+        print(json.dumps(student.card))
+    elif not options.quiet:
+        for line in student.card.get("told", []):
+            print(line)
+        print(f"written to {options.out}; sample with: fewstep sample {options.out} --plan {options.out} --nfe {max(calls)}")
+    return 0
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """Options of a method from ``"loss=l2,guidance=(1,5)"``: Python's literals, and words.
+
+    Raises:
+        ValueError: for anything else.
+
+    Example:
+        >>> parse_options("loss=l2,guidance=(1,5),embedded=True")
+        {'loss': 'l2', 'guidance': (1, 5), 'embedded': True}
+    """
+    if not text:
+        return {}
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        given = {word.arg: _literal(word.value) for word in call.keywords}
+        if call.args or None in given:
+            raise ValueError
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"--options takes name=value, separated by commas, not {text!r}.") from error
+    return {str(name): value for name, value in given.items()}
+
+
+def _literal(node: ast.expr) -> Any:
+    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
+
+
+def _data(model: Any, teacher: Any, options: DistillOptions) -> Any:
+    """Clean data with their conditions: of a file, of a shipped model's recipe, or drawn by the model."""
+    import torch
+
+    from fewstep.cli.conditions import conditions
+    from fewstep.cli.setup import read_arrays
+    from fewstep.distill import teacher_samples
+    from fewstep.train.recipes import RECIPES
+
+    if options.data:
+        arrays = {name: torch.from_numpy(array) for name, array in read_arrays(options.data, "x").items()}
+        if "x" not in arrays or tuple(arrays["x"].shape[1:]) != tuple(model.info.shape):
+            found = {name: tuple(array.shape) for name, array in arrays.items()}
+            raise ValueError(f"{options.data} needs x, a row of shape {tuple(model.info.shape)} a sample; it has {found}.")
+        arrays["x"] = arrays["x"].float()
+        extra = {} if "label" in arrays or getattr(model, "takes_prompts", False) is False else None
+        cond = {} if extra is not None else conditions(model, options, len(arrays["x"]), None)
+        return {**arrays, **cond}
+    if options.model in RECIPES and not options.drawn:
+        return RECIPES[options.model].data()
+    count = options.drawn or DRAWN
+    cond = conditions(model, options, count, (options.label or None) if model.info.conditions else None)
+    if not options.quiet:
+        print(f"drawing {count} samples of {model.info.name} to learn from", file=sys.stderr)
+    return teacher_samples(teacher, range(10**6, 10**6 + count), cond)
+
+
+def _features(model: Any) -> Any:
+    """What samples are compared in: those of the classifier of digits where they fit."""
+    from fewstep.evaluate.features import make_features, resolved_features
+
+    if hasattr(model, "decode"):
+        return None
+    return make_features(resolved_features("auto", tuple(model.info.shape)), tuple(model.info.shape))
+
+
+def _drawable(model: Any) -> bool:
+    shape = model.info.shape
+    return len(shape) == 3 and (hasattr(model, "decode") or shape[0] in (1, 3))
+
+
+def _page(student: Any, options: DistillOptions, unfinished: Path) -> Any:
+    from fewstep.cli.setup import machine
+    from fewstep.evaluate.report import Report
+
+    card = student.card
+    results = {"command": "fewstep distill", "machine": machine(), **card}
+    intro = (
+        f"A student of {card['base']['name']} for {', '.join(card['calls'])} network calls, by {card['method']['name']} in "
+        f"{options.iterations} steps of {options.batch} samples."
+    )
+    page = Report("fewstep: a student", intro, results)
+    use = f"fewstep sample {options.out} --plan {options.out} --nfe {max(student.plans)}"
+    page.text(f"To use it: {use}; in Python, fewstep.distill.Student.load({options.out!r}).", note=True)
+    report = card.get("report")
+    if report is not None:
+        page.heading("Beside plans for the model itself")
+        page.text(
+            f"Distance ({report['distance']}) of {report['count']} samples from as many of the model in {report['reference_calls']} calls; "
+            f"two such sets of the model differ by {report['floor']:.3g}. Training took {report['evaluations'] or 0:,} network "
+            "evaluations, a backward pass counted as two."
+        )
+        rows = [
+            [
+                nfe,
+                f"{found['student']:.3g}",
+                f"{found['untuned']['distance']:.3g}",
+                "" if found["tuned"] is None else f"{found['tuned']['distance']:.3g}",
+                "more than tried" if found["equal"] is None else str(found["equal"]),
+                "" if found["break_even"] is None else f"{found['break_even']:,}",
+            ]
+            for nfe, found in report["calls"].items()
+        ]
+        head = [
+            "calls",
+            "student",
+            "best untuned plan",
+            "best tuned plan",
+            "calls of an untuned plan as good",
+            "pays after samples",
+        ]
+        page.table(head, rows, text=())
+        for line in card["told"]:
+            page.text(line[0].upper() + line[1:] + ".")
+    sheets = sorted(unfinished.glob("samples-*.png"))
+    if sheets:
+        page.heading("Samples while it was trained")
+        page.pictures([(sheet.name, f"step {int(sheet.stem.split('-')[1])}", sheet.read_bytes()) for sheet in sheets])
+    return page
+
+
+@contextmanager
+def _told_how_to_go_on(unfinished: Path) -> Iterator[None]:
+    """When the run is stopped within."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if unfinished.is_dir():
+            print(f"\nstopped: the training is kept in {unfinished}, and the same command goes on from there.", file=sys.stderr)
+        raise
