@@ -16,6 +16,8 @@ ELSEWHERE = {
     "loading.md": "tests/diffusers/test_loading.py",
     "migration.md": "tests/test_migration.py",
     "train.md": "tests/train",
+    "distill.md": "tests/distill",
+    "lcm.md": "tests/distill",
     "evaluate.md": "tests/evaluate",
     "edit.md": "minutes",
     "tune.md": "minutes",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fewstep import (
         denoisers,
         diffusers,
+        distill,
         evaluate,
         exact,
         grids,
@@ -49,6 +50,7 @@ __all__ = [
     "check",
     "denoisers",
     "diffusers",
+    "distill",
     "draw_noise",
     "evaluate",
     "exact",
