@@ -68,7 +68,7 @@ BAD = {
     "core takes training": ("layer", "src/fewstep/loading.py", "from fewstep.train import fit"),
     "evaluate takes training": ("layer", "src/fewstep/evaluate/report.py", "from fewstep.train import fit"),
     "solver takes a tuner": ("layer", "src/fewstep/solvers/dpm_v3.py", "from fewstep.tuners.statistics import collect"),
-    "siblings": ("layer", "src/fewstep/distill/consistency.py", "from fewstep.tuners import search"),
+    "siblings": ("layer", "src/fewstep/merge/arithmetic.py", "from fewstep.tuners import search"),
     "serve takes act": ("layer", "src/fewstep/serve/engine.py", "import fewstep.act.policy"),
     "serve takes train": ("layer", "src/fewstep/serve/engine.py", "from fewstep.train import trainer"),
     "somebody takes the command line": ("layer", "src/fewstep/serve/engine.py", "from fewstep.cli import main"),

@@ -136,7 +136,7 @@ class LCM:
     Example:
         >>> import fewstep as fs
         >>> LCM().plan(fs.load("digits"), 4).tau.round(2).tolist()
-        [1.0, 0.76, 0.52, 0.26]
+        [1.0, 0.76, 0.5, 0.26]
     """
 
     needs_data: ClassVar[bool] = True
