@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fewstep as fs
-from fewstep.distill import LCM, METHODS, Comparison, Student, distill, teacher_samples
+from fewstep.distill import LCM, METHODS, STUDENT, Comparison, Student, Training, distill, read_as, teacher_samples
 from fewstep.distill.student_network import AdaptedNetwork, core, part_of
 from fewstep.errors import ArtefactError, PlanError
 from fewstep.schedules import Flow
+from fewstep.train import Stage
 from fewstep.tuners import Effort
 
 LABELS = torch.arange(4)
@@ -312,3 +313,33 @@ def test_kohya_files_are_read_by_diffusers(text_to_image, tmp_path):
     images = pipeline(**run, guidance_scale=1.0, generator=torch.Generator().manual_seed(0)).images
     assert (images - made["pipeline"]).abs().max() <= 1e-5
     pipeline.unload_lora_weights()
+
+
+class Copied:
+    """A method without data: the student says what the teacher says, of noise."""
+
+    needs_data = False
+
+    def training(self, teacher, student):
+        def objective(model, batch, generator):
+            assert not batch["x"].any()
+            x = torch.randn(batch["x"].shape, generator=generator)
+            cond = {"label": batch["label"]}
+            with torch.no_grad():
+                wanted = teacher(x, 1.0, **cond)
+            return (read_as(teacher, model[STUDENT])(x, 1.0, **cond) - wanted).square().mean(), {}
+
+        return Training({STUDENT: student}, (Stage(objective, STUDENT),))
+
+    def plan(self, teacher, nfe):
+        return fs.solvers.DDIM().plan(teacher.schedule, nfe, "time")
+
+
+def test_a_method_of_ones_own_without_data():
+    student = distill(guided(), method=Copied(), conditions={"label": torch.arange(10)}, steps=2, **LITTLE)
+    assert student.card["method"]["name"] == "Copied"
+    assert student.sample(range(2), cond={"label": LABELS[:2]}).shape == (2, 1, 8, 8)
+    assert student.card["training"]["evaluations"] == 8 * 4 * (3 + 2)
+    nameless = fs.Denoiser(Small(), Flow(), "flow")
+    with pytest.raises(ValueError, match="does not say the shape"):
+        distill(nameless, method=Copied(), steps=2, **LITTLE)

@@ -54,7 +54,7 @@ DRAWN, SHOWN = 1024, 8
 def run(options: DistillOptions) -> int:
     """Distill, write the student and the page."""
     from fewstep.adapt.lora import LoraOptions
-    from fewstep.cli.conditions import check_prompted, guided
+    from fewstep.cli.conditions import check_prompted, conditions, guided
     from fewstep.cli.setup import new_folder, open_model, parse_numbers
     from fewstep.distill import Comparison, distill, make_method
     from fewstep.tuners import Effort
@@ -70,7 +70,8 @@ def run(options: DistillOptions) -> int:
     check_prompted(options)
     model = open_model(options.model, options)
     teacher = guided(model, options.guidance, options)
-    data = _data(model, teacher, options)
+    data = _data(model, teacher, options) if method.needs_data else None
+    told = None if method.needs_data else conditions(model, options, DRAWN, _label(model, options))
     unfinished = Path(f"{options.out}.unfinished")
     if options.fresh:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -81,6 +82,7 @@ def run(options: DistillOptions) -> int:
             method=options.method if not options.options else method,
             steps=calls,
             data=data,
+            conditions=told,
             adapter=LoraOptions(rank=options.adapter) if options.adapter else None,
             iterations=options.iterations,
             batch_size=options.batch,
@@ -154,10 +156,15 @@ def _data(model: Any, teacher: Any, options: DistillOptions) -> Any:
     if options.model in RECIPES and not options.drawn:
         return RECIPES[options.model].data()
     count = options.drawn or DRAWN
-    cond = conditions(model, options, count, (options.label or None) if model.info.conditions else None)
+    cond = conditions(model, options, count, _label(model, options))
     if not options.quiet:
         print(f"drawing {count} samples of {model.info.name} to learn from", file=sys.stderr)
     return teacher_samples(teacher, range(10**6, 10**6 + count), cond)
+
+
+def _label(model: Any, options: DistillOptions) -> str | None:
+    """The labels, for a model that takes some."""
+    return options.label or None if model.info.conditions else None
 
 
 def _features(model: Any) -> Any:

@@ -212,7 +212,9 @@ def _checked_data(method: Method, name: str, data: Any, conditions: Mapping[str,
     if data is not None and conditions is None:
         return data
     shape = getattr(getattr(teacher, "info", None), "shape", None) or getattr(teacher, "shape", None)
-    return _Conditions(dict(conditions or {}), tuple(shape or ()))
+    if shape is None:
+        raise ValueError("the teacher does not say the shape of its samples: give it info=ModelInfo(shape=...).")
+    return _Conditions(dict(conditions or {}), tuple(shape))
 
 
 @dataclass(frozen=True)
