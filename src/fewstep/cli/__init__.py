@@ -28,7 +28,6 @@ COMMANDS = {
     "evaluate": "how far samples are from data: distances with intervals, floor and test",
     "tune": "make plans for a model that beat every untuned one, and a page that shows it",
     "train": "train a small model on pictures of your own, or a shipped model anew",
-    "train": "train a shipped model anew",
     "distill": "make a student of a model that samples in 1 to 4 calls, and a page that says whether it pays",
     "plan make": "plan a run and save it to a file",
     "plan show": "print a saved plan as a table",
