@@ -21,4 +21,20 @@ __all__ = [
     "make_method",
     "read_as",
     "teacher_samples",
+from fewstep.distill.distribution import DMD2, Adversary
+from fewstep.distill.flow_map import FiniteDifference, ForwardMode, FreeFlow
+from fewstep.distill.high_frequency import HighFrequencyLoss, HiPA, teacher_pairs
+from fewstep.distill.method import Method, Training
+from fewstep.distill.networks import Told, read_as
+from fewstep.distill.trajectory import TDM
+    "DMD2",
+    "TDM",
+    "Adversary",
+    "FiniteDifference",
+    "ForwardMode",
+    "FreeFlow",
+    "HiPA",
+    "HighFrequencyLoss",
+    "Told",
+    "teacher_pairs",
 ]

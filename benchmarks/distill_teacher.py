@@ -1,0 +1,109 @@
+r"""The teacher of ``benchmarks/distill.py``: a residual network on the digits, with labels, that is trained in minutes.
+
+``python benchmarks/distill_teacher.py`` trains it and writes ``benchmarks/results/distill_teacher.safetensors`` (half precision, 2.3 MB).
+
+About 1.1 million parameters: 8 x 8 pixels as a vector, four residual blocks of width 192 whose normalised input is scaled, shifted and gated
+by an embedding of time and label; rectified flow, ten percent of the labels dropped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fewstep as fs
+from fewstep.train.recipes import digits
+
+FILE = Path(__file__).parent / "results" / "distill_teacher.safetensors"
+CLASSES = 10
+WIDTH, DEPTH, HIDDEN, FREQUENCIES = 192, 4, 384, 64
+SHAPE = (1, 8, 8)
+
+
+class Block(nn.Module):
+    """h + gate * F(normalised h, scaled and shifted)."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
+        self.modulate = nn.Linear(WIDTH, 3 * WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+        nn.init.zeros_(self.modulate.weight)
+        nn.init.zeros_(self.modulate.bias)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift, gate = self.modulate(embedding).chunk(3, 1)
+        return h + gate * self.down(functional.silu(self.up(self.norm(h) * (1.0 + scale) + shift)))
+
+
+class DigitsNetwork(nn.Module):
+    """The flow of digits, ``network(x, time, label=None)``; label 10 is none."""
+
+    omega: Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("omega", torch.logspace(0.0, 2.0, FREQUENCIES // 2), persistent=False)
+        self.time_mlp = nn.Sequential(nn.Linear(FREQUENCIES, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
+        self.label = nn.Embedding(CLASSES + 1, WIDTH)
+        self.read = nn.Linear(64, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(DEPTH))
+        self.norm, self.write = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 64)
+        nn.init.zeros_(self.write.weight)
+        nn.init.zeros_(self.write.bias)
+
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
+        angle = time.to(x)[:, None] * self.omega.to(x)
+        embedding = self.time_mlp(torch.cat([angle.cos(), angle.sin()], 1))
+        label = torch.full((len(x),), CLASSES, device=x.device) if label is None else label
+        embedding = functional.silu(embedding + self.label(label))
+        h = self.read(x.flatten(1))
+        for block in self.blocks:
+            h = block(h, embedding)
+        return self.write(self.norm(h)).reshape(x.shape)
+
+
+def wrapped(network: nn.Module) -> fs.Denoiser:
+    """The denoiser of a network like this one."""
+    info = fs.ModelInfo(name="distill teacher", shape=SHAPE, data_range=(-1.0, 1.0), conditions={"label": {"classes": 10, "null": 10}})
+    return fs.Denoiser(network, fs.schedules.Flow(), "flow", info=info)
+
+
+def load() -> fs.Denoiser:
+    """The teacher of the committed file."""
+    network = DigitsNetwork()
+    with safe_open(FILE, framework="pt") as file:
+        network.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})
+    return wrapped(network.eval().requires_grad_(False))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Train the teacher of the benchmark of distillation.")
+    parser.add_argument("--out", type=Path, default=FILE, help="where the weights go")
+    parser.add_argument("--steps", type=int, default=6000, help="of training")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(options.seed)
+    network, began = DigitsNetwork(), time.process_time()
+    loss = fs.train.DenoisingLoss(fs.schedules.Flow(), "flow", times="logit_normal", dropout=fs.train.LabelDropout(CLASSES))
+    settings = {"steps": options.steps, "batch_size": 256, "learning_rate": 2e-3, "ema": 0.995, "seed": options.seed}
+    result = fs.fit(loss, network, digits("train"), **settings, log_every=500)
+    weights = {name: value.half().contiguous() for name, value in result.averages[0.995].items()}
+    told = {"command": "python benchmarks/distill_teacher.py", **settings, "cpu_seconds": round(time.process_time() - began)}
+    told |= {"parameters": sum(p.numel() for p in network.parameters()), "loss": result.log[-1]["squared_error"]}
+    save_file(weights, options.out, metadata={"training": json.dumps(told)})
+    print(json.dumps(told))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
