@@ -22,7 +22,8 @@ def as_network(exact, predicts):
     def network(x, time, **cond):
         t = time.double().cpu().numpy()
         alpha, sigma = (
-            torch.as_tensor(level).to(x).reshape(-1, *[1] * (x.ndim - 1)) for level in (exact.schedule.alpha(t), exact.schedule.sigma(t))
+            torch.as_tensor(level).to(x).reshape(-1, *[1] * (x.ndim - 1))
+            for level in (exact.schedule.alpha(t), exact.schedule.sigma(t))
         )
         x_0 = exact(x, t)
         eps = (x - alpha * x_0) / sigma
@@ -54,17 +55,6 @@ class Wide(nn.Module):
         return self.write(h)
 
 
-class Affine(nn.Module):
-    """One that the teacher of a Gaussian could be replaced by in one call: what it gives does not depend on the time."""
-
-    def __init__(self, size=2):
-        super().__init__()
-        self.layer = nn.Linear(size, size).double()
-
-    def forward(self, x, time):
-        return self.layer(x)
-
-
 @functools.lru_cache
 def taught(predicts="flow", kind="Flow", steps=1200):
     """A network that learnt to predict as the teacher of the ring does."""
@@ -80,17 +70,17 @@ def taught(predicts="flow", kind="Flow", steps=1200):
     return network
 
 
-def noises(size, shape=(2,)):
+def noises(size):
     """Batches of starting noise."""
 
     def draw(count, generator):
-        return {"noise": torch.randn((count, *shape), generator=generator)}
+        return {"noise": torch.randn((count, size), generator=generator)}
 
     return draw
 
 
 def judged(samples, exact, sets=4):
-    """Modes that are reached, and the Wasserstein distance to exact sets in units of that of two exact sets, both in the mean of several."""
+    """Modes that are reached, and the Wasserstein distance to exact sets in units of that of two exact sets: means of several."""
     n = len(samples)
     means = exact._parameters.host["means"].float()
     share = torch.bincount(torch.cdist(samples, means).argmin(1), minlength=len(means)) / n

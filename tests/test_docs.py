@@ -1,5 +1,6 @@
 """The examples of the documentation run: every block of Python in README and docs, in a namespace that has what readers bring."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -19,6 +20,8 @@ ELSEWHERE = {
     "distill.md": "tests/distill",
     "lcm.md": "tests/distill",
     "evaluate.md": "tests/evaluate",
+    "tdm.md": "tests/distill",
+    "freeflow.md": "tests/distill",
     "edit.md": "minutes",
     "tune.md": "minutes",
     "recipe.md": "minutes",
@@ -54,7 +57,7 @@ def brought(page):
     own = {"network": network, "net": network, "model": network, "den": den, "schedule": schedule, "plan": plan}
     own |= {"data": data, "samples": data, "variance": 0.5, "shape": (3, 32, 32), "seeds": range(16), "x": data[:16]}
     own |= {"noise": fs.draw_noise((3, 32, 32), range(16)), "labels": torch.arange(16) % 10, "solver": fs.solvers.DPMSolverPP()}
-    return {"fs": fs, "torch": torch, "np": np, "betas": np.linspace(1e-4, 0.02, 1000).tolist(), **own}
+    return {"fs": fs, "torch": torch, "np": np, "copy": copy, "betas": np.linspace(1e-4, 0.02, 1000).tolist(), **own}
 
 
 PAGES = [

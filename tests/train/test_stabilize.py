@@ -55,10 +55,14 @@ def test_eigenvalues_at_the_equilibrium(stabilizer, damping):
     rest = torch.tensor([0.0, 1.0], dtype=torch.float64)
     assert slope(rest, stabilizer).abs().max() == 0.0
     h = 1e-5
-    jacobian = torch.stack([(slope(rest + h * e, stabilizer) - slope(rest - h * e, stabilizer)) / (2 * h) for e in torch.eye(2).double()], 1)
+    jacobian = torch.stack(
+        [(slope(rest + h * e, stabilizer) - slope(rest - h * e, stabilizer)) / (2 * h) for e in torch.eye(2).double()], 1
+    )
     theory = sorted([(-damping + sign * cmath.sqrt(damping**2 - 4.0)) / 2.0 for sign in (1, -1)], key=lambda z: (z.real, z.imag))
     found = sorted(torch.linalg.eigvals(jacobian).tolist(), key=lambda z: (z.real, z.imag))
-    np.testing.assert_allclose(found, theory, atol=1e-4 if damping == 2.0 else 1e-8)  # a double eigenvalue is a square root of errors
+    np.testing.assert_allclose(
+        found, theory, atol=1e-4 if damping == 2.0 else 1e-8
+    )  # a double eigenvalue is a square root of errors
 
 
 @pytest.mark.parametrize(("stabilizer", "damping"), DAMPING[:2], ids=[repr(stabilizer) for stabilizer, _ in DAMPING[:2]])

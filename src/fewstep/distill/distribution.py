@@ -322,6 +322,8 @@ def logits(at: str, model: Any, fake: Denoiser, state: tuple[Tensor, Any], cond:
     """The head's logits of noised samples, ``"batch"``."""
     with Features(model[FAKE], at).kept() as outputs:
         fake(*state, **cond)
+    if not outputs:
+        raise ValueError(f"module {at!r} of the network is not called as such; name another, or a layer in it: Adversary(at=...).")
     found = outputs[-1]
     if len(found) != len(state[0]) or not math.prod(found.shape):
         raise ValueError(

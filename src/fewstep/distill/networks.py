@@ -44,10 +44,11 @@ def schedule_of(teacher: object) -> NoiseSchedule:
 def read_as(teacher: object, network: Callable[..., Tensor]) -> Denoiser:
     """A denoiser of another network that is called, and whose output is read, as the teacher's network is.
 
-    Guidance and limits around the teacher's denoiser are not around this one.
+    Guidance and limits around the teacher's denoiser are not around this one. For a teacher without a network, as an exact one is, it
+    predicts data.
 
     Raises:
-        TypeError: if the teacher is around no `fewstep.Denoiser`, so that nothing is known of how a network is to be called.
+        TypeError: for a teacher that is no denoiser with a schedule.
 
     Example:
         >>> from fewstep.schedules import Flow
@@ -59,9 +60,7 @@ def read_as(teacher: object, network: Callable[..., Tensor]) -> Denoiser:
     while not isinstance(inner, Denoiser) and hasattr(inner, "denoiser"):
         inner = inner.denoiser  # type: ignore[attr-defined]
     if not isinstance(inner, Denoiser):
-        raise TypeError(
-            f"a teacher is a fewstep.Denoiser, guided or not, got {type(inner).__name__}: what would its student predict?"
-        )
+        return Denoiser(network, schedule_of(teacher), "data")
     other = copy.copy(inner)
     other.network, other.calls, other._remembered = network, 0, {}
     parameters = network.parameters() if isinstance(network, nn.Module) else ()
@@ -158,8 +157,8 @@ class Told(nn.Module):
 
     Args:
         network: any network.
-        at: name of the module to whose output it is added. Left out: that which embeds the time, if it has a usual name, else the first
-            linear layer or convolution.
+        at: name of the module to whose output it is added. Left out: the last layer of what embeds the time, if that has a usual name,
+            else the first linear layer or convolution.
         default: the number where none is given.
         highest: the highest angular frequency.
         size: number of cosines and sines, and half the width of the branch.
@@ -180,6 +179,7 @@ class Told(nn.Module):
     def __init__(self, network: nn.Module, at: str | None = None, *, default: float = 1.0, highest: float = 10.0, size: int = 32):
         super().__init__()
         self.network, self.at, self.default = network, _place(network) if at is None else at, float(default)
+        self.highest, self.size = float(highest), int(size)
         found = dict(network.named_modules())
         if self.at not in found:
             raise ValueError(
@@ -208,16 +208,29 @@ class Told(nn.Module):
         angle = numbers.to(like.dtype)[:, None] * self.omega.to(like.dtype)
         added = self.branch(torch.cat([angle.cos(), angle.sin()], 1))
 
+        used: list[bool] = []
+
         def add(module: nn.Module, inputs: Any, output: Any) -> Any:
+            used.append(True)
             if isinstance(output, (tuple, list)):
                 return type(output)((self._added(output[0], added), *output[1:]))
             return self._added(output, added)
 
         handle = self.network.get_submodule(self.at).register_forward_hook(add)
         try:
-            return self.network(x, time, **cond)
+            output = self.network(x, time, **cond)
         finally:
             handle.remove()
+        if not used:
+            raise ValueError(
+                f"module {self.at!r} of {type(self.network).__name__} is not called as such; name a layer in it: at=..."
+            )
+        return output
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What makes such a network of another, as JSON values."""
+        return {"at": self.at, "default": self.default, "highest": self.highest, "size": self.size}
 
     def _added(self, output: Tensor, added: Tensor) -> Tensor:
         if len(output) != len(added):
@@ -233,8 +246,9 @@ def _place(network: nn.Module) -> str:
     """Where a network takes in its time."""
     named = dict(network.named_modules())
     for name in TIME_EMBEDDINGS:
-        if name in named and any(isinstance(inner, LAYERS) for inner in named[name].modules()):
-            return name
+        inside = [inner for inner, module in named.items() if isinstance(module, LAYERS) and f"{inner}.".startswith(f"{name}.")]
+        if inside:
+            return inside[-1]
     for name, module in named.items():
         if isinstance(module, LAYERS):
             return name
