@@ -11,7 +11,7 @@ from torch import nn
 import fewstep as fs
 from fewstep.distill import DMD2, TDM, Adversary, FreeFlow, HighFrequencyLoss, HiPA, Told, read_as, teacher_pairs
 from fewstep.distill.networks import Features, Head, bottleneck, copy_of, layer_of
-from fewstep.errors import PlanError, UnknownNameError
+from fewstep.errors import NetworkError, PlanError, UnknownNameError
 from fewstep.models import SmallUNet, SmallUNetConfig
 from fewstep.train import stabilize
 
@@ -119,6 +119,27 @@ def test_students_are_sampled_by_their_plans(method, data):
         assert samples.shape == (4, *SHAPE)
     with pytest.raises(PlanError, match="not 7"):
         method.plan(guide, 7)
+
+
+@pytest.mark.parametrize("method", [DMD2(), TDM(steps=2)], ids=["dmd2", "tdm"])
+def test_a_run_that_diverges_is_ended(method):
+    guide = fs.Denoiser(Wide(), fs.schedules.Flow(), "flow")
+    training = method.training(guide, Wide())
+    options = {"batch_size": 16, "learning_rate": 30.0, "warmup": 100, "ema": (), "clip": None}
+    with pytest.raises(NetworkError, match="diverged"):
+        fs.fit(training.stages, dict(training.modules), noises(2), steps=450, **options)
+
+
+def test_freeflows_loss_has_the_value_of_its_error():
+    """The value of what is differentiated falls when the error rises, for the weight divides by it; the loop watches the error."""
+    method, guide = FreeFlow(), fs.Denoiser(Wide(), fs.schedules.Flow(), "flow")
+    training = method.training(guide, method.wrapped(Wide()))
+    stage = training.stages[0]
+    loss, info = stage.objective(training.modules, {"noise": torch.randn(8, 2)}, torch.Generator())
+    assert stage.watched
+    assert loss.item() == pytest.approx(info["prediction"].item())
+    loss.backward()
+    assert any(p.grad.abs().max() > 0.0 for p in training.modules["student"].parameters() if p.grad is not None)
 
 
 def test_a_student_begins_as_the_teacher():

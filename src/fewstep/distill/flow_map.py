@@ -144,7 +144,8 @@ class FreeFlow:
         """
         if not isinstance(student, Told):
             raise TypeError("FreeFlow's student is told how far to go: pass FreeFlow().wrapped(network).")
-        first = Stage(StudentLoss(self, teacher), STUDENT, optimizer=OPTIMIZER, every=self.update_ratio, watched=False)
+        # the correction's error begins at zero: no level to be watched
+        first = Stage(StudentLoss(self, teacher), STUDENT, optimizer=OPTIMIZER, every=self.update_ratio, watched=self.correct < 1.0)
         if self.correct == 0.0:
             return Training({STUDENT: student}, (first,))
         fake = copy_of(teacher, student.network)
@@ -265,7 +266,8 @@ class StudentLoss:
             found = error.square().flatten(1).mean(1).sqrt().mean()
             loss = loss + len(average) / count * along(average, self.method.strength * size / (found + 1e-8) * error)
             info["correction"] = error.square().mean()
-        return loss, info
+        told = info.get("prediction", info.get("correction", loss.detach()))
+        return loss + (told - loss.detach()), info  # the gradient of one, and the value of the other, which shows a divergence
 
     def predicted(self, flow: FlowMap, z: Tensor, cond: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """F, and its error."""
