@@ -30,6 +30,7 @@ from typing import Any
 import distill_teacher
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fewstep as fs
@@ -108,9 +109,9 @@ class Judge:
         self.teacher, self.count = teacher, count
         self.classifier = read_classifier(CLASSIFIER)[0]
         plan = fs.make_plan("auto", teacher.schedule, REFERENCE_CALLS, final="zero")
-        self.reference = self._kept(folder / f"reference_{count}.pt", plan, REFERENCE_SEED)
-        self.other = self._kept(folder / f"floor_{count}.pt", plan, FLOOR_SEED)
-        self.ends = self._kept(folder / f"ends_{count}.pt", plan, STUDENT_SEED)
+        self.reference = self._kept(folder / f"reference_{count}.safetensors", plan, REFERENCE_SEED)
+        self.other = self._kept(folder / f"floor_{count}.safetensors", plan, FLOOR_SEED)
+        self.ends = self._kept(folder / f"ends_{count}.safetensors", plan, STUDENT_SEED)
         self.data = fs.evaluate.digit_features(digits("held_out")["x"])
         self.features = fs.evaluate.digit_features(self.reference)
         self.near = torch.cdist(self.features[:2000], self.features[:2000]).kthvalue(6, dim=1).values
@@ -118,8 +119,8 @@ class Judge:
     def _kept(self, file: Path, plan: fs.Plan, seed: int) -> Tensor:
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(sampled(self.teacher, plan, self.count, seed), file)
-        return torch.load(file, weights_only=True)
+            save_file({"samples": sampled(self.teacher, plan, self.count, seed)}, file)
+        return load_file(file)["samples"]
 
     def __call__(self, samples: Tensor) -> dict[str, float]:
         features = fs.evaluate.digit_features(samples)

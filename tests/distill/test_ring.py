@@ -1,6 +1,7 @@
 """Students of a ring of eight modes: all of them are reached, and the exact Wasserstein distance is near that of two exact sets.
 
-The numbers in comments are those of one core; the sampler of one call without a student has 1 mode and 13 times the floor, that of four 1.4.
+The numbers in comments are those of one core; the sampler of one call without a student has 1 mode and 13 times the floor, that of four
+1.4.
 """
 
 import copy

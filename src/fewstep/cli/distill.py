@@ -57,6 +57,7 @@ def run(options: DistillOptions) -> int:
     from fewstep.cli.conditions import check_prompted, conditions, guided
     from fewstep.cli.setup import new_folder, open_model, parse_numbers
     from fewstep.distill import Comparison, distill, make_method
+    from fewstep.distill.run import own_steps
     from fewstep.tuners import Effort
 
     calls = parse_numbers("--steps", options.steps)
@@ -66,7 +67,7 @@ def run(options: DistillOptions) -> int:
         raise ValueError("give one of --data and --drawn.")
     if options.dtype != "float32":
         raise ValueError("students are trained in float32: leave --dtype out.")
-    method = make_method(options.method, **parse_options(options.options))
+    method = make_method(options.method, **{**own_steps(options.method, calls), **parse_options(options.options)})
     check_prompted(options)
     model = open_model(options.model, options)
     teacher = guided(model, options.guidance, options)

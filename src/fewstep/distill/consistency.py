@@ -33,14 +33,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fewstep.distill.method import RESERVED, STUDENT, Training, read_as
+from fewstep.distill.method import RESERVED, STUDENT, Training
+from fewstep.distill.networks import read_as
 from fewstep.distill.student_network import GuidanceEmbedded, sharing_copy
 from fewstep.errors import PlanError, UnknownNameError
 from fewstep.grids import make_grid
@@ -139,8 +140,6 @@ class LCM:
         [1.0, 0.76, 0.5, 0.26]
     """
 
-    needs_data: ClassVar[bool] = True
-
     solver_steps: int = 50
     loss: str = "huber"
     huber_c: float = 1e-3
@@ -168,6 +167,11 @@ class LCM:
     def wrapped(self, network: nn.Module) -> nn.Module:
         """The network of the student, from a copy of the teacher's."""
         return GuidanceEmbedded(network) if self.embedded else network
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether batches must hold clean data."""
+        return True
 
     def training(self, teacher: Callable[..., Tensor], student: nn.Module) -> Training:
         """What is trained.

@@ -116,6 +116,8 @@ class DMD2:
     clip: float = 10.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.steps, int):
+            raise ValueError(f"DMD2 makes a student of one number of calls, got steps={self.steps}: make one for each.")
         if self.steps < 1 or self.update_ratio < 1:
             raise ValueError(f"DMD2 needs steps and update_ratio of at least 1, got {self.steps} and {self.update_ratio}.")
         if self.times is not None and len(self.times) != self.steps:

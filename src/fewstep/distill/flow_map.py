@@ -27,7 +27,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,8 +112,6 @@ class FreeFlow:
         [1.0, 0.0]
     """
 
-    needs_data: ClassVar[bool] = False
-
     correct: float = 0.25
     strength: float = 1.0
     power: float = 1.0
@@ -135,6 +133,11 @@ class FreeFlow:
     def wrapped(self, network: nn.Module) -> nn.Module:
         """The student's network, of one like the teacher's: it is told delta, 1 if nothing is said."""
         return Told(network)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether batches must hold clean data."""
+        return False
 
     def training(self, teacher: Callable[..., Tensor], student: nn.Module) -> Training:
         """The student and, unless nothing is corrected, the fake network, each with its stage.

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,8 +127,6 @@ class HiPA:
         True
     """
 
-    needs_data: ClassVar[bool] = True
-
     losses: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (HighFrequencyLoss(),)
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
     perceptual_weight: float = 1.0
@@ -140,6 +138,11 @@ class HiPA:
             raise ValueError(
                 f"HiPA needs a positive huber and perceptual_weight >= 0, got {self.huber} and {self.perceptual_weight}."
             )
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether batches must hold clean data."""
+        return True
 
     def training(self, teacher: Callable[..., Tensor], student: nn.Module) -> Training:
         """The student and its stage."""

@@ -6,18 +6,16 @@ teacher's with an adapter), reads as the teacher's does, and is run by a plan of
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor, nn
 
-from fewstep.denoisers import Denoiser
 from fewstep.plan import Plan
 from fewstep.train.stages import Stage
 
-__all__ = ["RESERVED", "STUDENT", "Method", "Training", "read_as"]
+__all__ = ["RESERVED", "STUDENT", "Method", "Training"]
 
 RESERVED = ("x", "noise")
 """Names in a batch that are no conditions."""
@@ -46,11 +44,12 @@ class Method(Protocol):
     A method whose student is more than a copy of the network, because it is told something more, also has
     ``wrapped(network) -> nn.Module``; see `fewstep.distill.LCM`.
 
-    Attributes:
-        needs_data: whether batches must hold clean data ``"x"``; if not, they hold conditions, and of ``"x"`` the shape alone is right.
     """
 
-    needs_data: ClassVar[bool]
+    @property
+    def needs_data(self) -> bool:
+        """Whether batches must hold clean data ``"x"``; if not, they hold conditions, and of ``"x"`` the shape alone is right."""
+        ...
 
     def training(self, teacher: Callable[..., Tensor], student: nn.Module) -> Training:
         """What is trained, for a teacher ``D(x, t, **cond)`` and the network of a student."""
@@ -63,30 +62,3 @@ class Method(Protocol):
             PlanError: for a number of calls that the student is not made for.
         """
         ...
-
-
-def read_as(teacher: Callable[..., Tensor], network: nn.Module) -> Denoiser:
-    """A network asked and read as the teacher's is: its schedule, kind of prediction, times and precision, without guidance or limits.
-
-    For a teacher without a network, as an exact one is, it predicts data.
-
-    Raises:
-        TypeError: for a teacher that is no denoiser with a schedule.
-
-    Example:
-        >>> import fewstep as fs
-        >>> teacher = fs.guidance.ClassifierFree(fs.load("digits"), 3.0, {"label": 10})
-        >>> read_as(teacher, nn.Identity()).predicts
-        'velocity'
-    """
-    inner: Any = teacher
-    while not isinstance(inner, Denoiser) and hasattr(inner, "denoiser"):
-        inner = inner.denoiser
-    if isinstance(inner, Denoiser):
-        made = copy.copy(inner)
-        made.network, made.calls, made.info = network, 0, replace(inner.info, fingerprint=None)
-        return made
-    schedule = getattr(inner, "schedule", None)
-    if schedule is None:
-        raise TypeError(f"the teacher is a {type(inner).__name__} without a noise schedule. Wrap it in fewstep.Denoiser first.")
-    return Denoiser(network, schedule, "data")

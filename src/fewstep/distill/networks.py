@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ def read_as(teacher: object, network: Callable[..., Tensor]) -> Denoiser:
         return Denoiser(network, schedule_of(teacher), "data")
     other = copy.copy(inner)
     other.network, other.calls, other._remembered = network, 0, {}
+    other.info = replace(inner.info, fingerprint=None)
     parameters = network.parameters() if isinstance(network, nn.Module) else ()
     other.network_dtype = next((p.dtype for p in parameters if p.is_floating_point()), None)
     return other

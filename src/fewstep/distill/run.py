@@ -22,10 +22,14 @@ from fewstep.adapt.lora import LoraOptions
 from fewstep.artefacts import write_atomically
 from fewstep.denoisers import innermost
 from fewstep.distill.consistency import LCM, lcm_lora
-from fewstep.distill.method import RESERVED, STUDENT, Method, Training, read_as
+from fewstep.distill.distribution import DMD2
+from fewstep.distill.flow_map import FreeFlow
+from fewstep.distill.method import RESERVED, STUDENT, Method, Training
+from fewstep.distill.networks import read_as
 from fewstep.distill.report import Comparison, compare_student
 from fewstep.distill.student import FORMAT, Student
 from fewstep.distill.student_network import WRAPPERS, AdaptedNetwork, GuidanceEmbedded, student_network, told_adapter
+from fewstep.distill.trajectory import TDM
 from fewstep.errors import UnknownNameError
 from fewstep.guidance import Distilled
 from fewstep.identity import identity
@@ -38,9 +42,15 @@ from fewstep.train.stages import Stage
 from fewstep.train.trainer import fit
 from fewstep.version import __version__
 
-__all__ = ["ADAPTED", "METHODS", "Comparison", "distill", "make_method", "teacher_samples"]
+__all__ = ["ADAPTED", "METHODS", "Comparison", "distill", "make_method", "own_steps", "teacher_samples"]
 
-METHODS: dict[str, Callable[..., Method]] = {"lcm": LCM, "lcm-lora": lcm_lora}
+METHODS: dict[str, Callable[..., Method]] = {
+    "lcm": LCM,
+    "lcm-lora": lcm_lora,
+    "dmd2": DMD2,
+    "tdm": TDM,
+    "freeflow": FreeFlow,
+}
 """Name -> what makes the method from its options."""
 ADAPTED = ("lcm-lora",)
 """Methods that train an adapter, if nothing is said."""
@@ -67,6 +77,13 @@ def make_method(name: str, **options: Any) -> Method:
     if unknown := [option for option in options if option not in known]:
         raise TypeError(f"{name} has no option {unknown[0]!r}; it has {', '.join(known)}.")
     return METHODS[name](**options)
+
+
+def own_steps(name: str, calls: Sequence[int]) -> dict[str, Any]:
+    """The numbers of calls as an option, for methods whose training depends on them."""
+    if name not in METHODS or "steps" not in inspect.signature(METHODS[name]).parameters:
+        return {}
+    return {"steps": calls[0] if len(calls) == 1 else tuple(calls)}
 
 
 def distill(
@@ -121,9 +138,9 @@ def distill(
         NetworkError: if training diverges; see `fewstep.train.fit`.
         MissingExtraError: for an adapter without PEFT.
     """
-    chosen = make_method(method) if isinstance(method, str) else method
-    name = method if isinstance(method, str) else _name_of(method)
     calls = sorted({steps} if isinstance(steps, int) else set(steps))
+    chosen = make_method(method, **own_steps(method, calls)) if isinstance(method, str) else method
+    name = method if isinstance(method, str) else _name_of(method)
     plans = {nfe: chosen.plan(teacher, nfe) for nfe in calls}
     adapter = LoraOptions() if adapter is None and name in ADAPTED else adapter
     source = _checked_data(chosen, name, data, conditions, teacher)

@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.denoisers import innermost
+from fewstep.distill.method import RESERVED
 from fewstep.schedules import EDM, NoiseSchedule
 
 __all__ = ["call_times", "column", "conditions", "draw_fractions", "noised", "randn", "start_noise", "time_of"]
 
 Floats = NDArray[np.float64]
-RESERVED = ("x", "noise")
-"""What a batch may hold beside conditions: clean data, and starting noise of unit variance."""
 RHO = 7.0
 
 

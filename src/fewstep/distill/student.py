@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from fewstep.adapt.lora import FILE, load_adapter, save_adapter
 from fewstep.artefacts import json_value, write_atomically
 from fewstep.denoisers import innermost
-from fewstep.distill.method import read_as
+from fewstep.distill.networks import read_as
 from fewstep.distill.student_network import WRAPPERS, AdaptedNetwork, GuidanceEmbedded, core, part_of
 from fewstep.errors import ArtefactError, PlanError
 from fewstep.guidance import Distilled

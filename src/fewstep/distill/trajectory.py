@@ -29,7 +29,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,8 +75,6 @@ class TDM:
         [1.0, 0.75, 0.5, 0.25, 0.0]
     """
 
-    needs_data: ClassVar[bool] = False
-
     steps: int | tuple[int, ...] = 4
     update_ratio: int = 1
     separate: bool = True
@@ -108,6 +106,11 @@ class TDM:
     def told(self, steps: int) -> dict[str, float]:
         """What the networks are told of the number of calls."""
         return {"told": 1.0 / steps} if len(self.numbers) > 1 else {}
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether batches must hold clean data."""
+        return False
 
     def training(self, teacher: Callable[..., Tensor], student: nn.Module) -> Training:
         """The student and the fake network, each with its stage.
