@@ -69,6 +69,8 @@ def run(options: CompareOptions) -> int:
         or options.resamples < 20
     ):
         raise ValueError("--count and --others must be at least 2, --batch at least 1 and --resamples at least 20.")
+    if not options.tol > 0.0:
+        raise ValueError(f"--tol must be positive, got {options.tol:g}.")
     check_prompted(options)
     names = ["auto"] if options.solvers == "all" else options.solvers.split(",")
     for solver, grid in product(names, options.grids.split(",")):

@@ -60,6 +60,9 @@ def _classifier(options: TrainOptions) -> int:
     allowed = TrainOptions(what=options.what, out=options.out, seed=options.seed, quiet=options.quiet)
     if options != allowed:
         raise ValueError(f"{CLASSIFIER} takes --out, --seed and --quiet only.")
+    folder = Path(options.out).absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder} to write {Path(options.out).name} into.")
     train_classifier(options.out, seed=max(0, options.seed), progress=not options.quiet)
     if not options.quiet:
         print(f"written to {options.out}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -187,7 +188,7 @@ def _write_family(family: Any, model: Any, options: TuneOptions, folder: Path) -
             for nfe, told in tuned.report["plans"].items()
         ]
     page.links("A page for every scale", [(f"guidance {scale:g}", f"guidance-{scale:g}/index.html") for scale in family.tuned])
-    page.text(_how_to_use(options.out, next(iter(family.plans))[0], "SCALE", several=True), note=True)
+    page.text(_how_to_use(options, model, next(iter(family.plans))[0], "SCALE", several=True), note=True)
     page.heading("Error by guidance scale and number of calls")
     page.table(["guidance", "calls", "best untuned", "its error", "tuned by", "its error", "ratio"], rows, text=(2, 4))
     page.heading("Between the scales")
@@ -232,7 +233,7 @@ def _page(tuned: Any, model: Any, denoiser: Any, scale: float, options: TuneOpti
     )
     for warning in tuned.warnings:
         page.text(warning[0].upper() + warning[1:])
-    page.text(_how_to_use(options.out, next(iter(tuned.plans)), f"{scale:g}", several=False), note=True)
+    page.text(_how_to_use(options, model, next(iter(tuned.plans)), f"{scale:g}", several=False), note=True)
     page.heading("Error by number of calls")
     rows = [
         [nfe, told["untuned"], f"{told['untuned_rms']:.3g}", told["best"], f"{told['rms']:.3g}", f"{told['ratio']:.2f}"]
@@ -252,15 +253,21 @@ def _page(tuned: Any, model: Any, denoiser: Any, scale: float, options: TuneOpti
     return page
 
 
-def _how_to_use(out: str, nfe: int, scale: str, *, several: bool) -> str:
+def _how_to_use(options: TuneOptions, model: Any, nfe: int, scale: str, *, several: bool) -> str:
     """A line for the page."""
-    guidance = "" if scale == "1" else f" --guidance {scale}"
+    out = options.out
+    settings = "" if scale == "1" else f" --guidance {scale}"
+    if getattr(model, "takes_prompts", False):
+        settings += " --prompt PROMPT" + (f" --negative {shlex.quote(options.negative)}" if options.negative else "")
+    elif "label" in model.info.conditions:
+        settings += f" --label {shlex.quote(options.label)}"
     take = (
         f"fewstep.tuners.Family.load({out!r}).plan({nfe}, {scale})"
         if several
         else f"fewstep.Plan.load({f'{out}/plan-{nfe}.safetensors'!r})"
     )
-    return f"To use a plan: fewstep sample MODEL --plan {out} --nfe {nfe}{guidance}; in Python, fewstep.sample(denoiser, noise, {take})."
+    command = f"fewstep sample {shlex.quote(options.model)} --plan {shlex.quote(out)} --nfe {nfe}{settings}"
+    return f"To use a plan: {command}; in Python, fewstep.sample(denoiser, noise, {take})."
 
 
 def _add_pictures(page: Any, tuned: Any, model: Any, denoiser: Any, options: TuneOptions) -> None:

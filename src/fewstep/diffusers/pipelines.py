@@ -287,6 +287,9 @@ def _without_half_precision(vae: Any) -> Iterator[torch.dtype]:
     """The decoder in at least single precision, because some overflow in half; as it was afterwards."""
     own = vae.dtype
     dtype = torch.promote_types(own, torch.float32)
+    if dtype == own:
+        yield own
+        return
     vae.to(dtype)
     try:
         yield dtype

@@ -32,8 +32,6 @@ from fewstep.tuners.timesteps import timesteps
 
 __all__ = ["METHODS", "Tuned", "tune"]
 
-FIRST_SHARE = 0.7
-"""Of a budget, for the method that is tried first."""
 ENOUGH = 0.8
 """Other methods are tried if the first leaves more than this of the untuned plan's error."""
 FAR = 0.6
@@ -132,8 +130,7 @@ def tune(
     spending = kept.spending() if kept else None
     if spending is None:
         budget = evaluations if minutes is None else round(60.0 * minutes / seconds)
-        first = None if budget is None else round((FIRST_SHARE if method == "auto" else 1.0) * budget)
-        spending = Spending(effort or suitable(seconds, calls, draw.given.shape[1:], first, method), budget)
+        spending = Spending(effort or suitable(seconds, calls, draw.given.shape[1:], budget, method), budget)
     if kept:
         kept.save_spending(spending)
     counted.evaluations = spending.evaluations

@@ -133,6 +133,8 @@ class Checkpoint:
         if not path.exists():
             return None
         document = _read(path)
+        if document.get("key") != self.key and {file.name for file in self.folder.iterdir()} == {SPENDING}:
+            return None  # of another run that was stopped before it had anything to keep
         self._check(document, path)
         told = document["spending"]
         robust = tuple(told["effort"].pop("robust"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,8 @@ from fewstep.tuners.task import FINALISTS, GRIDS, SCREENED, UNTUNED
 
 __all__ = ["PRICES", "Effort", "estimate", "suitable", "validation_cost"]
 
+FIRST_SHARE = 0.7
+"""Of a budget, for the method that ``"auto"`` tries first."""
 SLOW = 1e-4
 """Seconds of an evaluation (one sample, one call) from which a network counts as slow, and less is spent on it by default."""
 
@@ -82,17 +85,23 @@ FAST_EFFORT = Effort(
 
 
 def suitable(seconds: float, nfe: Sequence[int], shape: Sequence[int], budget: int | None, method: str = "auto") -> Effort:
-    """How much to spend on a network of this speed, within a budget of evaluations if one is given."""
+    """How much to spend on a network of this speed, within a budget of evaluations if one is given, of which ``"auto"`` leaves a share
+    to later methods.
+
+    Raises:
+        ValueError: for a budget that does not suffice; the message says what does.
+    """
+    share = FIRST_SHARE if method == "auto" else 1.0
     if budget is None:
         return FAST_EFFORT if seconds < SLOW else SLOW_EFFORT
     for factor in SPENDING:
         effort = SLOW_EFFORT.scaled(factor)
-        if estimate(effort, nfe, shape, method)[0] <= budget:
+        if estimate(effort, nfe, shape, method)[0] <= share * budget:
             return effort
-    least = estimate(SLOW_EFFORT.scaled(SPENDING[-1]), nfe, shape, method)[0]
+    least = math.ceil(estimate(SLOW_EFFORT.scaled(SPENDING[-1]), nfe, shape, method)[0] / share)
     raise ValueError(
         f"{budget} evaluations, {budget * seconds / 60.0:.2g} minutes here, do not suffice: the least takes about {least}, "
-        f"{least * seconds / 60.0:.2g} minutes. Ask for fewer numbers of calls."
+        f"{least * seconds / 60.0:.2g} minutes. Ask for that{', or for fewer numbers of calls' if len(nfe) > 1 else ''}."
     )
 
 
