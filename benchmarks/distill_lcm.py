@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import fewstep as fs
 from fewstep.adapt import LoraOptions
-from fewstep.distill import LCM, distill, lcm_lora
+from fewstep.distill import LCM, distill
 from fewstep.evaluate import Frechet, SlicedWasserstein, digit_features
 from fewstep.train.recipes import digits
 from fewstep.tuners.task import GRIDS, UNTUNED
@@ -37,8 +37,12 @@ PARTS: dict[str, dict[str, Any]] = {
     "lcm": {"method": LCM(), "learning_rate": 1e-3},
     "lcm, l2": {"method": LCM(loss="l2"), "learning_rate": 1e-3},
     "lcm, online target": {"method": LCM(target_decay=None), "learning_rate": 1e-3},
-    "lcm-lora, rank 64": {"method": lcm_lora(), "adapter": LoraOptions(rank=64), "learning_rate": 3e-3},
-    "lcm-lora, rank 16": {"method": lcm_lora(), "adapter": LoraOptions(rank=16), "learning_rate": 3e-3},
+    "lcm-lora, rank 64": {"method": LCM(), "adapter": LoraOptions(rank=64), "learning_rate": 1e-3},
+    "lcm-lora, rank 64, online target": {
+        "method": LCM(target_decay=None),
+        "adapter": LoraOptions(rank=64),
+        "learning_rate": 3e-3,
+    },
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fewstep as fs
-from fewstep.distill import LCM, STUDENT, distill, lcm_lora, make_method, read_as
+from fewstep.distill import LCM, STUDENT, distill, make_method, read_as
 from fewstep.distill.consistency import INDEX, NOISE, SCALE, solver_times
 from fewstep.distill.student_network import GuidanceEmbedded, guidance_embedding
 from fewstep.errors import NetworkError, PlanError, UnknownNameError
@@ -153,7 +153,7 @@ def test_the_closed_form_of_a_point_has_no_loss(schedule, loss):
     network = Closed(exact)
     for decay in (None, 0.95):
         objective = objective_of(LCM(loss=loss, target_decay=decay), exact, network)
-        value, info = objective({STUDENT: network}, objective.draw(batch, generator()), generator())
+        value, info = objective({STUDENT: network}, objective.draw_whole(batch, generator()), generator())
         assert value.abs() <= 1e-20 if loss == "l2" else value.abs() <= 1e-12
         assert info["difference"] <= 1e-9
 
@@ -205,7 +205,7 @@ def test_the_target_is_a_running_average():
     objective.updated({STUDENT: student}, 1)
     for name, value in objective.modules["target"].state_dict().items():
         torch.testing.assert_close(value, 0.9 * before[name] + 0.1 * student.state_dict()[name])
-    assert objective_of(lcm_lora(), teacher, student).modules == {}
+    assert objective_of(LCM(target_decay=None), teacher, student).modules == {}
 
 
 # ---- guidance ------------------------------------------------------------------------------------------------------------------

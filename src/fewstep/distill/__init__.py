@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fewstep.distill.consistency import LCM, lcm_lora
+from fewstep.distill.consistency import LCM
 from fewstep.distill.distribution import DMD2, Adversary
 from fewstep.distill.flow_map import FiniteDifference, ForwardMode, FreeFlow
 from fewstep.distill.high_frequency import HighFrequencyLoss, HiPA, teacher_pairs
@@ -31,7 +31,6 @@ __all__ = [
     "Told",
     "Training",
     "distill",
-    "lcm_lora",
     "make_method",
     "read_as",
     "teacher_pairs",

@@ -30,7 +30,6 @@ Sources: "Latent Consistency Models" (arXiv 2310.04378); "LCM-LoRA: A Universal 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +50,7 @@ from fewstep.schedules import EDM, FromAlphasCumprod, FromBetas, NoiseSchedule
 from fewstep.solvers import make_solver
 from fewstep.train.stages import Stage
 
-__all__ = ["LCM", "SolverTimes", "lcm_lora", "solver_times"]
+__all__ = ["LCM", "SolverTimes", "solver_times"]
 
 Floats = NDArray[np.float64]
 SIGMA_DATA = 0.5
@@ -122,7 +121,7 @@ class LCM:
         guidance: lowest and highest guidance scale that samples are taught under; left out, the teacher's own. The paper's range of w,
             2 to 14, is (3, 15).
         embedded: the student is told the scale.
-        target_decay: of the running average that is the target; None: the student itself, as for LCM-LoRA.
+        target_decay: of the running average that is the target; None: the student itself.
 
     Raises:
         UnknownNameError: for another loss.
@@ -130,7 +129,8 @@ class LCM:
 
     Note:
         Settings of the paper: w from 2 to 14, a decay of 0.999943, Huber. Of the script that most students were made with: w from 5 to 15,
-        0.95, l2 by default and Huber with c = 0.001 in its guide. The defaults here are Huber, 0.001, and 0.95.
+        0.95, l2 by default and Huber with c = 0.001 in its guide; for adapters, the student itself as target. The defaults here are Huber,
+        0.001, and 0.95, for adapters too: with itself as target, the one that was measured drifted away.
 
         With more calls samples can become worse: each adds its error to what is noised again. See the method's page.
 
@@ -218,7 +218,7 @@ class Consistency:
         """The target, which checkpoints keep."""
         return {} if self.target is None else {"target": self.target}
 
-    def draw(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    def draw_whole(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Noise, the solver time and the guidance scale of every sample."""
         x = batch["x"]
         drawn = {NOISE: torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device)}
@@ -229,7 +229,7 @@ class Consistency:
         return {**batch, **{name: value.to(x.device) for name, value in drawn.items()}}
 
     def __call__(self, model: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch that `draw` gave, and ``{"difference"}``: the root mean square of what it is the loss of."""
+        """The loss of a batch that `draw_whole` gave, and ``{"difference"}``: the root mean square of what it is the loss of."""
         x_0, index, student = batch["x"], batch[INDEX].cpu().numpy(), model[STUDENT]
         cond = {name: value for name, value in batch.items() if name not in (*RESERVED, NOISE, INDEX, SCALE)}
         told = {"guidance": batch[SCALE]} if self.method.embedded else {}
@@ -282,7 +282,3 @@ class Consistency:
 
 def _column(values: Floats, like: Tensor) -> Tensor:
     return torch.as_tensor(values).to(like.dtype).to(like.device).reshape(-1, *[1] * (like.ndim - 1))
-
-
-lcm_lora = functools.partial(LCM, target_decay=None)
-"""LCM as its adapters are trained: the target is the student itself, and no scale is told."""

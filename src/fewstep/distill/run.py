@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fewstep.adapt.lora import LoraOptions
 from fewstep.artefacts import write_atomically
 from fewstep.denoisers import innermost
-from fewstep.distill.consistency import LCM, lcm_lora
+from fewstep.distill.consistency import LCM
 from fewstep.distill.distribution import DMD2
 from fewstep.distill.flow_map import FreeFlow
 from fewstep.distill.method import RESERVED, STUDENT, Method, Training
@@ -46,7 +46,7 @@ __all__ = ["ADAPTED", "METHODS", "Comparison", "distill", "make_method", "own_st
 
 METHODS: dict[str, Callable[..., Method]] = {
     "lcm": LCM,
-    "lcm-lora": lcm_lora,
+    "lcm-lora": LCM,
     "dmd2": DMD2,
     "tdm": TDM,
     "freeflow": FreeFlow,
