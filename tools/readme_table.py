@@ -117,6 +117,8 @@ def _tables(results: Mapping[str, Mapping[str, Any]], solvers: str | None) -> st
 
 
 def _wanted(row: Mapping[str, Any], solvers: str | None, shown: list[int] | None) -> bool:
+    if not {"model", "solver", "nfe"} <= row.keys():
+        return False  # of another kind of benchmark
     chosen = solvers is None or row["solver"].replace(" ", "_") in solvers.split(",")
     return chosen and (shown is None or row["nfe"] in shown)
 

@@ -165,7 +165,7 @@ def test_the_closed_form_of_a_gaussian_has_the_loss_of_the_local_error(schedule)
     network, losses = Closed(exact), []
     for count in (50, 100):
         objective = objective_of(LCM(loss="l2", solver_steps=count), exact, network)
-        batch = objective.draw({"x": exact.draw(400, seed=0)}, generator())
+        batch = objective.draw_whole({"x": exact.draw(400, seed=0)}, generator())
         batch[INDEX] = batch[INDEX] // (count // 50) * (count // 50)  # at about the same times
         losses.append(float(objective({STUDENT: network}, batch, generator())[0]))
     assert losses[0] < 1e-5
@@ -185,7 +185,7 @@ def test_no_gradient_through_the_target_nor_to_the_teacher():
     student = copy.deepcopy(inner)
     for decay in (None, 0.9):
         objective = objective_of(LCM(target_decay=decay), teacher, student)
-        batch = objective.draw({"x": torch.randn(8, 2, generator=generator())}, generator())
+        batch = objective.draw_whole({"x": torch.randn(8, 2, generator=generator())}, generator())
         loss, _ = objective({STUDENT: student}, batch, generator())
         loss.backward()
         assert all(p.grad is None for p in inner.parameters())
@@ -224,7 +224,7 @@ def test_every_sample_is_taught_under_its_scale():
             one = objective_of(LCM(), teacher.with_scale(s), network)
             alone = one.skipped(x[i : i + 1], index[i : i + 1], {"label": label[i : i + 1]})
             assert (found[i : i + 1] - alone).abs().max() <= 1e-5
-    drawn = objective.draw({"x": x.repeat(200, 1, 1, 1)}, generator())
+    drawn = objective.draw_whole({"x": x.repeat(200, 1, 1, 1)}, generator())
     assert 1.0 <= drawn[SCALE].min() < 1.2 < 4.8 < drawn[SCALE].max() <= 5.0
     assert drawn[NOISE].shape == (600, 1, 8, 8)
     with pytest.raises(TypeError, match="needs a teacher with guidance"):

@@ -138,7 +138,7 @@ def test_terms_are_those_of_i_dode():
     objective = HighOrderLoss(DenoisingLoss(schedule, "velocity", "noise", "lambda"), second=0.1, probes=1)
     loss, info = objective(network, {"x": x_0}, torch.Generator().manual_seed(2))
     generator = torch.Generator().manual_seed(2)
-    given = objective.draw({"x": x_0}, generator)
+    given = objective.draw_whole({"x": x_0}, generator)
     e = given.pop("drawn signs")[:, 0]
     assert set(e.unique().tolist()) == {-1, 1}
     drawn = objective.first.prepare(given, generator)

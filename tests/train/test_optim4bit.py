@@ -19,6 +19,7 @@ from torch import nn
 from fewstep.errors import ArtefactError, UnknownNameError
 from fewstep.models import SmallUNet
 from fewstep.train import RECIPES, fit
+from fewstep.train.checkpoints import pack as packed
 from fewstep.train.optim4bit import SECOND_MOMENTS, AdamW4bit, Quantized, SGD4bit, optimizer_state_bytes
 from fewstep.train.quantization import LINEAR, SIGNED_DYNAMIC, BlockScale, Codebook, Quantizer, Rank1Scale, pack, unpack
 from fewstep.train.trainer import CHECKPOINT, read_checkpoint
@@ -442,7 +443,7 @@ def test_fit_goes_on_bit_for_bit(tmp_path):
         fit(
             objective, model, data, steps=12, batch_size=8, warmup=2, optimizer=optimizer, ema=(), folder=folder, checkpoint_every=5
         )
-        return read_checkpoint(folder / CHECKPOINT)[1]
+        return packed(read_checkpoint(folder / CHECKPOINT)[1])[1]
 
     whole = run(tmp_path / "whole")
     with pytest.raises(Stop):
@@ -463,6 +464,7 @@ def test_shards_of_two_processes_train_and_resume(tmp_path):
     assert done.stdout.split("\n")[:3] == [f"{kind}: trained and resumed" for kind in ("auto", "rank1", "factored")]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of PyTorch's own compiler
 @pytest.mark.slow
 def test_compiled_steps_are_eager_ones_but_for_rounding():
     shapes = [(64, 64, 3, 3), (96, 288), (4,), (67, 131)]

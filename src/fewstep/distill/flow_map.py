@@ -270,7 +270,7 @@ class StudentLoss:
             loss = loss + len(average) / count * along(average, self.method.strength * size / (found + 1e-8) * error)
             info["correction"] = error.square().mean()
         told = info.get("prediction", info.get("correction", loss.detach()))
-        return loss + (told - loss.detach()), info  # the gradient of one, and the value of the other, which shows a divergence
+        return told + (loss - loss.detach()), info  # the gradient of one, and the value of the other, which shows a divergence
 
     def predicted(self, flow: FlowMap, z: Tensor, cond: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """F, and its error."""

@@ -280,6 +280,7 @@ class _Turn:
         self.loss, self.gradient_norm, self.info = math.nan, math.nan, {}
         self.record: dict[str, float] = {}  # of an update before the last checkpoint
         self.label = ""
+        self.drawn: tuple[int, Mapping[str, Tensor]] | None = None  # what an objective drew for a whole batch, and at which step
 
     def averages(self, name: str) -> bool:
         return self.stage.averaged and name in self.names
@@ -431,8 +432,10 @@ class _Run:
         if draw is None:
             batch = self.batches.piece(step, first, last)
         else:
-            drawn = draw(self.batches.piece(step, 0, size), make_generator(seed, purpose_of("objective", turn.number, 0), step))
-            batch = {name: v[first:last] if v.ndim and len(v) == size else v for name, v in drawn.items()}
+            if turn.drawn is None or turn.drawn[0] != step:  # for all pieces of a step once
+                generator = make_generator(seed, purpose_of("objective", turn.number, 0), step)
+                turn.drawn = (step, draw(self.batches.piece(step, 0, size), generator))
+            batch = {name: v[first:last] if v.ndim and len(v) == size else v for name, v in turn.drawn[1].items()}
         return {name: value.to(self.processes.device) for name, value in batch.items()}
 
     def _view(self, names: tuple[str, ...]) -> Any:
