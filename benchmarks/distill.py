@@ -65,7 +65,7 @@ class Part:
     nfe: tuple[int, ...] = (1,)
     steps: int = 1500
     batch_size: int = 128
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     data: str = "labels"
 
 
@@ -82,20 +82,21 @@ PARTS: dict[str, Part] = {
     "dmd2": Part(DMD2),
     "dmd2, as many steps of both": Part(lambda: DMD2(update_ratio=1), steps=300),
     "dmd2, 2 calls": Part(lambda: DMD2(steps=2), (2,)),
-    "tdm": Part(TDM, (4,), steps=1200, batch_size=96),
-    "tdm, shared intervals": Part(lambda: TDM(separate=False), (4,), steps=1200, batch_size=96),
+    "tdm": Part(lambda: TDM(update_ratio=3), (4,), steps=1200, batch_size=96, learning_rate=3e-4),
+    "tdm, as many steps of both": Part(TDM, (4,), steps=1200, batch_size=96, learning_rate=3e-4),
+    "tdm, shared intervals": Part(lambda: TDM(update_ratio=3, separate=False), (4,), steps=1200, batch_size=96, learning_rate=3e-4),
     "tdm, 1 call": Part(lambda: TDM(steps=1, update_ratio=5)),
     "tdm, 1 2 4 calls": Part(lambda: TDM(steps=(1, 2, 4), update_ratio=3), (1, 2, 4), steps=1800, batch_size=96),
-    "freeflow": Part(FreeFlow, steps=1200, learning_rate=1e-3),
-    "freeflow, prediction only": Part(lambda: FreeFlow(correct=0.0), steps=1200, learning_rate=1e-3),
-    "freeflow, correction only": Part(lambda: FreeFlow(correct=1.0), steps=1200, learning_rate=1e-3),
+    "freeflow": Part(FreeFlow, steps=1200),
+    "freeflow, prediction only": Part(lambda: FreeFlow(correct=0.0), steps=1200),
+    "freeflow, correction only": Part(lambda: FreeFlow(correct=1.0), steps=1200),
     "dmd2, adversary": Part(adversarial(), data="digits"),
     "dmd2, adversary, R1": Part(adversarial(stabilizer=stabilize.R1(0.1)), data="digits"),
     "dmd2, adversary, controller": Part(adversarial(stabilizer=stabilize.DiscriminatorController(1.0)), data="digits"),
     "dmd2, adversary without noise": Part(adversarial(noise=(0.0, 0.0)), data="digits"),
-    "regression on pairs": Part(lambda: HiPA(losses=()), steps=1200, learning_rate=1e-3, data="pairs"),
-    "hipa": Part(lambda: HiPA(losses=(HighFrequencyLoss(),)), steps=1200, learning_rate=1e-3, data="pairs"),
-    "lcm": Part(lcm, (1, 2, 4), steps=1500, learning_rate=1e-3, data="digits"),
+    "regression on pairs": Part(lambda: HiPA(losses=()), steps=1200, data="pairs"),
+    "hipa": Part(lambda: HiPA(losses=(HighFrequencyLoss(),)), steps=1200, data="pairs"),
+    "lcm": Part(lcm, (1, 2, 4), steps=1500, data="digits"),
 }
 
 
@@ -324,11 +325,11 @@ def main() -> int:
             print(f"{name} is left out: {error}")
             continue
         before = report["parts"].get(name, {})
-        cells = before.get("seeds", []) if before.get("method") == method and before.get("steps") == part.steps else []
+        told = {"method": method, "steps": part.steps, "batch_size": part.batch_size, "learning_rate": part.learning_rate}
+        cells = before["seeds"] if before and all(before[name] == value for name, value in told.items()) else []
         for seed in range(len(cells), options.seeds):
             cells = [*cells, student_of(part, judge, seed)]
-            told = {"steps": part.steps, "batch_size": part.batch_size, "learning_rate": part.learning_rate}
-            report["parts"][name] = {"method": method, **told, "seeds": cells}
+            report["parts"][name] = {**told, "seeds": cells}
             write(report, options)
             print(name, cells[-1]["calls"], cells[-1]["cpu_seconds"], flush=True)
     print(json.dumps(report["summary"]["bars"] if "summary" in report else report["floor"], indent=1))
