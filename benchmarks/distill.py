@@ -230,7 +230,7 @@ def student_of(part: Part, judge: Judge, seed: int, folder: Path | None = None) 
     data, began = data_of(part, teacher, seed), time.process_time()
     options = {"steps": part.steps, "batch_size": part.batch_size, "learning_rate": part.learning_rate, "warmup": 50, "ema": EMA}
     result = fs.fit(
-        training.stages, dict(training.modules), data, **options, seed=seed, divergence=None, log_every=part.steps // 20
+        training.stages, dict(training.modules), data, **options, seed=seed, divergence=None, log_every=max(1, part.steps // 20)
     )
     seconds, spent = time.process_time() - began, evaluations[0]
     student.load_state_dict(result.averages[EMA]["student"])
