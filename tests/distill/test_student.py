@@ -343,3 +343,21 @@ def test_a_method_of_ones_own_without_data():
     nameless = fs.Denoiser(Small(), Flow(), "flow")
     with pytest.raises(ValueError, match="does not say the shape"):
         distill(nameless, method=Copied(), steps=2, **LITTLE)
+
+
+@pytest.mark.parametrize(("method", "nfe"), [("dmd2", 1), ("tdm", 4), ("freeflow", 1)])
+def test_students_of_every_method_come_back(method, nfe, tmp_path):
+    """Those without data too, with the branch that FreeFlow's network has."""
+    label = {"label": torch.arange(4)}
+    options = {"iterations": 2, "batch_size": 4, "warmup": 1, "compare": None}
+    student = distill(fs.load("digits"), method=method, steps=nfe, conditions={"label": torch.arange(16) % 10}, **options)
+    student.save(tmp_path / "student")
+    again = Student.load(tmp_path / "student")
+    assert torch.equal(again.sample(range(4), nfe=nfe, cond=label), student.sample(range(4), nfe=nfe, cond=label))
+    with pytest.raises(PlanError, match=str(nfe)):
+        again.sample(range(4), nfe=nfe + 1, cond=label)
+
+
+def test_methods_for_one_number_of_calls_say_so():
+    with pytest.raises(ValueError, match="one number of calls"):
+        distill(fs.load("digits"), method="tdm", steps=(1, 2), conditions={"label": torch.arange(16) % 10}, compare=None)

@@ -83,7 +83,9 @@ def own_steps(name: str, calls: Sequence[int]) -> dict[str, Any]:
     """The numbers of calls as an option, for methods whose training depends on them."""
     if name not in METHODS or "steps" not in inspect.signature(METHODS[name]).parameters:
         return {}
-    return {"steps": calls[0] if len(calls) == 1 else tuple(calls)}
+    if len(calls) > 1:
+        raise ValueError(f"{name} trains a student for one number of calls: make one for each, steps={calls[0]} and so on.")
+    return {"steps": calls[0]}
 
 
 def distill(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.adapt.lora import LoraOptions, add_adapter
+from fewstep.distill.networks import Told
 from fewstep.errors import FewstepError
 
 __all__ = [
@@ -153,7 +154,7 @@ class _Added:
         return (inputs[0] + self.now[0].to(inputs[0].dtype), *inputs[1:]) if self.now else None
 
 
-WRAPPERS: dict[str, Callable[..., nn.Module]] = {"GuidanceEmbedded": GuidanceEmbedded}
+WRAPPERS: dict[str, Callable[..., nn.Module]] = {"GuidanceEmbedded": GuidanceEmbedded, "Told": Told}
 """Name of a class -> what makes one of a network and the options that it tells of itself."""
 
 
