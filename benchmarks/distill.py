@@ -30,6 +30,7 @@ from typing import Any
 import distill_teacher
 import numpy as np
 import torch
+from distill_teacher import labels_of, sampled
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -149,21 +150,6 @@ class Judge:
 def power(x: Tensor) -> float:
     down, right = torch.fft.fftfreq(8)[:, None], torch.fft.rfftfreq(8)[None, :]
     return float(torch.fft.rfft2(x, norm="ortho").abs().square()[..., (down**2 + right**2).sqrt() > 0.25].mean())
-
-
-def labels_of(count: int) -> Tensor:
-    """Every digit equally often."""
-    return torch.arange(count) % 10
-
-
-@torch.no_grad()
-def sampled(denoiser: Any, plan: fs.Plan, count: int, seed: int, block: int = 500) -> Tensor:
-    parts = []
-    for first in range(0, count, block):
-        seeds = range(seed + first, seed + min(first + block, count))
-        cond = {"label": labels_of(count)[first : first + block]}
-        parts.append(fs.sample(denoiser, fs.draw_noise(distill_teacher.SHAPE, seeds, plan), plan, cond=cond, seeds=seeds))
-    return torch.cat(parts)
 
 
 # ---- without a student -------------------------------------------------------------------------------------------------------------

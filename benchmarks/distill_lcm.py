@@ -17,6 +17,7 @@ from typing import Any
 
 import distill_teacher
 import torch
+from distill_teacher import labels_of, sampled
 from torch import Tensor, nn
 
 import fewstep as fs
@@ -44,21 +45,6 @@ PARTS: dict[str, dict[str, Any]] = {
         "learning_rate": 3e-3,
     },
 }
-
-
-def labels_of(count: int) -> Tensor:
-    """Every digit equally often."""
-    return torch.arange(count) % 10
-
-
-@torch.no_grad()
-def sampled(denoiser: Any, plan: fs.Plan, count: int, seed: int, block: int = 500) -> Tensor:
-    parts = []
-    for first in range(0, count, block):
-        seeds = range(seed + first, seed + min(first + block, count))
-        cond = {"label": labels_of(count)[first : first + block]}
-        parts.append(fs.sample(denoiser, fs.draw_noise(distill_teacher.SHAPE, seeds, plan), plan, cond=cond, seeds=seeds))
-    return torch.cat(parts)
 
 
 class Judge:

@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -86,6 +87,22 @@ def load() -> fs.Denoiser:
     with safe_open(FILE, framework="pt") as file:
         network.load_state_dict({name: file.get_tensor(name).float() for name in list(file.keys())})
     return wrapped(network.eval().requires_grad_(False))
+
+
+def labels_of(count: int) -> Tensor:
+    """Every digit equally often."""
+    return torch.arange(count) % 10
+
+
+@torch.no_grad()
+def sampled(denoiser: Any, plan: fs.Plan, count: int, seed: int, block: int = 500) -> Tensor:
+    """Samples of every digit equally often, sample k from the noise of the seed + k."""
+    parts = []
+    for first in range(0, count, block):
+        seeds = range(seed + first, seed + min(first + block, count))
+        cond = {"label": labels_of(count)[first : first + block]}
+        parts.append(fs.sample(denoiser, fs.draw_noise(SHAPE, seeds, plan), plan, cond=cond, seeds=seeds))
+    return torch.cat(parts)
 
 
 def main() -> int:

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from fewstep.distill.method import RESERVED, STUDENT, Training
 from fewstep.distill.networks import read_as
+from fewstep.distill.states import column
 from fewstep.distill.student_network import GuidanceEmbedded, sharing_copy
 from fewstep.errors import PlanError, UnknownNameError
 from fewstep.grids import make_grid
@@ -235,7 +236,7 @@ class Consistency:
         told = {"guidance": batch[SCALE]} if self.method.embedded else {}
         t, before = self.times.time[index], self.times.before[index]
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        x = _column(alpha, x_0) * x_0 + _column(sigma, x_0) * batch[NOISE]
+        x = column(alpha, x_0) * x_0 + column(sigma, x_0) * batch[NOISE]
         online = self._end(student, x, t, 0, index, {**cond, **told})
         with torch.no_grad():
             there = self.skipped(x, index, cond, batch.get(SCALE))
@@ -258,11 +259,11 @@ class Consistency:
         t, before = self.times.time[index], self.times.before[index]
         kept = self.schedule.sigma(before) / self.schedule.sigma(t)
         rest = self.schedule.alpha(before) - self.schedule.alpha(t) * kept
-        return _column(kept, x) * x + _column(rest, x) * self._teach(x, t, cond, scale)
+        return column(kept, x) * x + column(rest, x) * self._teach(x, t, cond, scale)
 
     def _end(self, network: nn.Module, x: Tensor, t: Floats, row: int, index: Any, cond: Mapping[str, Tensor]) -> Tensor:
         """f(x, t)."""
-        skip, out = (_column(values[row, index], x) for values in (self.times.skip, self.times.out))
+        skip, out = (column(values[row, index], x) for values in (self.times.skip, self.times.out))
         return skip * x + out * read_as(self.teacher, network)(x, torch.from_numpy(t), **cond)
 
     def _teach(self, x: Tensor, t: Floats, cond: Mapping[str, Tensor], scale: Tensor | None) -> Tensor:
@@ -278,7 +279,3 @@ class Consistency:
             return difference.square().mean()
         c = self.method.huber_c
         return ((difference.square() + c**2).sqrt() - c).mean()
-
-
-def _column(values: Floats, like: Tensor) -> Tensor:
-    return torch.as_tensor(values).to(like.dtype).to(like.device).reshape(-1, *[1] * (like.ndim - 1))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.denoisers import innermost
-from fewstep.distill.method import RESERVED
+from fewstep.distill.states import conditions
 from fewstep.evaluate.distances import make_distances
 from fewstep.evaluate.features import pixels
 from fewstep.noise import draw_noise
@@ -121,7 +121,7 @@ class _Judge:
         self.metric = make_distances(how.distance)[0]
         device = next((p.device for p in student.network.parameters()), torch.device("cpu"))
         batch = Batches(data, how.count, how.seed).piece(1, 0, how.count)
-        self.cond = {name: value.to(device) for name, value in batch.items() if name not in RESERVED}
+        self.cond = {name: value.to(device) for name, value in conditions(batch).items()}
         self.seeds = list(range(how.seed, how.seed + how.count))
         self.like, self.device = student.probe["x"], device
         schedule = self.teacher.schedule  # type: ignore[attr-defined]

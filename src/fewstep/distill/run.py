@@ -24,9 +24,10 @@ from fewstep.denoisers import innermost
 from fewstep.distill.consistency import LCM
 from fewstep.distill.distribution import DMD2
 from fewstep.distill.flow_map import FreeFlow
-from fewstep.distill.method import RESERVED, STUDENT, Method, Training
+from fewstep.distill.method import STUDENT, Method, Training
 from fewstep.distill.networks import read_as
 from fewstep.distill.report import Comparison, compare_student
+from fewstep.distill.states import conditions as conditions_of
 from fewstep.distill.student import FORMAT, Student
 from fewstep.distill.student_network import WRAPPERS, AdaptedNetwork, GuidanceEmbedded, student_network, told_adapter
 from fewstep.distill.trajectory import TDM
@@ -376,7 +377,7 @@ def _scale(method: Method, teacher: Any, student: nn.Module) -> float | None:
 
 def _shown(source: Any, seed: int) -> dict[str, Tensor]:
     """Conditions of the samples in the pictures."""
-    return {name: value for name, value in Batches(source, SHOWN, seed).piece(1, 0, SHOWN).items() if name not in RESERVED}
+    return conditions_of(Batches(source, SHOWN, seed).piece(1, 0, SHOWN))
 
 
 class _Recorder:
@@ -392,7 +393,7 @@ def _probe(teacher: Any, source: Any, plan: Plan, seed: int) -> dict[str, Tensor
     batch = Batches(source, PROBED, seed).piece(1, 0, PROBED)
     x = draw_noise(batch["x"].shape[1:], range(PROBED), plan)
     recorder = _Recorder()
-    cond = {name: value for name, value in batch.items() if name not in RESERVED}
+    cond = conditions_of(batch)
     read_as(teacher, recorder)(x, float(plan.tau[0]), **cond)  # type: ignore[arg-type]
     return recorder.asked
 
