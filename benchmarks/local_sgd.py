@@ -1,12 +1,12 @@
-r"""What Local SGD saves and costs: ``python benchmarks/local_sgd.py`` writes ``benchmarks/results/local_sgd.json``, in about six minutes.
+r"""What Local SGD saves and costs: ``python benchmarks/local_sgd.py`` writes ``benchmarks/results/local_sgd.json``, in about half an hour.
 
 - *Volumes*: the planner's, for the settings of the paper (arXiv 2310.14423) that were published with a figure.
 - *Equality*: four processes (gloo, one thread each) train a small denoiser of digits. With H = 1 and SGD with momentum, the largest
   difference of a weight to PyTorch's DistributedDataParallel, in double and in single precision.
-- *Loss at a volume*: the same processes with AdamW; every worker has a quarter of the digits. The denoising loss on held-out digits, with
-  fixed noise, of the weights of the last step, for three seeds, by rule. The learning rate is the best of a grid *for data-parallel
-  training*, and that of all others; their own options make about equal volumes. "Never but at the end" and "one worker alone" say what
-  averages are good for.
+- *Loss at a volume*: the same processes with SGD with momentum, and with AdamW; every worker has a quarter of the digits. The denoising
+  loss on held-out digits, with fixed noise, of the weights of the last step, for three seeds, by rule. Data-parallel training has the best
+  learning rate of a grid for itself, the rules the best for the first QSR, both found on a seed of its own; their other options make about
+  equal volumes. "Never but at the end" and "one worker alone" say what averages are good for.
 - *A loss*: seconds that a survivor spends in the average in which a worker is missing, killed or hanging, until training goes on.
 - *Theory*: the exact law of the drift against a simulation in one dimension, and in a valley that narrows, L = (1 + x^2) y^2 / 2 with noise
   on y: how much faster x goes to the flat place than with SGD.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import statistics
@@ -32,7 +33,9 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
+from fewstep.errors import NetworkError
 from fewstep.schedules import VPLinear
 from fewstep.train import (
     QSR,
@@ -42,6 +45,7 @@ from fewstep.train import (
     InversePower,
     LocalOptimizer,
     PostLocal,
+    SimulatedWorkers,
     communication_volume,
     fit,
     local_sgd_drift_factor,
@@ -52,8 +56,11 @@ from fewstep.train.synchronization import Synchronization
 
 RESULTS = Path(__file__).parent / "results" / "local_sgd.json"
 WORKERS, STEPS, WARMUP, BATCH, SEEDS = 4, 800, 40, 32, (0, 1, 2)
-RATES = (1e-3, 2e-3, 4e-3)
-"""Peaks that data-parallel training may choose from."""
+GRID_SEED = 10
+RATES = {"SGD": (0.8, 1.2, 1.6, 2.0, 2.4, 2.8, 3.2, 4.0), "AdamW": (4e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2, 3.2e-2)}
+"""Peaks to choose from, by optimizer. Where a run ends in numbers that are not finite, its peak is out."""
+PLAIN: dict[str, Any] = {"clip": None, "ema": ()}
+FIRST_QSR = "QSR, H_base 4, alpha 1.4 peak"
 WIDTH = 192
 DRAWS = 64
 """Noise levels for every held-out digit."""
@@ -70,6 +77,7 @@ def rules(peak: float) -> dict[str, Synchronization]:
         "every step": ConstantH(1, STEPS),
         "constant H = 8": ConstantH(8, STEPS),
         "constant H = 16": ConstantH(16, STEPS),
+        FIRST_QSR: QSR(1.4 * peak, 4, **options),
         "QSR, H_base 4, alpha 2 peak": QSR(2.0 * peak, 4, **options),
         "QSR, H_base 4, alpha 3 peak": QSR(3.0 * peak, 4, **options),
         "power 1, H_base 4, alpha 6 peak": InversePower(1.0, 6.0 * peak, 4, **options),
@@ -99,17 +107,63 @@ def held_out_loss(model: nn.Module) -> float:
         return float(LOSS(model, {"x": x}, torch.Generator().manual_seed(0))[0])
 
 
+# ---- learning rates, in one process ------------------------------------------------------------------------------------------------
+
+
+def loss_at(kind: str, name: str, peak: float) -> float:
+    """The loss of a run on the seed of the grid; workers are simulated. Infinite where the run ends in numbers that are not finite."""
+    torch.manual_seed(GRID_SEED)
+    model, x, workers = Denoiser(), digits()["x"], SimulatedWorkers(WORKERS)
+    turns = 1 if name == PARALLEL else WORKERS
+
+    def optimizer(parameters: Any, lr: float) -> torch.optim.Optimizer:
+        plain = plain_optimizer(kind, parameters, lr)
+        return plain if name == PARALLEL else LocalOptimizer(plain, rules(peak)[name], workers)
+
+    def batch(size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        mine = x if name == PARALLEL else x[workers.index :: WORKERS]
+        return {"x": mine[torch.randint(len(mine), (size,), generator=generator)]}
+
+    options = {"steps": turns * STEPS, "batch_size": WORKERS * BATCH // turns, "warmup": turns * WARMUP}
+    try:
+        fit(LOSS, model, batch, optimizer=optimizer, seed=GRID_SEED, learning_rate=peak, **options, **PLAIN)
+    except NetworkError:
+        return math.inf
+    loss = held_out_loss(model)
+    return loss if math.isfinite(loss) else math.inf
+
+
+def best_peaks() -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
+    """Optimizer -> method -> peak, and the whole grid."""
+    rows = [
+        {"optimizer": kind, "name": name, "peak": peak, "loss": loss_at(kind, name, peak)}
+        for kind, peaks in RATES.items()
+        for name in (PARALLEL, FIRST_QSR)
+        for peak in tqdm(peaks, desc=f"{kind}, {name}", leave=False)
+    ]
+    best: dict[str, dict[str, float]] = {kind: {} for kind in RATES}
+    for row in sorted(rows, key=lambda row: -row["loss"]):
+        best[row["optimizer"]][row["name"]] = row["peak"]
+    return best, [{**row, "loss": row["loss"] if math.isfinite(row["loss"]) else None} for row in rows]
+
+
 # ---- the processes -----------------------------------------------------------------------------------------------------------------
 
 
-def train(rank: int, name: str, peak: float, seed: int) -> dict[str, Any]:
+def plain_optimizer(kind: str, parameters: Any, lr: float) -> torch.optim.Optimizer:
+    if kind == "SGD":
+        return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+def train(rank: int, kind: str, name: str, peak: float, seed: int) -> dict[str, Any]:
     """One run of this worker, with its quarter of the data; data-parallel training draws the same batches."""
     torch.manual_seed(seed)
     model = Denoiser()
     inside: list[LocalOptimizer] = []
 
     def optimizer(parameters: Any, lr: float) -> torch.optim.Optimizer:
-        plain = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+        plain = plain_optimizer(kind, parameters, lr)
         if name in (PARALLEL, ALONE):
             return plain
         inside.append(LocalOptimizer(plain, rules(peak)[name]))
@@ -119,12 +173,13 @@ def train(rank: int, name: str, peak: float, seed: int) -> dict[str, Any]:
     x = digits()["x"][rank::WORKERS]
     dist.barrier()
     start, moved = time.perf_counter(), loopback()
-    options = {"steps": STEPS, "batch_size": BATCH, "learning_rate": peak, "warmup": WARMUP, "clip": None, "ema": ()}
-    fit(LOSS, wrapped, {"x": x}, optimizer=optimizer, seed=100 * seed + rank, **options)
+    options = {"steps": STEPS, "batch_size": BATCH, "warmup": WARMUP}
+    fit(LOSS, wrapped, {"x": x}, optimizer=optimizer, seed=100 * seed + rank, learning_rate=peak, **options, **PLAIN)
     dist.barrier()
     elements = sum(p.numel() for p in model.parameters())
     payload = {PARALLEL: 4 * elements * STEPS, ALONE: 0}
     return {
+        "optimizer": kind,
         "name": name,
         "seed": seed,
         "peak": peak,
@@ -164,12 +219,11 @@ def difference(rank: int, dtype: torch.dtype) -> float:
     return max(float((p - q).detach().abs().max()) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
 
 
-def work(rank: int, folder: str, jobs: Sequence[tuple[str, float, int]]) -> None:
+def work(rank: int, folder: str, jobs: Sequence[tuple[str, str, float, int]]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORKERS)
     results: dict[str, Any] = {"double": difference(rank, torch.float64), "single": difference(rank, torch.float32)}
-    grid = [train(rank, PARALLEL, peak, SEEDS[0]) for peak in RATES] if not jobs else []
-    results["runs"] = grid + [train(rank, *job) for job in jobs]
+    results["runs"] = [train(rank, *job) for job in jobs]
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
@@ -273,7 +327,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         moved = [run["loopback_bytes"] / max(1, parallel[run["seed"]]["loopback_bytes"]) for run in mine]
         row["percent_of_loopback"] = 100.0 * statistics.median(moved)
         row["excess_percent"] = 100.0 * statistics.mean(excess)
-        row["within_seed_noise"] = abs(row["loss"] - statistics.mean(r["loss"] for r in parallel.values())) <= noise
+        row["within_seed_noise"] = row["loss"] - statistics.mean(r["loss"] for r in parallel.values()) <= noise
         rows.append(row)
     return rows
 
@@ -288,27 +342,33 @@ def theory() -> dict[str, Any]:
 
 
 def training() -> dict[str, Any]:
-    first = processes(work, [])
+    best, grid = best_peaks()
+    print(best, flush=True)
+    jobs = []
+    for kind, peaks in best.items():
+        names = {PARALLEL: peaks[PARALLEL], **dict.fromkeys([*rules(1.0), ALONE], peaks[FIRST_QSR])}
+        jobs += [(kind, name, peak, seed) for seed in SEEDS for name, peak in names.items()]
+    ranks = processes(work, jobs)
+    for runs in zip(*[rank["runs"] for rank in ranks], strict=True):
+        assert runs[0]["name"] == ALONE or len({run["weights"] for run in runs}) == 1, "the workers end with different models"
     report: dict[str, Any] = {
         "workers": WORKERS,
         "steps": STEPS,
         "batch_of_a_worker": BATCH,
         "seeds": list(SEEDS),
-        "optimizer": "AdamW",
+        "difference_to_data_parallel": {kind: max(rank[kind] for rank in ranks) for kind in ("double", "single")},
+        "grid": grid,
+        "learning_rates": best,
+        "rows": {kind: summary([run for run in ranks[0]["runs"] if run["optimizer"] == kind]) for kind in RATES},
+        "runs": ranks[0]["runs"],
     }
-    report["difference_to_data_parallel"] = {kind: max(rank[kind] for rank in first) for kind in ("double", "single")}
-    report["grid"] = [{"peak": run["peak"], "loss": run["loss"]} for run in first[0]["runs"]]
-    peak = min(report["grid"], key=lambda row: row["loss"])["peak"]
-    print(report["difference_to_data_parallel"], report["grid"], flush=True)
-    jobs = [(name, peak, seed) for seed in SEEDS for name in (PARALLEL, *rules(peak), ALONE)]
-    ranks = processes(work, jobs)
-    for runs in zip(*[rank["runs"] for rank in ranks], strict=True):
-        assert runs[0]["name"] == ALONE or len({run["weights"] for run in runs}) == 1, "the workers end with different models"
-    report |= {"learning_rate": peak, "rows": summary(ranks[0]["runs"]), "runs": ranks[0]["runs"]}
-    for row in report["rows"]:
-        moved = f"{row['percent_of_bytes']:7.3f} % of bytes ({row['percent_of_loopback']:5.1f} % seen)"
-        told = f"{row['excess_percent']:+.2f} %, {'within' if row['within_seed_noise'] else 'beyond'} seed noise"
-        print(f"{row['name']:34} {row['rounds']:4} rounds {moved}  loss {row['loss']:.5f}  {told}")
+    print(report["difference_to_data_parallel"])
+    for kind, rows in report["rows"].items():
+        print(f"{kind}, peaks {best[kind]}")
+        for row in rows:
+            moved = f"{row['percent_of_bytes']:7.3f} % of bytes ({row['percent_of_loopback']:5.1f} % seen)"
+            told = f"{row['excess_percent']:+.2f} %, {'within' if row['within_seed_noise'] else 'beyond'} seed noise"
+            print(f"{row['name']:34} {row['rounds']:4} rounds {moved}  loss {row['loss']:.5f}  {told}")
     return report
 
 
