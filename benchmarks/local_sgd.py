@@ -359,11 +359,11 @@ def training() -> dict[str, Any]:
         "difference_to_data_parallel": {kind: max(rank[kind] for rank in ranks) for kind in ("double", "single")},
         "grid": grid,
         "learning_rates": best,
-        "rows": {kind: summary([run for run in ranks[0]["runs"] if run["optimizer"] == kind]) for kind in RATES},
+        "by_optimizer": {kind: summary([run for run in ranks[0]["runs"] if run["optimizer"] == kind]) for kind in RATES},
         "runs": ranks[0]["runs"],
     }
     print(report["difference_to_data_parallel"])
-    for kind, rows in report["rows"].items():
+    for kind, rows in report["by_optimizer"].items():
         print(f"{kind}, peaks {best[kind]}")
         for row in rows:
             moved = f"{row['percent_of_bytes']:7.3f} % of bytes ({row['percent_of_loopback']:5.1f} % seen)"
