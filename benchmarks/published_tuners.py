@@ -46,7 +46,7 @@ FEW_SAMPLES, FEW_PATHS, FEW_NODES, GUIDED = 96, 48, 60, 3.0
 """With a network."""
 TIMES_PATHS, RECIPE_PATHS, POOL = 384, 64, 4
 SEEDS = 3
-PUBLISHED = {name: UNTUNED[name] for name in ("dpmpp_2m", "dpmpp_3m", "unipc_3", "deis_3", "ipndm_3")}
+PUBLISHED = {name: UNTUNED[name] for name in ("dpmpp_2m", "dpmpp_3m", "unipc", "deis", "ipndm_3")}
 Found = Iterator[tuple[dict[str, Any], fs.Plan, list[fs.Plan]]]
 
 

@@ -17,7 +17,7 @@ from fewstep.tuners.search import _Breeder, search_recipe
 from fewstep.tuners.task import UNTUNED, Counted, errors_of
 
 EFFORT = Effort(trajectories=64, held_out=32, pool=1, reference_calls=64)
-PUBLISHED = {name: solver for name, solver in UNTUNED.items() if name != "auto" and not name.startswith("adams")}
+PUBLISHED = {name: solver for name, solver in UNTUNED.items() if name != "auto" and not name.startswith("flow_adams")}
 
 
 def mixture(schedule, size=2):

@@ -172,8 +172,8 @@ def compensation_candidates(task: Task, nfe: int, effort: Effort) -> Iterator[Ca
 
 
 SOLVERS: dict[str, Solver] = {
-    "unipc_3": UniPC(order=3),
-    "unipc_3 lower final": UniPC(order=3, lower_order_final=True),
+    "unipc": UniPC(order=3),
+    "unipc lower final": UniPC(order=3, lower_order_final=True),
     "unipc_2": UniPC(order=2, shortcut="bh2"),
     "dpmpp_2m": DPMSolverPP(order=2),
 }

@@ -18,7 +18,7 @@ from fewstep.plan import Plan
 from fewstep.sampler import sample
 from fewstep.schedules import NoiseSchedule
 from fewstep.solver import Solver
-from fewstep.solvers import DEIS, IPNDM, Adams, DPMSolverPP, UniPC
+from fewstep.solvers import make_solver
 from fewstep.tuners.paths import Paths, take_rows, trace_paths
 from fewstep.tuners.sliced import sliced_distance
 
@@ -28,14 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["GRIDS", "UNTUNED", "Candidate", "Counted", "Errors", "Task", "errors_of"]
 
 UNTUNED: dict[str, Solver] = {
-    "auto": Adams(order=2, prediction="flow", corrector="every"),
-    "dpmpp_2m": DPMSolverPP(order=2),
-    "dpmpp_3m": DPMSolverPP(order=3),
-    "unipc_3": UniPC(order=3),
-    "deis_3": DEIS(order=3),
-    "ipndm_3": IPNDM(order=3),
-    "adams_flow_2": Adams(order=2, prediction="flow"),
-    "adams_flow_3": Adams(order=3, prediction="flow"),
+    "auto": make_solver("flow_adams"),
+    **{name: make_solver(name) for name in ("dpmpp_2m", "dpmpp_3m", "unipc", "deis", "ipndm_3", "flow_adams_2", "flow_adams_3")},
 }
 """The untuned solvers that a tuned plan has to beat: those that are best in some cell of ``benchmarks/solvers.py`` or ``auto.py``."""
 SCREENED, FINALISTS = 16, 4

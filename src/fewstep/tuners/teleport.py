@@ -48,7 +48,7 @@ LEVELS = 33
 PROBES = 64
 SAMPLES, CALLS = 1024, 10
 """Of the model, for its Gaussian; and network calls of each."""
-SOLVERS = ("auto", "dpmpp_2m", "unipc_3")
+SOLVERS = ("auto", "dpmpp_2m", "unipc")
 
 
 @dataclass(frozen=True)
