@@ -25,6 +25,14 @@ def as_network(exact, predicts):
 
 
 @pytest.mark.parametrize("predicts", PREDICTIONS)
+def test_one_time_a_sample_gives_the_same_bits_as_one_time_for_all(predicts):
+    den = fs.Denoiser(lambda x, t: torch.tanh(x) * t.to(x).reshape(-1, 1, 1), VP, predicts)
+    x = torch.randn(7, 3, 5, generator=torch.Generator().manual_seed(0))
+    for t in (0.05, 0.4, 0.9):
+        assert torch.equal(den(x, torch.full((7,), t, dtype=torch.float64)), den(x, t))
+
+
+@pytest.mark.parametrize("predicts", PREDICTIONS)
 @pytest.mark.parametrize("schedule", [VP, fs.schedules.EDM(), fs.schedules.Flow(shift=2.0)], ids=["vp", "edm", "flow"])
 def test_every_prediction_gives_the_same_data(predicts, schedule):
     exact = fs.exact.Gaussian(schedule, torch.tensor([0.5, -1.0]), torch.tensor([0.3, 2.0]))

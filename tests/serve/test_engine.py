@@ -1,13 +1,18 @@
 """The engine: samples are those of each request alone, whatever it is batched with, and whatever happens to the others."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import fewstep as fs
+from fewstep.errors import NetworkError, PlanError
 from fewstep.plan import Plan, Row, StartTransform
-from fewstep.serve import Engine, Request
+from fewstep.serve import CancelledError, Engine, EngineClosedError, QueueFullError, Request
+from fewstep.serve.batches import Batches
+from fewstep.serve.schedulers import make_scheduler
 
 SCHEDULE = fs.schedules.VPLinear()
 SHAPE = (3, 5)
@@ -104,3 +109,288 @@ def test_network_of_matrices_to_rounding_and_in_double_precision():
         tickets = [engine.submit(request) for request in requests]
         for request, ticket in zip(requests, tickets, strict=True):
             torch.testing.assert_close(ticket.result(WAIT), alone(den, request, dtype=torch.float64), rtol=1e-10, atol=1e-10)
+
+
+def held(act=network):
+    """A denoiser whose calls wait until `gate` is set, and an event that says that one has begun."""
+    gate, begun = threading.Event(), threading.Event()
+
+    def waits(x, time, **cond):
+        begun.set()
+        assert gate.wait(WAIT)
+        return act(x, time, **cond)
+
+    return denoiser(waits), gate, begun
+
+
+def request_of(name="ddim", count=2, first=0, **options):
+    return Request(PLANS[name], range(first, first + count), **options)
+
+
+# ---- conditions --------------------------------------------------------------------------------------------------------------------
+
+
+def test_nested_conditions_of_several_requests_share_a_call_and_others_do_not():
+    rows = []
+
+    def act(x, time, text=None, scale=1.0):
+        rows.append(len(x))
+        return network(x, time, text=text) * scale
+
+    def request(count, first, **cond):
+        pooled = torch.linspace(-1, 1, 5 * count).reshape(count, 5) + first
+        return request_of(count=count, first=first, cond={"text": {"pooled": pooled, "kind": "clip"}, **cond})
+
+    den = denoiser(act)
+    requests = [request(2, 0), request(3, 10), request(1, 20, scale=2.0), request(2, 30, scale=torch.tensor(2.0))]
+    with_gate, gate, _ = held(act)
+    with Engine(with_gate, SHAPE, rows=8) as engine:
+        tickets = [engine.submit(request) for request in requests]
+        gate.set()
+        found = [ticket.result(WAIT) for ticket in tickets]
+    calls = list(rows)
+    for request, x in zip(requests, found, strict=True):
+        assert torch.equal(x, alone(den, request))
+    assert 5 in calls  # the first two together
+    assert max(calls) == 5  # and never with those of another scale, nor these with one another
+
+
+def test_numbers_can_be_guided_and_everything_is_checked_at_once():
+    den = fs.Denoiser(network, SCHEDULE, info=fs.ModelInfo(shape=SHAPE, conditions={"label": {"classes": 10, "null": 10}}))
+    label = torch.tensor([1, 2])
+    with Engine(den, SHAPE, null={"label": 10}, rows=8, waiting=8) as engine:
+        request = request_of(cond={"label": torch.tensor(3)})
+        assert torch.equal(engine.submit(request).result(WAIT), alone(den, request))
+        for wrong, error, message in [
+            (request_of(cond={"label": torch.tensor([1, 11])}), PlanError, "cannot be 11"),
+            (request_of(cond={"lable": label}), PlanError, "no condition 'lable'"),
+            (request_of(guidance=2.0), ValueError, "guidance needs the condition 'label'"),
+            (request_of(cond={"label": torch.tensor(3)}, guidance=2.0), ValueError, "one entry a sample"),
+            (request_of(cond={"label": label}, guidance=float("nan")), ValueError, "guidance must be finite"),
+            (request_of(previews=-1), ValueError, "previews"),
+            (Request(PLANS["ddim"], []), ValueError, "no seeds"),
+            (Request(PLANS["ddim"], [-1]), ValueError, "at least 0"),
+            (request_of(count=17), ValueError, "never fit"),
+            (Request(fs.make_plan("ddim", fs.schedules.Flow(), nfe=2), [0]), PlanError, "was made for"),
+        ]:
+            with pytest.raises(error, match=message):
+                engine.submit(wrong)
+    with Engine(denoiser(), (4, 4)) as engine:
+        with pytest.raises(PlanError, match="made for samples of shape"):
+            engine.submit(request_of("arrays"))
+        with pytest.raises(ValueError, match="make the engine with null="):
+            engine.submit(request_of(guidance=2.0))
+    exact = fs.exact.Gaussian(SCHEDULE, torch.zeros(SHAPE), 1.0)
+    with Engine(denoiser(), SHAPE, null={"label": 10}) as engine:
+        request = request_of(cond={"label": 3}, guidance=2.0)  # as a number for all samples
+        assert torch.equal(engine.submit(request).result(WAIT), alone(denoiser(), request, {"label": 10}))
+    for wrong in ({"rows": 0}, {"waiting": -1}, {"dtype": torch.float16}, {"scheduler": "lifo"}):
+        with pytest.raises(ValueError, match=r"rows|waiting|dtype|unknown scheduler"):
+            Engine(exact, SHAPE, **wrong)
+    with pytest.raises(ValueError, match="shape of a sample"):
+        Engine(exact, ())
+
+
+# ---- faults ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["raises", "nan", "late", "shape"])
+def test_only_the_guilty_request_fails(fault):
+    def act(x, time, label):
+        bad = label == 7
+        if fault == "raises" and bad.any():
+            raise RuntimeError("out of luck")
+        if fault == "shape" and bad.any():
+            return x[:1]
+        d = network(x, time, label)
+        if fault == "nan" or (fault == "late" and time.min() < 0.5):
+            d = torch.where(bad.reshape(-1, 1, 1), torch.nan, d)
+        return d
+
+    gated, gate, _ = held(act)
+    requests = [request_of(name, 3, 10 * k, cond={"label": torch.full((3,), k)}) for k, name in enumerate(sorted(PLANS))]
+    with Engine(gated, SHAPE, rows=32) as engine:
+        tickets = [engine.submit(request) for request in requests]
+        gate.set()
+        for k, (request, ticket) in enumerate(zip(requests, tickets, strict=True)):
+            if k != 7:
+                assert torch.equal(ticket.result(WAIT), alone(denoiser(), request))
+                continue
+            with pytest.raises(NetworkError, match={"raises": "out of luck", "shape": "shape"}.get(fault, "not finite")) as caught:
+                ticket.result(WAIT)
+            assert f"of {request.plan.nfe}, t=" in str(caught.value)
+            if fault == "raises":
+                assert isinstance(caught.value.__cause__, RuntimeError)
+        again = engine.submit(requests[0])
+        assert torch.equal(again.result(WAIT), tickets[0].result())
+    statistics = engine.statistics()
+    assert (statistics.failed, statistics.finished) == (1, len(requests))
+    assert (statistics.retries > 0) == (fault in ("raises", "shape"))
+
+
+def test_states_that_overflow_fail_at_the_end():
+    huge = Plan(SCHEDULE, np.array([1.0, 0.5]), (Row(1.0, (3e38,), (3e38,)),))
+    with Engine(denoiser(), SHAPE) as engine:
+        bad, good = engine.submit(Request(huge, [0])), engine.submit(request_of())
+        with pytest.raises(NetworkError, match="samples are not finite"):
+            bad.result(WAIT)
+        assert good.result(WAIT).isfinite().all()
+
+
+def test_calls_that_are_looked_at_later_give_the_same():
+    """What happens on a device that works by itself: a call is looked at when the next one is on its way."""
+
+    def act(x, time, label):
+        return torch.where((label == 3).reshape(-1, 1, 1), torch.nan, network(x, time, label))
+
+    requests = [request_of(name, 2, 10 * k, cond={"label": torch.full((2,), k)}) for k, name in enumerate(sorted(PLANS))]
+    found = []
+    for ahead in (0, 1, 3):
+        engine = Engine(denoiser(act), SHAPE, rows=6)
+        engine._batches = Batches(engine.denoiser, SHAPE, 6, make_scheduler("ssmw"), ahead=ahead)
+        with engine:
+            tickets = [engine.submit(request) for request in requests]
+            found.append([None if k == 3 else ticket.result(WAIT) for k, ticket in enumerate(tickets)])
+            with pytest.raises(NetworkError, match="call 1 of"):
+                tickets[3].result(WAIT)
+    for others in found[1:]:
+        assert all(a is None or torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+# ---- life ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_full_queue_refuses_and_recovers():
+    den, gate, begun = held()
+    with Engine(den, SHAPE, rows=4, waiting=4) as engine:
+        tickets = [engine.submit(request_of(first=10 * k)) for k in range(4)]
+        assert begun.wait(WAIT)
+        with pytest.raises(QueueFullError, match="8 samples are unfinished, and 8 may be"):
+            engine.submit(request_of())
+        assert tickets[3].cancel()
+        late = engine.submit(request_of(first=50))
+        gate.set()
+        for ticket in (*tickets[:3], late):
+            assert torch.equal(ticket.result(WAIT), alone(denoiser(), ticket.request))
+        assert engine.statistics().rejected == 1
+
+
+def test_cancelled_rows_are_free_at_the_next_call():
+    rows, gates = [], [threading.Event() for _ in range(6)]
+    begun = [threading.Event() for _ in range(6)]
+
+    def act(x, time):
+        call = len(rows)
+        rows.append(len(x))
+        begun[call].set()
+        assert gates[call].wait(WAIT)
+        return network(x, time)
+
+    with Engine(denoiser(act), SHAPE, rows=4) as engine:
+        long = engine.submit(request_of("ddim", 4))
+        assert begun[0].wait(WAIT)
+        assert long.state == "running"
+        waits = engine.submit(request_of("one call", 3))
+        assert waits.state == "waiting"
+        assert long.cancel()
+        assert not long.cancel()
+        with pytest.raises(CancelledError):
+            long.result()
+        for gate in gates:
+            gate.set()
+        assert torch.equal(waits.result(WAIT), alone(denoiser(), waits.request))
+    assert rows == [4, 3]
+    assert engine.statistics().cancelled == 1
+
+
+def test_previews_are_the_data_predictions():
+    request = request_of("unipc", 5, previews=2)
+    with Engine(denoiser(), SHAPE, rows=2) as engine:  # in pieces
+        ticket = engine.submit(request)
+        seen = list(ticket.previews(WAIT))
+    assert [(preview.call, preview.calls) for preview in seen] == [(2, 7), (4, 7), (6, 7)]
+    noise = fs.draw_noise(SHAPE, request.seeds, request.plan)
+    run = fs.sample(denoiser(), noise, request.plan, trajectory=True)
+    for preview in seen:
+        assert torch.equal(preview.samples, run.predictions[preview.call - 1])
+    assert [preview.call for preview in ticket.previews()] == [2, 4, 6]
+    with Engine(denoiser(), SHAPE) as engine:
+        assert list(engine.submit(request_of()).previews(WAIT)) == []
+
+
+def test_results_and_previews_have_a_time_out():
+    den, gate, _ = held()
+    with Engine(den, SHAPE) as engine:
+        ticket = engine.submit(request_of(previews=1))
+        with pytest.raises(TimeoutError, match="not there after"):
+            ticket.result(0.01)
+        with pytest.raises(TimeoutError, match="no preview"):
+            next(ticket.previews(0.01))
+        gate.set()
+        assert ticket.result(WAIT).shape == (2, *SHAPE)
+
+
+def test_callbacks_are_called_once_and_may_fail(caplog):
+    den, gate, _ = held()
+    called = []
+    with Engine(den, SHAPE) as engine:
+        ticket, other = engine.submit(request_of()), engine.submit(request_of(first=9))
+        ticket.add_done_callback(lambda done: 1 / 0)
+        ticket.add_done_callback(called.append)
+        gate.set()
+        ticket.result(WAIT)
+        assert torch.equal(other.result(WAIT), alone(denoiser(), other.request))
+    ticket.add_done_callback(called.append)
+    assert called == [ticket, ticket]
+    assert "a callback of" in caplog.text
+
+
+def test_many_threads_submit():
+    den, found = denoiser(), {}
+
+    def client(k):
+        request = request_of(sorted(PLANS)[k % len(PLANS)], 2, 1000 * k)
+        found[k] = request, engine.submit(request).result(WAIT)
+
+    with Engine(den, SHAPE, rows=8) as engine:
+        threads = [threading.Thread(target=client, args=(k,)) for k in range(18)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT)
+    assert len(found) == 18
+    for request, x in found.values():
+        assert torch.equal(x, alone(den, request))
+
+
+def test_close_drains_or_cancels():
+    engine = Engine(denoiser(), SHAPE, rows=2)
+    tickets = [engine.submit(request_of("long", first=10 * k)) for k in range(4)]
+    assert engine.close(drain=True)
+    assert [ticket.state for ticket in tickets] == ["finished"] * 4
+    with pytest.raises(EngineClosedError, match="closed"):
+        engine.submit(request_of())
+    assert engine.close(drain=True)
+
+    den, gate, begun = held()
+    engine = Engine(den, SHAPE, rows=2)
+    tickets = [engine.submit(request_of(first=10 * k)) for k in range(3)]
+    assert begun.wait(WAIT)
+    assert not engine.close(drain=True, timeout=0.05)  # the call under way cannot be ended
+    assert [ticket.state for ticket in tickets] == ["cancelled"] * 3
+    gate.set()
+    assert engine.close(drain=False, timeout=WAIT)
+
+
+def test_nobody_waits_for_a_thread_that_ended(caplog):
+    class Broken(type(make_scheduler("fifo"))):
+        def arrange(self, works, rows):
+            raise KeyError("no order")
+
+    engine = Engine(denoiser(), SHAPE, scheduler=Broken())
+    with pytest.raises(EngineClosedError, match="no order"):
+        engine.submit(request_of()).result(WAIT)
+    engine._thread.join(WAIT)
+    with pytest.raises(EngineClosedError, match="KeyError"):
+        engine.submit(request_of())
+    assert "ended by an error" in caplog.text

@@ -113,21 +113,23 @@ class Batches:
         """The pieces of the next call; what fits only in part is split."""
         order, choice = self.scheduler.arrange(self.pieces, self.rows)
         compatible = self.pieces[order[0]].job.compatible
-        room, taken = self.rows, {}
+        room, chosen, rest = self.rows, [], {}
         for place in order:
             piece = self.pieces[place]
+            if piece.job.compatible != compatible:
+                continue
             fit = min(piece.samples, room // piece.cost)
-            if fit and piece.job.compatible == compatible:
-                taken[place] = piece if fit == piece.samples else piece.split(fit)
+            if 0 < fit < piece.samples:
+                piece, rest[place] = piece.split(fit)
+                self.pieces[place] = piece
+            if fit:
+                chosen.append(piece)
                 room -= fit * piece.cost
             if not room:
                 break
-        pieces: list[Piece] = []
-        for place, piece in enumerate(self.pieces):
-            now = taken.get(place, piece)
-            pieces += now if isinstance(now, tuple) else [now]
-        self.pieces = pieces
-        return [piece[0] if isinstance(piece, tuple) else piece for piece in taken.values()], choice
+        for place in sorted(rest, reverse=True):
+            self.pieces.insert(place + 1, rest[place])
+        return chosen, choice
 
     def _begun(self, piece: Piece) -> bool:
         """Whether the piece has its noise, or could be given it."""
