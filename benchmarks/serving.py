@@ -3,7 +3,8 @@ r"""What do continuous batching and the queues of `fewstep.serve` buy? ``python 
 The network is simulated, of known cost: a call of r rows takes a fixed time and a time a row. Four parts:
 
 - *utilisation*: requests of 4 to 50 calls, of one to four samples, half of them guided (two rows a sample), all there at the begin.
-  The network sleeps, the engine and its thread are the real ones. Utilisation is the time that the same evaluations take in full calls,
+  The device works by itself, as a GPU does, or, "calls that block", is busy in the thread that calls; either way it takes its time by the
+  clock on the wall, and the engine and its thread are the real ones. Utilisation is the time that the same evaluations take in full calls,
   over the time from the first submission to the last result. Beside it, in the same run on the same requests: *request-level batching*,
   where requests of equal plan and guidance are put together, up to the rows of a call, and run by ``fewstep.sample``; and *static
   batching*, where as many requests as fit start together, whatever their plans, and the next ones start when the last of these is through.
@@ -97,11 +98,37 @@ def evaluations(request: Request) -> int:
 # ---- utilisation -------------------------------------------------------------------------------------------------------------------
 
 
-def sleeping() -> fs.Denoiser:
-    """A network that does nothing for as long as it costs."""
+class Device:
+    """Works by itself, in order, as a GPU does: a call returns at once, and is over when the device has come to it and spent its time."""
+
+    def __init__(self) -> None:
+        self.free = 0.0
+
+    def launch(self, rows: int) -> None:
+        self.free = max(self.free, time.perf_counter()) + seconds(rows)
+
+    def record(self) -> Mark:
+        return Mark(self.free)
+
+
+class Mark:
+    """An event in the device's queue."""
+
+    def __init__(self, over: float):
+        self.over = over
+
+    def synchronize(self) -> None:
+        time.sleep(max(0.0, self.over - time.perf_counter()))
+
+
+def denoiser(device: Device | None) -> fs.Denoiser:
+    """A network that costs what it should: on a device, or, as on the host, until it returns."""
 
     def network(x: Tensor, time_: Tensor, label: Tensor) -> Tensor:
-        time.sleep(seconds(len(x)))
+        if device is None:
+            time.sleep(seconds(len(x)))
+        else:
+            device.launch(len(x))
         return torch.zeros_like(x)
 
     return fs.Denoiser(network, SCHEDULE, "data")
@@ -124,16 +151,19 @@ class Static(Scheduler):
         return Arrangement([place for place, work in enumerate(works) if work.arrival in self.batch])
 
 
-def served(asked: list[Request], scheduler: str | Scheduler) -> float:
+def served(asked: list[Request], scheduler: str | Scheduler, device: Device | None) -> float:
     """Seconds that an engine takes for all requests."""
-    with Engine(sleeping(), SHAPE, null={"label": 10}, rows=ROWS, waiting=10**6, scheduler=scheduler) as engine:
+    engine = Engine(denoiser(device), SHAPE, null={"label": 10}, rows=ROWS, waiting=10**6, scheduler=scheduler)
+    if device is not None:
+        engine._batches = Batches(engine.denoiser, SHAPE, ROWS, engine.scheduler, record=device.record)
+    with engine:
         begun = time.perf_counter()
         for ticket in [engine.submit(request) for request in asked]:
             ticket.result()
         return time.perf_counter() - begun
 
 
-def batched_by_request(asked: list[Request]) -> float:
+def batched_by_request(asked: list[Request], device: Device | None) -> float:
     """Seconds for runs of `fewstep.sample`, each of requests of equal plan and guidance, in order of the first."""
     begun = time.perf_counter()
     left = list(asked)
@@ -145,9 +175,12 @@ def batched_by_request(asked: list[Request]) -> float:
                 batch.append(request)
                 room -= rows
         left = [request for request in left if not any(request is one for one in batch)]
-        den = sleeping() if like.guidance == 1.0 else fs.guidance.ClassifierFree(sleeping(), like.guidance, {"label": 10})
+        den: Any = denoiser(device)
+        den = den if like.guidance == 1.0 else fs.guidance.ClassifierFree(den, like.guidance, {"label": 10})
         noise = fs.draw_noise(SHAPE, [seed for request in batch for seed in request.seeds], like.plan)
         fs.sample(den, noise, like.plan, cond={"label": torch.cat([request.cond["label"] for request in batch])})
+        if device is not None:
+            device.record().synchronize()
     return time.perf_counter() - begun
 
 
@@ -156,9 +189,11 @@ def measure_utilisation(count: int, seed: int) -> dict[str, Any]:
     total = sum(map(evaluations, asked))
     ideal = total / ROWS * seconds(ROWS)
     took = {
-        "continuous": served(asked, "fifo"),
-        "static": served(asked, Static()),
-        "request_level": batched_by_request(asked),
+        "continuous": served(asked, "fifo", Device()),
+        "static": served(asked, Static(), Device()),
+        "request_level": batched_by_request(asked, Device()),
+        "continuous, calls that block": served(asked, "fifo", None),
+        "request_level, calls that block": batched_by_request(asked, None),
     }
     return {
         "requests": count,
@@ -384,28 +419,45 @@ def measure_engine_drift(load: float, periods: int, seed: int, period: float = 1
     }
 
 
+def measure(part: str, options: argparse.Namespace) -> Any:
+    seed = options.seed
+    if part == "utilisation":
+        return measure_utilisation(options.requests, seed)
+    if part == "latency":
+        return [measure_latency(load, 3 * options.requests, seed) for load in (0.8, 2.0)]
+    if part == "drift":
+        return measure_drift(options.slots, [seed, seed + 1], (0.55, 0.7, 0.85))
+    return measure_engine_drift(0.7, 4, seed)
+
+
+PARTS = ("utilisation", "latency", "drift", "engine_drift")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure the serving engine and its queues.")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON goes")
     parser.add_argument("--seed", type=int, default=0, help="of requests, arrivals and services")
-    parser.add_argument("--requests", type=int, default=200, help="of the parts utilisation and latency")
+    parser.add_argument(
+        "--requests", type=int, default=200, help="of the part utilisation; the part latency has three times as many"
+    )
     parser.add_argument("--slots", type=int, default=60_000, help="of the part drift")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="measure these alone, and keep the others of the file"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    seed = options.seed
-    report: dict[str, Any] = {
+    report: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() and options.parts is not PARTS else {}
+    report |= {
         "command": "python benchmarks/serving.py",
         "machine": "one core of a 2-core machine",
-        "seed": seed,
+        "seed": options.seed,
         "network": {"fixed_seconds": FIXED, "seconds_a_row": PER_ROW, "rows": ROWS},
-        "utilisation": measure_utilisation(options.requests, seed),
-        "latency": [measure_latency(load, 3 * options.requests, seed) for load in (0.8, 2.0)],
-        "drift": measure_drift(options.slots, [seed, seed + 1], (0.55, 0.7, 0.85)),
-        "engine_drift": measure_engine_drift(0.7, 4, seed),
     }
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
+    for part in options.parts:
+        report[part] = measure(part, options)
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+        print(json.dumps({part: report[part]}, indent=2), flush=True)
     return 0
 
 

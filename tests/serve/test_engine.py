@@ -237,6 +237,17 @@ def test_states_that_overflow_fail_at_the_end():
         assert good.result(WAIT).isfinite().all()
 
 
+def test_outputs_that_are_written_over_are_found():
+    buffer = torch.empty(2, *SHAPE)
+    with Engine(denoiser(lambda x, time: torch.tanh(x, out=buffer), "data"), SHAPE, rows=2) as engine:
+        ticket = engine.submit(request_of("unipc"))
+    with pytest.raises(NetworkError, match="written over that of the call before"):
+        ticket.result(WAIT)
+    constant = torch.ones(2, *SHAPE)  # the same tensor every time, which nobody writes to
+    with Engine(denoiser(lambda x, time: constant, "data"), SHAPE, rows=2) as engine:
+        assert engine.submit(request_of()).result(WAIT).isfinite().all()
+
+
 def test_calls_that_are_looked_at_later_give_the_same():
     """What happens on a device that works by itself: a call is looked at when the next one is on its way."""
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import NetworkError
-from fewstep.serve.calls import Flight, fail, predict, rows_of, to_host
+from fewstep.serve.calls import Flight, NewMemory, fail, predict, rows_of
 from fewstep.serve.schedulers import Scheduler
+from fewstep.serve.transfer import to_host
 from fewstep.serve.work import Job, Piece
 
 __all__ = ["Batches"]
@@ -37,7 +38,9 @@ class Batches:
         scheduler: whose samples take part in the next call.
         dtype, device: of the states.
         clock: seconds.
-        ahead: calls that may be under way while another is prepared; left out, 1 on CUDA devices, which work by themselves, else 0.
+        record: for a device that works by itself, marks the end of what it was given so far, and returns what has a ``synchronize()`` that
+            waits for it; left out, a CUDA event on CUDA devices, and None elsewhere: a call is over when it returns.
+        ahead: calls that may be under way while another is prepared; left out, 1 where the device works by itself, else 0.
 
     Attributes:
         calls, evaluations: network calls so far, and their rows.
@@ -55,11 +58,13 @@ class Batches:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         clock: Callable[[], float] = time.perf_counter,
+        record: Callable[[], Any] | None = None,
         ahead: int | None = None,
     ):
-        self.denoiser, self.shape, self.rows, self.scheduler = denoiser, tuple(shape), rows, scheduler
+        self.denoiser, self.shape, self.rows, self.scheduler = NewMemory(denoiser), tuple(shape), rows, scheduler
         self.dtype, self.device, self.clock = dtype, torch.device(device), clock
-        self.ahead = int(self.device.type == "cuda") if ahead is None else ahead
+        self._record = self._cuda_event if record is None and self.device.type == "cuda" else record
+        self.ahead = int(self._record is not None) if ahead is None else ahead
         self.calls = self.evaluations = self.retries = 0
         self.busy = 0.0
         self.pieces: list[Piece] = []
@@ -104,10 +109,13 @@ class Batches:
             flight.rows += [(piece.job, count, piece.call) for piece, count in rows_of(pieces)]
             for piece, d in zip(pieces, predictions, strict=True):
                 self._advance(piece, d, flight)
-        if self.device.type == "cuda":
-            flight.event = torch.cuda.Event()
-            flight.event.record(torch.cuda.current_stream(self.device))
+        flight.event = None if self._record is None else self._record()
         self._flights.append(flight)
+
+    def _cuda_event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     def _choose(self) -> tuple[list[Piece], Any]:
         """The pieces of the next call; what fits only in part is split."""

@@ -14,7 +14,7 @@ from fewstep.serve.conditions import merge
 from fewstep.serve.queues import Choice
 from fewstep.serve.work import Job, Piece
 
-__all__ = ["Flight", "predict", "to_host"]
+__all__ = ["Flight", "NewMemory", "fail", "predict", "rows_of"]
 
 
 def predict(denoiser: Callable[..., Any], pieces: Sequence[Piece]) -> tuple[list[Tensor], Tensor]:
@@ -58,16 +58,35 @@ def _guided(predictions: list[Tensor], scale: float) -> Tensor:
     return torch.add(free, conditional - free, alpha=scale)
 
 
+class NewMemory:
+    """A denoiser whose predictions are checked to be in new memory: what it returns is kept by requests whose next steps need it.
+
+    Raises:
+        NetworkError: if a prediction was written over the one before. Nothing is read: addresses are compared.
+    """
+
+    def __init__(self, denoiser: Callable[..., Any]):
+        self.denoiser = denoiser
+        self._last: tuple[Tensor, int] | None = None
+
+    def __call__(self, x: Tensor, t: float | Tensor, **cond: Any) -> Any:
+        d = self.denoiser(x, t, **cond)
+        if isinstance(d, Tensor):
+            last, self._last = self._last, (d, _version(d))  # the tensor is kept, so that its address is not another's
+            if last is not None and last[0].data_ptr() == d.data_ptr() != 0 and last[1] != _version(d):
+                raise NetworkError(
+                    "the output was written over that of the call before, which is needed. Return a new tensor: clone it"
+                )
+        return d
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def rows_of(pieces: Sequence[Piece]) -> list[tuple[Piece, int]]:
     """Whose the rows of a call are, in order: pieces, and how many."""
     return [(piece, piece.samples) for trees in ("conditional", "free") for piece in pieces if getattr(piece, trees) is not None]
-
-
-def to_host(tensor: Tensor) -> Tensor:
-    """A copy on the host; of a CUDA tensor one that is complete only when an event recorded after it has happened."""
-    if tensor.device.type != "cuda":
-        return tensor.detach().to("cpu", copy=True)
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 @dataclass(eq=False)

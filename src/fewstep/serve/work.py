@@ -15,6 +15,7 @@ from fewstep.noise import BrownianPath, draw_noise
 from fewstep.sampler import Step, advance, open_memory, transform_start
 from fewstep.serve.conditions import key, take
 from fewstep.serve.requests import Preview, Ticket
+from fewstep.serve.transfer import to_device
 
 __all__ = ["Job", "Piece"]
 
@@ -60,8 +61,8 @@ class Job:
     def start(self, low: int, high: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """z_0 of samples low to high - 1, asked for once. Made for all at once, as `fewstep.sample` does, and kept until all are begun."""
         if self._noise is None:
-            noise = draw_noise(shape, self.seeds, self.plan, dtype=dtype, device=device)
-            self._noise = transform_start(self.plan, noise)
+            noise = draw_noise(shape, self.seeds, self.plan, dtype=dtype)
+            self._noise = transform_start(self.plan, to_device(noise, device))
         x = self._noise[low:high]
         self._begun += high - low
         if self._begun == len(self.seeds):
@@ -160,7 +161,7 @@ class Piece:
         xi = None
         if step.noise is not None and self._path is not None:
             normal = torch.from_numpy(self._path.normalised(step.noise[1], step.noise[2]))
-            xi = normal.to(d.dtype).to(d.device, non_blocking=True)
+            xi = to_device(normal.to(d.dtype), d.device)
         x = advance(step, self.states, self.outputs, d, xi)
         self.states.appendleft(x)
         self.call += 1
