@@ -1,4 +1,5 @@
-r"""What do continuous batching and the queues of `fewstep.serve` buy? ``python benchmarks/serving.py`` writes ``results/serving.json``.
+r"""What do continuous batching and the queues of `fewstep.serve` buy? ``python benchmarks/serving.py`` writes ``results/serving.json``,
+and its tables into docs/serve.md.
 
 The network is simulated, of known cost: a call of r rows takes a fixed time and a time a row. Four parts:
 
@@ -60,6 +61,7 @@ from fewstep.serve.conditions import mark
 from fewstep.serve.work import Job
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"
+PAGE = Path(__file__).parents[1] / "docs" / "serve.md"
 SCHEDULE = fs.schedules.Flow()
 SHAPE = (1,)
 ROWS, WAITING = 32, 256
@@ -193,7 +195,6 @@ def measure_utilisation(count: int, seed: int) -> dict[str, Any]:
         "static": served(asked, Static(), Device()),
         "request_level": batched_by_request(asked, Device()),
         "continuous, calls that block": served(asked, "fifo", None),
-        "request_level, calls that block": batched_by_request(asked, None),
     }
     return {
         "requests": count,
@@ -419,6 +420,52 @@ def measure_engine_drift(load: float, periods: int, seed: int, period: float = 1
     }
 
 
+# ---- the page ----------------------------------------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def tables(report: dict[str, Any]) -> dict[str, str]:
+    """The tables of docs/serve.md, by the names of their places."""
+    found = {}
+    told = report["utilisation"]
+    rows = [
+        (name.replace("_", "-"), told[name]["seconds"], told[name]["utilisation"]) for name in told if isinstance(told[name], dict)
+    ]
+    found["utilisation"] = table(["batching", "seconds", "utilisation"], [*rows, ("full calls alone", told["ideal_seconds"], 1)])
+    rows = []
+    for case in report["latency"]:
+        for name, row in case["schedulers"].items():
+            short, long = (row["p99_by_kind"][kind] for kind in ("3-4 calls", "33-64 calls"))
+            rows.append((case["load"], f"`{name}`", row["mean"], row["p50"], row["p99"], short, long, row["rejected"]))
+    head = ["load", "scheduler", "mean", "median", "p99", "p99 of 4 calls", "p99 of 33 to 50 calls", "rejected"]
+    found["latency"] = table(head, rows)
+    cases = {name: case for name, case in report["drift"]["cases"].items() if name.startswith("drifting")}
+    rows = [
+        (name, *(f"{case[name]['second_quarter']:.0f}, {case[name]['last_quarter']:.0f}" for case in cases.values()))
+        for name in POLICIES
+    ]
+    found["drift"] = table(["policy", *(name.split(", ")[1] for name in cases)], rows)
+    rows = [
+        (f"`{name}`", row["second_quarter"], row["last_quarter"], row["mean"], row["p99"])
+        for name, row in report["engine_drift"]["schedulers"].items()
+    ]
+    found["engine_drift"] = table(["scheduler", "backlog, second quarter", "last quarter", "mean latency (s)", "p99 (s)"], rows)
+    return found
+
+
+def with_tables(page: str, report: dict[str, Any]) -> str:
+    """The page with the tables between their marks."""
+    for name, text in tables(report).items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        before, rest = page.split(begin)
+        page = f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
+    return page
+
+
 def measure(part: str, options: argparse.Namespace) -> Any:
     seed = options.seed
     if part == "utilisation":
@@ -458,6 +505,8 @@ def main() -> int:
         report[part] = measure(part, options)
         options.out.write_text(json.dumps(report, indent=2) + "\n")
         print(json.dumps({part: report[part]}, indent=2), flush=True)
+    if set(PARTS) <= report.keys() and options.out == RESULTS:
+        PAGE.write_text(with_tables(PAGE.read_text(), report))
     return 0
 
 

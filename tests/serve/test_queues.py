@@ -1,6 +1,7 @@
 """Policies and schedulers: stability where it was promised, regret, equality of units, and what each one orders."""
 
 import importlib.util
+import json
 import math
 import random
 import sys
@@ -179,3 +180,16 @@ def test_a_policy_serves_its_queue_first_and_learns_from_it():
         scheduler.observe(choice, 1.0 if choice.kind == "long" else 0.01)
     # exponents differ by 0.37 sqrt(200 ln 2 / 2) = 3.1, so "long" has probability 0.91: of 40 draws 36 +- 2
     assert [scheduler.arrange(WORKS, 8).choice.kind for _ in range(40)].count("long") > 30
+
+
+def test_the_page_has_the_measured_figures(serving):
+    report = json.loads(serving.RESULTS.read_text())
+    page = serving.PAGE.read_text()
+    assert serving.with_tables(page, report) == page
+    told = report["utilisation"]
+    assert told["continuous"]["utilisation"] >= 0.9
+    assert told["request_level"]["utilisation"] < told["static"]["utilisation"] < told["continuous"]["utilisation"]
+    for load in (0.7, 0.85):
+        case = report["drift"]["cases"][f"drifting, load {load:g}"]
+        assert all(case[name]["growth"] <= 1.5 for name in ("ssmw", "softmw"))
+        assert all(case[name]["growth"] > 1.8 for name in ("fifo", "uniform", "longest queue"))
