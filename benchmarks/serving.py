@@ -4,8 +4,8 @@ and its tables into docs/serve.md.
 The network is simulated, of known cost: a call of r rows takes a fixed time and a time a row. Four parts:
 
 - *utilisation*: requests of 4 to 50 calls, of one to four samples, half of them guided (two rows a sample), all there at the begin.
-  The device works by itself, as a GPU does, or, "calls that block", is busy in the thread that calls; either way it takes its time by the
-  clock on the wall, and the engine and its thread are the real ones. Utilisation is the time that the same evaluations take in full calls,
+  The device works by itself, as a GPU does, and takes its time by the clock on the wall; the engine and its thread are the real ones.
+  Utilisation is the time that the same evaluations take in full calls,
   over the time from the first submission to the last result. Beside it, in the same run on the same requests: *request-level batching*,
   where requests of equal plan and guidance are put together, up to the rows of a call, and run by ``fewstep.sample``; and *static
   batching*, where as many requests as fit start together, whatever their plans, and the next ones start when the last of these is through.
@@ -17,7 +17,7 @@ The network is simulated, of known cost: a call of r rows takes a fixed time and
   load times what a server that knew all rates could serve. The mean total backlog of the second and of the last quarter: a stable
   system has about as much in both.
 - *engine_drift*: the same in the engine's turns: four kinds of requests whose conditions cannot share a call, and whose calls take a time
-  that drifts in the same way.
+  that drifts in the same way. A call has one row, a request 16 samples.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ FIXED, PER_ROW = 0.010, 0.001
 CALLS = range(4, 51)
 SCHEDULERS = ("fifo", "shortest-remaining", "maxweight", "softmw", "ssmw")
 QUEUES, PERIOD = 4, 6000
+EACH = 16
+"""Samples a request in the part engine_drift, where a call has one row."""
 HOST = torch.device("cpu")
 
 
@@ -123,14 +125,11 @@ class Mark:
         time.sleep(max(0.0, self.over - time.perf_counter()))
 
 
-def denoiser(device: Device | None) -> fs.Denoiser:
-    """A network that costs what it should: on a device, or, as on the host, until it returns."""
+def denoiser(device: Device) -> fs.Denoiser:
+    """A network that costs what it should."""
 
     def network(x: Tensor, time_: Tensor, label: Tensor) -> Tensor:
-        if device is None:
-            time.sleep(seconds(len(x)))
-        else:
-            device.launch(len(x))
+        device.launch(len(x))
         return torch.zeros_like(x)
 
     return fs.Denoiser(network, SCHEDULE, "data")
@@ -153,22 +152,24 @@ class Static(Scheduler):
         return Arrangement([place for place, work in enumerate(works) if work.arrival in self.batch])
 
 
-def served(asked: list[Request], scheduler: str | Scheduler, device: Device | None) -> float:
-    """Seconds that an engine takes for all requests."""
+def served(asked: list[Request], scheduler: str | Scheduler) -> dict[str, float]:
+    """All requests by an engine."""
+    device = Device()
     engine = Engine(denoiser(device), SHAPE, null={"label": 10}, rows=ROWS, waiting=10**6, scheduler=scheduler)
-    if device is not None:
-        engine._batches = Batches(engine.denoiser, SHAPE, ROWS, engine.scheduler, record=device.record)
+    engine._batches = Batches(engine.denoiser, SHAPE, ROWS, engine.scheduler, record=device.record)
     with engine:
-        begun = time.perf_counter()
+        begun, work = time.perf_counter(), time.process_time()
         for ticket in [engine.submit(request) for request in asked]:
             ticket.result()
-        return time.perf_counter() - begun
+        took, work = time.perf_counter() - begun, time.process_time() - work
+    calls = engine.statistics().calls
+    return {"seconds": round(took, 3), "calls": calls, "host_milliseconds_a_call": round(1e3 * work / calls, 3)}
 
 
-def batched_by_request(asked: list[Request], device: Device | None) -> float:
-    """Seconds for runs of `fewstep.sample`, each of requests of equal plan and guidance, in order of the first."""
-    begun = time.perf_counter()
-    left = list(asked)
+def batched_by_request(asked: list[Request]) -> dict[str, float]:
+    """Runs of `fewstep.sample`, each of requests of equal plan and guidance, in order of the first."""
+    device, left, calls = Device(), list(asked), 0
+    begun, work = time.perf_counter(), time.process_time()
     while left:
         like, room, batch = left[0], ROWS, []
         for request in left:
@@ -181,26 +182,22 @@ def batched_by_request(asked: list[Request], device: Device | None) -> float:
         den = den if like.guidance == 1.0 else fs.guidance.ClassifierFree(den, like.guidance, {"label": 10})
         noise = fs.draw_noise(SHAPE, [seed for request in batch for seed in request.seeds], like.plan)
         fs.sample(den, noise, like.plan, cond={"label": torch.cat([request.cond["label"] for request in batch])})
-        if device is not None:
-            device.record().synchronize()
-    return time.perf_counter() - begun
+        device.record().synchronize()
+        calls += like.plan.nfe
+    took, work = time.perf_counter() - begun, time.process_time() - work
+    return {"seconds": round(took, 3), "calls": calls, "host_milliseconds_a_call": round(1e3 * work / calls, 3)}
 
 
 def measure_utilisation(count: int, seed: int) -> dict[str, Any]:
     asked = requests(count, seed)
     total = sum(map(evaluations, asked))
     ideal = total / ROWS * seconds(ROWS)
-    took = {
-        "continuous": served(asked, "fifo", Device()),
-        "static": served(asked, Static(), Device()),
-        "request_level": batched_by_request(asked, Device()),
-        "continuous, calls that block": served(asked, "fifo", None),
-    }
+    took = {"continuous": served(asked, "fifo"), "static": served(asked, Static()), "request_level": batched_by_request(asked)}
     return {
         "requests": count,
         "evaluations": total,
         "ideal_seconds": round(ideal, 3),
-        **{name: {"seconds": round(value, 3), "utilisation": round(ideal / value, 4)} for name, value in took.items()},
+        **{name: {**row, "utilisation": round(ideal / row["seconds"], 4)} for name, row in took.items()},
     }
 
 
@@ -385,17 +382,19 @@ def measure_drift(slots: int, seeds: Sequence[int], loads: Sequence[float]) -> d
     return {"slots": slots, "seeds": list(seeds), "period": PERIOD, "cases": found}
 
 
-def measure_engine_drift(load: float, periods: int, seed: int, period: float = 1000.0) -> dict[str, Any]:
+def measure_engine_drift(load: float, periods: int, seed: int, period: float, window: int) -> dict[str, Any]:
     """Kinds whose requests cannot share a call; a call of kind i at time t takes 1 / (0.55 + 0.4 sin(...)) s."""
     plan, draw, at, arrivals = fs.make_plan("ddim", SCHEDULE, nfe=1), random.Random(seed), 0.0, []
     while True:
-        at += draw.expovariate(load * capacity())
+        at += draw.expovariate(load * capacity() / EACH)
         if at > periods * period:
             break
         kind = draw.randrange(QUEUES)
-        arrivals.append((at, Request(plan, [len(arrivals)], {"size": kind}, kind=str(kind))))
+        arrivals.append(
+            (at, Request(plan, range(EACH * len(arrivals), EACH * (len(arrivals) + 1)), {"size": kind}, kind=str(kind)))
+        )
     found = {}
-    for name, scheduler in {"fifo": make_scheduler("fifo"), "ssmw": ByKind(SSMW(400)), "softmw": ByKind(SoftMW(400))}.items():
+    for name, scheduler in {"fifo": make_scheduler("fifo"), "ssmw": ByKind(SSMW(window)), "softmw": ByKind(SoftMW(window))}.items():
         clock, backlog = Clock(), []
 
         def network(x: Tensor, time_: Tensor, size: int, clock: Clock = clock) -> Tensor:
@@ -415,7 +414,7 @@ def measure_engine_drift(load: float, periods: int, seed: int, period: float = 1
         "requests": len(arrivals),
         "period_seconds": period,
         "periods": periods,
-        "window": 400,
+        "window": window,
         "schedulers": found,
     }
 
@@ -431,11 +430,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def tables(report: dict[str, Any]) -> dict[str, str]:
     """The tables of docs/serve.md, by the names of their places."""
     found = {}
-    told = report["utilisation"]
-    rows = [
-        (name.replace("_", "-"), told[name]["seconds"], told[name]["utilisation"]) for name in told if isinstance(told[name], dict)
+    told, columns = report["utilisation"], ("calls", "seconds", "utilisation", "host_milliseconds_a_call")
+    rows: list[Any] = [
+        (name.replace("_", "-"), *(told[name][c] for c in columns)) for name in ("continuous", "static", "request_level")
     ]
-    found["utilisation"] = table(["batching", "seconds", "utilisation"], [*rows, ("full calls alone", told["ideal_seconds"], 1)])
+    found["utilisation"] = table(["batching", "calls", "seconds", "utilisation", "host's work, ms a call"], rows)
     rows = []
     for case in report["latency"]:
         for name, row in case["schedulers"].items():
@@ -450,10 +449,12 @@ def tables(report: dict[str, Any]) -> dict[str, str]:
     ]
     found["drift"] = table(["policy", *(name.split(", ")[1] for name in cases)], rows)
     rows = [
-        (f"`{name}`", row["second_quarter"], row["last_quarter"], row["mean"], row["p99"])
-        for name, row in report["engine_drift"]["schedulers"].items()
+        (f"{case['period_seconds']:.0f} s", f"`{name}`", row["second_quarter"], row["last_quarter"], row["mean"], row["p99"])
+        for case in report["engine_drift"]
+        for name, row in case["schedulers"].items()
     ]
-    found["engine_drift"] = table(["scheduler", "backlog, second quarter", "last quarter", "mean latency (s)", "p99 (s)"], rows)
+    head = ["period", "scheduler", "backlog, second quarter", "last quarter", "mean latency (s)", "p99 (s)"]
+    found["engine_drift"] = table(head, rows)
     return found
 
 
@@ -474,7 +475,7 @@ def measure(part: str, options: argparse.Namespace) -> Any:
         return [measure_latency(load, 3 * options.requests, seed) for load in (0.8, 2.0)]
     if part == "drift":
         return measure_drift(options.slots, [seed, seed + 1], (0.55, 0.7, 0.85))
-    return measure_engine_drift(0.7, 4, seed)
+    return [measure_engine_drift(0.7, 4, seed, period, window) for period, window in ((6000.0, 2000), (1000.0, 400))]
 
 
 PARTS = ("utilisation", "latency", "drift", "engine_drift")

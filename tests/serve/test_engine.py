@@ -268,6 +268,25 @@ def test_calls_that_are_looked_at_later_give_the_same():
         assert all(a is None or torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
 
+def test_one_call_is_under_way_while_the_next_is_prepared():
+    log = []
+
+    class Mark:
+        def synchronize(self):
+            log.append("wait")
+
+    def act(x, time):
+        log.append("call")
+        return network(x, time)
+
+    engine = Engine(denoiser(act), SHAPE, rows=2)
+    engine._batches = Batches(engine.denoiser, SHAPE, 2, make_scheduler("fifo"), record=Mark)
+    request = request_of("ddim")
+    with engine:
+        assert torch.equal(engine.submit(request).result(WAIT), alone(denoiser(), request))
+    assert log == ["call", "call", "wait", "call", "wait", "call", "wait", "wait"]
+
+
 # ---- life ---------------------------------------------------------------------------------------------------------------------------
 
 

@@ -113,7 +113,7 @@ class Batches:
         self._flights.append(flight)
 
     def _cuda_event(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(blocking=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
 
