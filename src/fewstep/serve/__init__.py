@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from fewstep.serve.engine import Engine, Statistics
+from fewstep.serve.engine import Engine
 from fewstep.serve.queues import SSMW, Choice, LongestQueue, MaxWeight, Policy, Queue, SoftMW, Uniform
 from fewstep.serve.requests import CancelledError, EngineClosedError, Preview, QueueFullError, Request, Ticket, kind_of
 from fewstep.serve.schedulers import SCHEDULERS, Arrangement, ByKind, FirstInFirstOut, Scheduler, ShortestRemaining, make_scheduler
+from fewstep.serve.statistics import Statistics
 
 __all__ = [
     "SCHEDULERS",

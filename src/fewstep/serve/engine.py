@@ -8,7 +8,6 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -25,45 +24,15 @@ from fewstep.serve.batches import Batches
 from fewstep.serve.conditions import key, mark
 from fewstep.serve.requests import EngineClosedError, QueueFullError, Request, Ticket, kind_of
 from fewstep.serve.schedulers import Scheduler, make_scheduler
+from fewstep.serve.statistics import Statistics
 from fewstep.serve.work import Job
 
-__all__ = ["Engine", "Statistics"]
+__all__ = ["Engine"]
 
 logger = logging.getLogger("fewstep.serve")
 REMEMBERED_PLANS = 64
 """Of so many plans that were used last the steps are kept, their arrays on the device."""
 REMEMBERED_LATENCIES = 4096
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What an engine has done since it was made.
-
-    Attributes:
-        seconds: since then.
-        calls, rows: network calls, and their rows: evaluations of the network for one sample.
-        retries: calls that raised, and were made again request by request.
-        busy: seconds of network calls, each from its begin, or the end of the one before, to its end.
-        utilisation: rows over what the calls could have held; 0 before the first.
-        waiting, running: samples, those that have not made a call and those that have.
-        finished, failed, cancelled, rejected: requests; those rejected met a full queue.
-        latencies: ``"mean"``, ``"p50"``, ``"p90"``, ``"p99"`` and ``"most"``, seconds from submission to the samples, of the last 4096
-            finished requests; empty before the first.
-    """
-
-    seconds: float
-    calls: int
-    rows: int
-    retries: int
-    busy: float
-    utilisation: float
-    waiting: int
-    running: int
-    finished: int
-    failed: int
-    cancelled: int
-    rejected: int
-    latencies: Mapping[str, float]
 
 
 class Engine:
