@@ -62,8 +62,8 @@ class Engine:
         >>> with Engine(exact, (2,), rows=8) as engine:
         ...     tickets = [engine.submit(Request(plan, seeds=range(3))) for plan in plans]
         ...     samples = [ticket.result() for ticket in tickets]
-        >>> [tuple(x.shape) for x in samples], engine.statistics().calls
-        ([(3, 2), (3, 2)], 5)
+        >>> [tuple(x.shape) for x in samples], engine.statistics().finished
+        ([(3, 2), (3, 2)], 2)
     """
 
     def __init__(
