@@ -177,7 +177,7 @@ class Denoiser:
         network_time = torch.as_tensor(np.rint(rows[:, 2]) if self.integer_time else rows[:, 2])
         network_time = network_time.to(torch.int64 if self.integer_time else self._time_dtype(x)).to(x.device)
         a, b = (torch.as_tensor(rows[:, k]).to(x.dtype).to(x.device).reshape(-1, *[1] * (x.ndim - 1)) for k in (0, 1))
-        return torch.mul(self._call(x, network_time, cond, float(times.max())), b).addcmul_(x, a)  # rounds as with one time for all
+        return torch.addcmul(self._call(x, network_time, cond, float(times.max())) * b, x, a)  # rounds as with one time for all
 
     def _call(self, x: Tensor, time: Tensor, cond: dict[str, Any], t: float) -> Tensor:
         self.calls += 1
