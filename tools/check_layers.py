@@ -44,7 +44,7 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("6", ("data", "train")),
     ("7", ("evaluate",)),
     ("8", ("tuners", "distill", "steer", "adapt", "merge")),
-    ("9", ("act", "serve")),
+    ("9", ("act", "scale", "serve")),
     ("10", ("cli",)),
 )
 SAME_ROW = {

@@ -52,7 +52,7 @@ def told_prompts(options: Prompted) -> dict[str, Any]:
     return {"prompts": prompts, "negative": options.negative} if prompts else {}
 
 
-def conditions(denoiser: Denoiser, options: Prompted, count: int, label: str | None) -> dict[str, torch.Tensor]:
+def conditions(denoiser: Denoiser, options: Prompted, count: int, label: str | None, *, first: int = 0) -> dict[str, torch.Tensor]:
     """Conditions with one entry a sample, on the device.
 
     Args:
@@ -60,6 +60,7 @@ def conditions(denoiser: Denoiser, options: Prompted, count: int, label: str | N
         options: with the prompts.
         count: how many samples.
         label: as `parse_labels` takes it.
+        first: index of the first of the samples, among those that share prompts and labels in turn.
 
     Raises:
         ValueError: for what the model does not take, or if it has no prompt that it needs.
@@ -69,12 +70,12 @@ def conditions(denoiser: Denoiser, options: Prompted, count: int, label: str | N
         parse_labels(label, denoiser, count)
         if not prompts:
             raise ValueError(f"{name} takes prompts: give --prompt or --prompt-file.")
-        return denoiser.encode([prompts[i % len(prompts)] for i in range(count)])[0]  # type: ignore[attr-defined]
+        return denoiser.encode([prompts[i % len(prompts)] for i in range(first, first + count)])[0]  # type: ignore[attr-defined]
     if getattr(denoiser.network, "takes_prompts", False):
         raise ValueError(f"{name} takes prompts, but has no text encoder; give the folder of its whole pipeline.")
     if prompts or options.negative is not None:
         raise ValueError(f"{name} takes no prompts; leave --prompt, --prompt-file and --negative out.")
-    labels = parse_labels(label, denoiser, count)
+    labels = parse_labels(label, denoiser, count, first=first)
     return {} if labels is None else {"label": labels.to(options.device)}
 
 

@@ -214,6 +214,8 @@ def read_samples(source: str, options: EvaluateOptions) -> tuple[Any, Any]:
     if source in SHIPPED and not path.exists():
         return _shipped(source, options)
     if path.is_dir():
+        if (path / "shards.json").is_file():
+            return _shards(path, options.count)
         if not (path / "samples.npz").is_file():
             return _pictures(path, options.count), None
         path = path / "samples.npz"
@@ -251,6 +253,18 @@ def _shipped(name: str, options: EvaluateOptions) -> tuple[Any, Any]:
     whole = digits(options.part)
     rows = torch.randperm(len(whole["x"]), generator=torch.Generator().manual_seed(options.seed))[: options.count]
     return whole["x"][rows], whole["label"][rows].numpy()
+
+
+def _shards(folder: Path, count: int) -> tuple[Any, Any]:
+    """Of what ``fewstep sample --shards`` wrote."""
+    import numpy as np
+    import torch
+
+    from fewstep.scale import read_shards
+
+    arrays, about = read_shards(folder, count)
+    labels = np.array([told["label"] for told in about]) if all("label" in told for told in about) else None
+    return torch.from_numpy(np.ascontiguousarray(arrays, np.float32)), labels
 
 
 def _pictures(folder: Path, count: int) -> Any:

@@ -46,6 +46,15 @@ class SampleOptions(Prompted):
     out: str = option(
         "samples", "folder for samples.png, samples.npz, plan.safetensors and sample.json; of a pipeline also a picture of each"
     )
+    shards: bool = option(
+        False, "write WebDataset shards with checksums instead, as many as there are samples; a run that was stopped goes on"
+    )
+    engine: str = option("local", "who draws shards: this process, or workers of Ray, to the same bits", choices=("local", "ray"))
+    address: str = option(
+        "", "of --engine ray: a cluster (host:port, or auto for the one of this machine); left out: a new one here"
+    )
+    workers: int = option(0, "of --engine ray: how many; 0: one for every processor core, or every --threads of them")
+    shard_size: int = option(0, "samples of a shard, a multiple of --batch; 0: 16 times --batch")
 
 
 OPTIONS = {"sample": SampleOptions}
@@ -55,21 +64,27 @@ def run(options: SampleOptions) -> int:
     """Draw samples and write them."""
     from fewstep.cli.conditions import check_prompted, conditions
     from fewstep.cli.setup import ask_for, check_plannable, new_folder, open_model, parse_seeds
+    from fewstep.cli.shards import check_shards, run_shards
     from fewstep.solvers import make_plan
 
     if options.count < 1 or options.batch < 1:
         raise ValueError(f"--count and --batch must be at least 1, got {options.count} and {options.batch}.")
     seeds = parse_seeds(options.seed, options.count)
     check_prompted(options)
+    check_shards(options)
     asked = options.solver or SOLVER, options.grid or GRID, NFE if options.nfe is None else options.nfe
     check_plannable(*asked)
     plan = _load(Path(options.plan), options) if options.plan else None
     denoiser = open_model(options.model, options)
-    shape, cond = ask_for(denoiser.info.shape, denoiser.info.name), conditions(denoiser, options, len(seeds), options.label)
+    count = min(options.batch, len(seeds)) if options.shards else len(seeds)  # a shard's worker makes those of its own
+    shape, cond = ask_for(denoiser.info.shape, denoiser.info.name), conditions(denoiser, options, count, options.label)
     if plan is None:
         solver, grid, nfe = asked
         plan = make_plan(solver, denoiser.schedule, nfe, grid=grid, final=options.final or FINAL)
-    model = _model(denoiser, plan, options)
+    model = model_of(denoiser, plan, options)
+    if options.shards:
+        run_shards(options, plan, seeds, shape, denoiser.info.name)
+        return 0
     with new_folder(options.out, OWN_PICTURES) as folder:
         samples = _samples(model, plan, shape, seeds, cond, options)
         skips = model.skips.digest if options.skips else None
@@ -90,7 +105,7 @@ def run(options: SampleOptions) -> int:
     return 0
 
 
-def _model(denoiser: Any, plan: Any, options: SampleOptions) -> Any:
+def model_of(denoiser: Any, plan: Any, options: SampleOptions) -> Any:
     """The denoiser under guidance, with blocks left out if that is asked for."""
     from fewstep.cli.conditions import guided, prompts_of
 

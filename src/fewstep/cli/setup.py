@@ -181,8 +181,8 @@ def parse_numbers(name: str, text: str) -> list[int]:
     return numbers
 
 
-def parse_labels(text: str | None, denoiser: Denoiser, count: int) -> torch.Tensor | None:
-    """Labels from ``"3"``, ``"0,1,2"`` (repeated in turn), ``"each"`` (every class in turn) or None (without condition)."""
+def parse_labels(text: str | None, denoiser: Denoiser, count: int, *, first: int = 0) -> torch.Tensor | None:
+    """Labels of samples from the `first` on: ``"3"``, ``"0,1,2"`` (in turn), ``"each"`` (every class in turn) or None (no condition)."""
     known = denoiser.info.conditions.get("label")
     if known is None:
         if text is not None:
@@ -198,7 +198,7 @@ def parse_labels(text: str | None, denoiser: Denoiser, count: int) -> torch.Tens
         raise ValueError(f'--label takes a class, a list like 0,1,2 or "each", not {text!r}.') from None
     if not all(0 <= label < known["classes"] for label in labels):
         raise ValueError(f"{denoiser.info.name} has the classes 0 to {known['classes'] - 1}, not {text}.")
-    return torch.tensor([labels[i % len(labels)] for i in range(count)])
+    return torch.tensor([labels[i % len(labels)] for i in range(first, first + count)])
 
 
 def read_arrays(path: str | Path, name: str) -> dict[str, np.ndarray]:
