@@ -23,6 +23,9 @@ __all__ = ["RayEngine", "import_ray", "ray_session"]
 MOST_STILLBORN = 20
 """Workers that may die one after the other before any of them has opened the model."""
 
+STARTS = 3
+"""Times that a session is tried to be started."""
+
 
 def import_ray() -> Any:
     """The library.
@@ -51,8 +54,7 @@ def ray_session(address: str | None, cores: int) -> Iterator[Any]:
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
-        ray.init(address="local", num_cpus=max(cores, os.cpu_count() or 1), include_dashboard=False, **quiet)
+        _start_here(ray, num_cpus=max(cores, os.cpu_count() or 1), include_dashboard=False, **quiet)
     else:
         try:
             ray.init(address=address, **quiet)
@@ -62,6 +64,20 @@ def ray_session(address: str | None, cores: int) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _start_here(ray: Any, **options: Any) -> None:
+    """A session of this machine alone. Where the machine is busy, Ray's own limit of half a minute may be too short: it is tried again."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(address="local", **options)
+        except Exception as error:  # noqa: PERF203  Ray has no class of its own for this
+            ray.shutdown()
+            if not left or "timed out" not in str(error):
+                raise
+        else:
+            return
 
 
 class _Artist:
@@ -194,6 +210,7 @@ class _Company:
         heard = []
         for ref in found:
             worker, block = self._asked.pop(ref)
+            content: Any
             try:
                 content = self.ray.get(ref)
             except errors.RayTaskError as error:  # of the model, not of the machine: it would come again
