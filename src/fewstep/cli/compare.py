@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from fewstep.cli.options import Prompted, final_option, option
+from fewstep.cli.options import Prompted, address_option, engine_option, final_option, option, workers_option
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,14 @@ class CompareOptions(Prompted):
     tol: float = option(2e-3, "tolerance of the exact solutions, root mean square in the units of the data")
     seed: int = option(0, "seed of the first sample")
     batch: int = option(100, "samples that run at a time; the samples do not depend on it")
+    engine: str = engine_option("where solvers run: in this process, or in workers of Ray, with the same results")
+    address: str = address_option()
+    workers: int = workers_option()
+    stop_early: str = option(
+        "none",
+        "successive-halving: run deterministic solvers on few samples first, and only the better half of them on twice as many, and so on",
+        choices=("none", "successive-halving"),
+    )
     out: str = option("compare-out", "folder for index.html, results.json and the pictures")
 
 
@@ -58,6 +66,7 @@ def run(options: CompareOptions) -> int:
     """Run all solvers, rank them, write the page. After an interrupt, the page has what was finished."""
     from fewstep.cli import INTERRUPTED
     from fewstep.cli.conditions import check_prompted, told_prompts
+    from fewstep.cli.engines import check_engine
     from fewstep.cli.setup import check_plannable, machine, new_folder, open_model, parse_numbers
     from fewstep.evaluate.report import Report
 
@@ -72,6 +81,7 @@ def run(options: CompareOptions) -> int:
     if not options.tol > 0.0:
         raise ValueError(f"--tol must be positive, got {options.tol:g}.")
     check_prompted(options)
+    check_engine(options)
     names = ["auto"] if options.solvers == "all" else options.solvers.split(",")
     for solver, grid in product(names, options.grids.split(",")):
         check_plannable(solver, grid, nfes[0])
@@ -169,6 +179,7 @@ def _run_all(report: Any, tasks: list[_Task], options: CompareOptions) -> bool:
 
 
 def _run(report: Any, task: _Task, options: CompareOptions) -> None:
+    from fewstep.cli.engines import mapper
     from fewstep.cli.setup import progress
     from fewstep.evaluate.comparison import Judge, add_comparison, compare_solvers
     from fewstep.evaluate.features import TITLES, resolved_features
@@ -180,20 +191,26 @@ def _run(report: Any, task: _Task, options: CompareOptions) -> None:
     if task.model.info.data_range is None and told == TITLES["pixels"]:
         told = "elements of the latents" if hasattr(task.model, "decode") else "elements of the samples"
     judge = Judge(task.distance, task.features, exact.samples, others.samples, told, options.resamples, options.seed, groups)
-    with progress(options, total=len(task.found.plans), desc=task.model.info.name, unit="run") as bar:
+    found, seeds = task.found, range(options.seed, options.seed + task.count)
+    if options.stop_early != "none":
+        from fewstep.cli.halving import halved
+
+        found = halved(task, noise, exact.samples, cond, options)
+    with progress(options, total=len(found.plans), desc=task.model.info.name, unit="run") as bar:
         comparison = compare_solvers(
             task.denoiser,
             noise,
             exact.samples,
-            task.found,
+            found,
             exact_error=max(exact.error, others.error),
             exact_nfe=exact.nfe,
             cond=cond,
-            seeds=range(options.seed, options.seed + task.count),
+            seeds=seeds,
             judge=judge,
             block=options.batch,
             after=lambda _: bar.update(),
             interruptible=True,
+            map=mapper(options),
         )
     ranking = [place.key for place in comparison.ranking("error")]
     by_distance = [place.key for place in comparison.ranking("distance")]

@@ -7,7 +7,17 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Common", "Prompted", "add_options", "final_option", "option", "read_options"]
+__all__ = [
+    "Common",
+    "Prompted",
+    "add_options",
+    "address_option",
+    "engine_option",
+    "final_option",
+    "option",
+    "read_options",
+    "workers_option",
+]
 
 
 def option(
@@ -21,6 +31,21 @@ def option(
 def final_option() -> Any:
     """Where a run ends, for every command that plans one."""
     return option("zero", "where to end: zero (sigma = 0) or t_end (where the schedule ends)", choices=("zero", "t_end"))
+
+
+def engine_option(text: str) -> Any:
+    """Where independent pieces of a command's work are done."""
+    return option("local", text, choices=("local", "ray"))
+
+
+def address_option() -> Any:
+    """Of the cluster that `engine_option` may name."""
+    return option("", "of --engine ray: a cluster (host:port, or auto for the one of this machine); left out: a new one here")
+
+
+def workers_option() -> Any:
+    """How many workers `engine_option` may have."""
+    return option(0, "of --engine ray: how many; 0: one for every processor core, or every --threads of them")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.cli.options import Prompted, final_option, option
+from fewstep.cli.options import Prompted, address_option, engine_option, final_option, option, workers_option
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class TuneOptions(Prompted):
     )
     seed: int = option(0, "of the noise that is drawn")
     batch: int = option(256, "the most samples of a network call")
+    engine: str = engine_option(
+        "where the numbers of calls are tuned: one after the other in this process, or side by side in workers of Ray, with the same plans"
+    )
+    address: str = address_option()
+    workers: int = workers_option()
     out: str = option("tuned", "folder for plan-N.safetensors, index.html, results.json and the pictures")
     fresh: bool = option(False, "begin anew; otherwise a run that was stopped goes on from OUT.unfinished")
 
@@ -65,6 +70,7 @@ OTHER_NOISE = 1_000_000
 def run(options: TuneOptions) -> int:
     """Tune, write the plans and the page."""
     from fewstep.cli.conditions import check_prompted, conditions, guided
+    from fewstep.cli.engines import check_engine, mapper
     from fewstep.cli.setup import ask_for, new_folder, open_model, parse_numbers, quickest_threads, state_dtype
     from fewstep.errors import UnknownNameError
     from fewstep.noise import draw_noise
@@ -81,6 +87,7 @@ def run(options: TuneOptions) -> int:
     if options.method not in METHODS:
         raise UnknownNameError("method of tuning", options.method, METHODS)
     check_prompted(options)
+    check_engine(options)
     model = open_model(options.model, options)
     shape, count = ask_for(model.info.shape, model.info.name), 64
     cond = conditions(model, options, count, _label(model, options))
@@ -100,6 +107,7 @@ def run(options: TuneOptions) -> int:
         "evaluations": options.evaluations or None,
         "checkpoint": unfinished,
         "progress": not options.quiet,
+        "map": mapper(options),
     }
     if options.fresh:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -13,12 +13,14 @@ its difference from it, whichever way, if the interval of that excludes 0, and e
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -346,6 +348,7 @@ def compare_solvers(
     block: int | None = None,
     after: Callable[[ErrorRow], None] | None = None,
     interruptible: bool = False,
+    map: Callable[..., Iterable[Any]] | None = None,  # noqa: A002  what it is called everywhere else
 ) -> Comparison:
     """Run all candidates from the same noise.
 
@@ -359,22 +362,23 @@ def compare_solvers(
         judge: for a distance of distributions; without one there is none.
         after: called with every run and all its samples.
         interruptible: on KeyboardInterrupt return what the solvers with all their runs gave, if there are any.
+        map: runs a function on every candidate and gives the results in order, e.g. `fewstep.scale.RayMap`, which does so in parallel;
+            one after the other when left out.
     """
     distances: dict[tuple[str, str, int], Excess] = {}
     features = None if judge is None else (judge.features(judge.twin), judge.features(judge.others))
 
-    def measure_row(row: ErrorRow) -> ErrorRow:
-        if judge is not None and features is not None and bool(row.samples.isfinite().all()):
-            options = {"resamples": judge.resamples, "seed": judge.seed, "groups": judge.groups}
-            distances[row.key] = excess(judge.features(row.samples), *features, judge.distance, **options)
-        if after is not None:
-            after(row)
-        return dataclasses.replace(row, samples=row.samples[:SHOWN_SAMPLES].clone())
-
     rows: list[ErrorRow] = []
     try:
-        for row in run_plans(denoiser, noise, exact, plans=found.plans, cond=cond, seeds=seeds, block=block):
-            rows.append(measure_row(row))  # noqa: PERF401  what is finished outlives an interrupt
+        measure_one = partial(
+            _measured, denoiser, noise, exact, cond, None if seeds is None else list(seeds), block, judge, features
+        )
+        for row, distance in (map or builtins.map)(measure_one, found.plans):  # what is finished outlives an interrupt
+            if distance is not None:
+                distances[row.key] = distance
+            if after is not None:
+                after(row)
+            rows.append(dataclasses.replace(row, samples=row.samples[:SHOWN_SAMPLES].clone()))
     except KeyboardInterrupt:
         unfinished = {plan[:2] for plan in found.plans[len(rows) :]}
         rows = [row for row in rows if row.key[:2] not in unfinished]
@@ -399,6 +403,25 @@ def compare_solvers(
         skipped=found.skipped,
         unfinished=list(dict.fromkeys((solver, grid) for solver, grid, plan in found.plans if (solver, grid, plan.nfe) not in ran)),
     )
+
+
+def _measured(
+    denoiser: Any,
+    noise: Tensor,
+    exact: Tensor,
+    cond: Mapping[str, Any] | None,
+    seeds: list[int] | None,
+    block: int | None,
+    judge: Judge | None,
+    features: tuple[Tensor, Tensor] | None,
+    candidate: tuple[str, str, Plan],
+) -> tuple[ErrorRow, Excess | None]:
+    """A run, and the distance of its samples if they are finite; `features` are those of the judge's exact solutions."""
+    (row,) = run_plans(denoiser, noise, exact, plans=[candidate], cond=cond, seeds=seeds, block=block)
+    if judge is None or features is None or not bool(row.samples.isfinite().all()):
+        return row, None
+    options = {"resamples": judge.resamples, "seed": judge.seed, "groups": judge.groups}
+    return row, excess(judge.features(row.samples), *features, judge.distance, **options)
 
 
 # ---- the report --------------------------------------------------------------------------------------------------------------------

@@ -5,5 +5,17 @@ from fewstep.scale.coordinator import BlockError, Coordinator
 from fewstep.scale.job import Job, Opened
 from fewstep.scale.run import LocalEngine, Summary, sample_shards
 from fewstep.scale.shards import read_shards
+from fewstep.scale.trials import RayMap
 
-__all__ = ["BlockError", "Coordinator", "Job", "LocalEngine", "Opened", "RayEngine", "Summary", "read_shards", "sample_shards"]
+__all__ = [
+    "BlockError",
+    "Coordinator",
+    "Job",
+    "LocalEngine",
+    "Opened",
+    "RayEngine",
+    "RayMap",
+    "Summary",
+    "read_shards",
+    "sample_shards",
+]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ __all__ = ["METHODS", "Tuned", "tune"]
 
 ENOUGH = 0.8
 """Other methods are tried if the first leaves more than this of the untuned plan's error."""
+APART = "name a method, such as learned, and give an effort or trajectories, or leave the parallel run out"
 FAR = 0.6
 """All three stages of learning are made if a polish from a given plan leaves more than this of the untuned plan's error."""
 
@@ -56,6 +59,7 @@ def tune(
     checkpoint: str | PathLike[str] | None = None,
     progress: bool = False,
     report: Callable[[str], None] | None = None,
+    map: Callable[..., Iterable[Any]] | None = None,  # noqa: A002  what it is called everywhere else
 ) -> Tuned:
     """Make plans for a model that are better than any untuned one.
 
@@ -88,6 +92,9 @@ def tune(
         checkpoint: a folder that keeps what is finished: the exact paths, and every number of calls. The same call goes on from there.
         progress: show a bar on standard error, with the last validated error.
         report: called with a line about what goes on, e.g. ``print``.
+        map: runs a function on every number of calls and gives the results in order, e.g. `fewstep.scale.RayMap`, which does so in
+            parallel, with the same plans; one after the other when left out. Not for ``"auto"``, which goes by what was spent before,
+            nor for a budget of minutes or evaluations, of which every number of calls gets what the ones before left.
 
     Returns:
         `Tuned`: plans, candidates and a report.
@@ -115,6 +122,9 @@ def tune(
         raise ValueError("give minutes, evaluations or effort, not several of them.")
     if effort is not None and not isinstance(effort, Effort):
         raise TypeError(f"effort must be a fewstep.tuners.Effort, got {effort!r:.80}.")
+    if map is not None and (method == "auto" or minutes is not None or evaluations is not None):
+        why = 'method "auto" goes' if method == "auto" else "a budget of minutes or evaluations is shared out"
+        raise ValueError(f"{why} by what the numbers of calls before have spent, so they cannot run in parallel: {APART}.")
     counted = Counted(checked_denoiser(denoiser, final), block)
     draw = Draws(counted, noise, dict(cond or {}), seed)
     check_conditions(denoiser, draw.cond, draw.rows or 1)
@@ -145,7 +155,7 @@ def tune(
         task.features = features
         if kept:
             kept.save_spending(_spent(task, spending))
-        return _run(task, calls, method, spending, kept)
+        return _run(task, calls, method, spending, kept, map)
 
 
 def _numbers_of_calls(nfe: int | Sequence[int]) -> list[int]:
@@ -161,8 +171,27 @@ def _numbers_of_calls(nfe: int | Sequence[int]) -> list[int]:
     return calls
 
 
-def _run(task: Task, calls: list[int], method: str, spending: Spending, kept: Checkpoint | None) -> Tuned:
+def _run(
+    task: Task,
+    calls: list[int],
+    method: str,
+    spending: Spending,
+    kept: Checkpoint | None,
+    mapped: Callable[..., Iterable[Any]] | None,
+) -> Tuned:
     candidates, counted = {}, task.denoiser
+    if mapped is not None:
+        candidates = {n: finished for n in calls if kept and (finished := kept.candidates(n))}
+        missing = [n for n in calls if n not in candidates]
+        alone = replace(task, report=_silent)
+        for n, (found, spent) in zip(missing, mapped(partial(_alone, alone, method, spending.effort), missing), strict=True):
+            candidates[n] = found
+            counted.evaluations += spent
+            task.report(f"{n} calls: {best_of(found).name}, error {best_of(found).errors.rms:.4g}")
+            if kept:
+                kept.save_candidates(n, found)
+                kept.save_spending(_spent(task, spending))
+        return summarised(task, {n: candidates[n] for n in calls}, method, spending.effort)
     for n in calls:
         finished = kept.candidates(n) if kept else None
         left = None
@@ -173,6 +202,17 @@ def _run(task: Task, calls: list[int], method: str, spending: Spending, kept: Ch
             kept.save_candidates(n, candidates[n])
             kept.save_spending(_spent(task, spending))
     return summarised(task, candidates, method, spending.effort)
+
+
+def _silent(line: str) -> None:
+    """What a task elsewhere reports to."""
+
+
+def _alone(task: Task, method: str, effort: Effort, nfe: int) -> tuple[list[Candidate], int]:
+    """The candidates of one number of calls, and the evaluations that they took, by a task that shares nothing with others."""
+    own = Counted(task.denoiser.denoiser, task.denoiser.block)
+    task = replace(task, denoiser=own, draw=copy.copy(task.draw), kept={}, _untuned={}, _squares={})
+    return _candidates(task, nfe, method, effort, None), own.evaluations
 
 
 def _spent(task: Task, spending: Spending) -> Spending:

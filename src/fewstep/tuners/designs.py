@@ -4,9 +4,10 @@ An arm is a vector x, a design a distribution $\lambda$ over arms, its informati
 measurements the least squares estimate of $v^T \theta$ has the variance $\sigma^2 v^T A^{-1} v / N$.
 
 - `e_design` makes the worst direction as good as possible: it maximises the least eigenvalue of A. It is the limit of Kiefer's criteria
-  $\mathrm{tr} A^{-p}$, whose multiplicative iteration $\lambda_x \propto \lambda_x (x^T A^{-p-1} x)^{1/(p+1)}$ is monotone (Yu,
-  "Monotonic convergence of a general algorithm for computing optimal designs", arXiv 0905.2646); p is doubled until the bound that
-  $W = A^{-p-1}$ gives, $\max_x x^T W x / \mathrm{tr} W$, is as near as asked for.
+  $\mathrm{tr} A^{-p}$. Each is solved from the one before: by a step of the multiplicative iteration $\lambda_x \propto \lambda_x
+  (x^T A^{-p-1} x)^{1/(p+1)}$ (Yu, "Monotonic convergence of a general algorithm for computing optimal designs", arXiv 0905.2646), then by
+  exponentiated gradients with a step that adapts. p is doubled until the bound that $W = A^{-p-1}$ gives, $\max_x x^T W x /
+  \mathrm{tr} W$, is as near as asked for.
 - `g_design` minimises the greatest variance over some directions by the Frank-Wolfe algorithm with decreasing steps. For the arms
   themselves as directions the optimum is the dimension (Kiefer and Wolfowitz, "The equivalence of two extremum problems", 1960).
 """
@@ -33,7 +34,7 @@ def variances(arms: Floats, design: Floats, directions: Floats) -> Floats:
     return np.einsum("md,dm->m", directions, np.linalg.solve(information(arms, design), directions.T))
 
 
-def e_design(arms: Floats, *, tol: float = 1e-3, iterations: int = 50) -> Floats:
+def e_design(arms: Floats, *, tol: float = 1e-3, iterations: int = 300) -> Floats:
     """The design with the greatest least eigenvalue.
 
     Args:
@@ -51,28 +52,50 @@ def e_design(arms: Floats, *, tol: float = 1e-3, iterations: int = 50) -> Floats
         >>> e_design(np.diag([1.0, 2.0])).round(3).tolist()  # inversely as the squared lengths
         [0.8, 0.2]
     """
-    if np.linalg.matrix_rank(arms) < arms.shape[1]:
-        raise ValueError(f"{len(arms)} arms span {np.linalg.matrix_rank(arms)} of {arms.shape[1]} dimensions: give more, or fewer features.")
-    design, best, least = np.full(len(arms), 1.0 / len(arms)), np.full(len(arms), 1.0 / len(arms)), 0.0
-    bound, power = np.inf, 1
-    while power <= LARGEST_POWER:
+    if (rank := np.linalg.matrix_rank(arms)) < arms.shape[1]:
+        raise ValueError(f"{len(arms)} arms span {rank} of {arms.shape[1]} dimensions: give more, or fewer features.")
+    design, best, least, bound = np.full(len(arms), 1.0 / len(arms)), np.full(len(arms), 1.0 / len(arms)), 0.0, np.inf
+    power = 1
+    while power <= LARGEST_POWER and least < (1.0 - tol) * bound:
+        design = _start(arms, design, power)
+        value, gains, eigenvalue, above = _soft(arms, design, power)
+        size = 1.0
         for _ in range(iterations):
-            values, vectors = np.linalg.eigh(information(arms, design))
-            if values[0] > least:
-                best, least = design, float(values[0])
-            shares = (values[0] / values) ** (power + 1)  # of W, scaled by its greatest eigenvalue
-            seen = (arms @ vectors) ** 2 @ shares
-            bound = min(bound, float(seen.max() / shares.sum()))
-            if least >= (1.0 - tol) * bound:
-                return best
-            changed = design * np.maximum(seen, 1e-300) ** (1.0 / (power + 1))
-            changed /= changed.sum()
-            settled = np.abs(changed - design).max() < 1e-7
-            design = changed
-            if settled:
+            if eigenvalue > least:
+                best, least = design, eigenvalue
+            bound = min(bound, above)
+            if least >= (1.0 - tol) * bound or size < 1e-6:
                 break
+            trial = design * np.exp(size * (gains - gains.max()))
+            trial /= trial.sum()
+            found = _soft(arms, trial, power)
+            if found[0] > value:
+                design, (value, gains, eigenvalue, above), size = trial, found, 1.5 * size
+            else:
+                size *= 0.5
         power *= 2
     return best
+
+
+def _soft(arms: Floats, design: Floats, power: int) -> tuple[float, Floats, float, float]:
+    """-(1/p) log tr A^-p; its gradient; the least eigenvalue, and the bound on that of any design by the dual."""
+    values, vectors = np.linalg.eigh(information(arms, design))
+    if values[0] <= 0.0:
+        return -np.inf, np.zeros(len(arms)), 0.0, np.inf
+    shares = (values[0] / values) ** power
+    seen = (arms @ vectors) ** 2
+    value = float(np.log(values[0]) - np.log(shares.sum()) / power)
+    weights = shares / values  # of W, up to a factor
+    above = float((seen @ weights).max() / weights.sum())
+    return value, seen @ weights / shares.sum(), float(values[0]), above
+
+
+def _start(arms: Floats, design: Floats, power: int) -> Floats:
+    """One step of the multiplicative iteration, which alone solves arms along axes."""
+    values, vectors = np.linalg.eigh(information(arms, design))
+    seen = (arms @ vectors) ** 2 @ (values[0] / values) ** (power + 1)
+    changed = design * np.maximum(seen, 1e-300) ** (1.0 / (power + 1))
+    return changed / changed.sum()
 
 
 def g_design(arms: Floats, directions: Floats, *, iterations: int = 1000, tol: float = 1e-2) -> tuple[Floats, float]:

@@ -74,7 +74,7 @@ def pick(
     confidence: float | None = None,
     noise: float | None = None,
     rank: int | None = None,
-    sample_scale: float = 1.0,
+    sample_scale: float = 0.1,
     epsilon: float = 0.0,
     budget: int | None = None,
 ) -> Picked:
@@ -87,7 +87,7 @@ def pick(
         confidence: of the designs: that all answers are right, up to `epsilon`.
         noise: of the designs: standard deviation of a reward, or more.
         rank: of ``"double-design"``: columns of B.
-        sample_scale: of ``"double-design"``: measurements for B.
+        sample_scale: of ``"double-design"``: measurements for B; 0.1 took the fewest that did not cost answers in the benchmark.
         epsilon: of the designs: differences below this are not looked for; without it, two equal best ones would never be told apart.
         budget: of ``"successive-halving"`` and ``"uniform"``: measurements of each task.
 
@@ -116,7 +116,8 @@ def pick(
         raise ValueError(f"{method} needs {' and '.join(sorted(needed))} and nothing else; wrong: {', '.join(wrong)}.")
     if budget is not None:
         return _pick_within(len(arms), tasks, method, budget)
-    assert confidence is not None and noise is not None
+    assert confidence is not None
+    assert noise is not None
     if not (0.0 < confidence < 1.0 and noise > 0.0 and epsilon >= 0.0 and sample_scale > 0.0):
         raise ValueError("confidence must be within (0, 1), noise and sample_scale positive, epsilon at least 0.")
     if rank is not None and not 1 <= rank <= arms.shape[1]:

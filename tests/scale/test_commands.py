@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fewstep.cli import main
+from fewstep.scale import read_shards
+
+DRAW = ["sample", "digits", "--nfe", "1", "--solver", "ddim", "--count", "10", "--batch", "4", "--label", "each", "--shards"]
+
+
+@pytest.fixture
+def refused(capsys):
+    def run(*arguments: str) -> str:
+        assert main(list(arguments)) == 2
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_samples_as_shards_are_told_and_go_on(tmp_path, capsys):
+    out = str(tmp_path / "s")
+    assert main([*DRAW, "--shard-size", "4", "--out", out]) == 0
+    assert "10 samples of digits, 1 network calls each, in 3 shards" in capsys.readouterr().out
+    samples, about = read_shards(out)
+    assert samples.shape == (10, 1, 8, 8)
+    assert about[7] == {"index": 7, "seed": 7, "label": 7}
+    (tmp_path / "s" / "samples-000001.tar").unlink()
+    assert main([*DRAW, "--shard-size", "4", "--out", out, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["drawn"], told["damaged"], len(told["shards"])) == (4, ["samples-000001.tar"], 3)
+
+
+def test_shards_hold_what_sample_writes_with_the_same_batch(tmp_path):
+    import numpy as np
+
+    assert main([*DRAW, "--quiet", "--out", str(tmp_path / "s")]) == 0
+    assert main([*DRAW[:-1], "--quiet", "--out", str(tmp_path / "n")]) == 0
+    assert np.array_equal(read_shards(tmp_path / "s")[0], np.load(tmp_path / "n" / "samples.npz")["samples"])
+
+
+def test_evaluate_reads_shards(tmp_path, capsys):
+    out = str(tmp_path / "s")
+    assert main([*DRAW, "--quiet", "--out", out]) == 0
+    capsys.readouterr()
+    options = ["--features", "pixels", "--distances", "sliced_wasserstein", "--count", "20", "--resamples", "20", "--json"]
+    assert main(["evaluate", out, "digits", *options]) == 0
+    assert json.loads(capsys.readouterr().out)["distances"][0]["sizes"] == [10, 20]
+
+
+def test_what_would_do_nothing_or_something_else_is_refused(tmp_path, refused):
+    assert "--workers does nothing without --shards" in refused("sample", "--workers", "2")
+    assert "--workers does nothing without --engine ray" in refused(*DRAW, "--workers", "2")
+    assert "multiple of --batch (4)" in refused(*DRAW, "--shard-size", "6")
+    assert "--address does nothing without --engine ray" in refused("compare", "--address", "auto")
+    assert "--workers does nothing without --engine ray" in refused("tune", "--workers", "3")
+    out = str(tmp_path / "s")
+    assert main([*DRAW, "--quiet", "--out", out]) == 0
+    assert "holds samples with samples 10, and this run has 11" in refused(*DRAW[:7], "11", *DRAW[8:], "--out", out)
+
+
+def test_compare_stops_early(tmp_path, capsys):
+    options = ["--nfe", "2", "--count", "16", "--others", "16", "--tol", "0.1", "--resamples", "20"]
+    solvers = "ddim,dpmpp_2m,unipc_2,deis_2,ddpm,ipndm_2,dpm_2m,dpmpp_2s"
+    out = ["--out", str(tmp_path / "c"), "--quiet"]
+    assert main(["compare", "--solvers", solvers, *options, "--stop-early", "successive-halving", *out]) == 0
+    results = json.loads((tmp_path / "c" / "results.json").read_text())
+    found = results["models"]["digits"]
+    stopped = [name for name, why in found["skipped"].items() if why.startswith("stopped early: on 8 samples")]
+    assert len(stopped) == 3
+    assert {place["solver"] for place in found["ranking_by_distance"]} == set(solvers.split(",")) - set(stopped)
