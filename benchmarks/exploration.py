@@ -5,8 +5,8 @@ what the double design is made for. *mixtures* and *digits*: the arms are 16 set
 mixtures of 8 dimensions, or the classes of the shipped digits; a reward is minus the logarithm of the distance of one sample from the
 exact solution of its noise. Samples are drawn once into a pool, and the setting that is best on the pool is the right one.
 
-Every method is run at several budgets (the designs: at several epsilon, for a confidence of 0.9, with the noise that the pool has); told are
-the evaluations a task, the share of tasks that were answered rightly, and the mean loss against the best in the units of the reward.
+Every method is run at several budgets (the designs: at several epsilon, for a confidence of 0.9, with the noise that the pool has); told
+are the evaluations a task, the share of tasks that were answered rightly, and the mean loss against the best in the units of the reward.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def run_pools(pools: list[Floats], runs: int) -> list[dict[str, Any]]:
 
 def row(method: str, options: dict[str, Any], told: list[tuple[float, float, float]]) -> dict[str, Any]:
     """A line of the table."""
-    evaluations, right, loss = np.mean(told, 0)
+    evaluations, right, loss = np.mean(told, 0).tolist()
     given = {name: round(value, 4) for name, value in options.items()}
     return {"method": method, **given, "evaluations": round(evaluations, 1), "right": round(right, 4), "loss": round(loss, 5)}
 

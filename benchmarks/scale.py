@@ -3,8 +3,8 @@
 *kills*: samples of the shipped digits by this process, and by 1, 2 and 4 workers of Ray of which one is killed (SIGKILL) every few seconds
 while it works; the checksums of all shards have to be equal, and no sample may be lost or doubled. *throughput*: samples a second by this
 process and by 1 to 4 workers without kills, from the first block to the last, against as many times one worker's rate as there are cores.
-*simulation*: 1,000 workers with slow ones, hanging blocks and failures, with the same `Coordinator`. Figures of the first two mean something
-on an idle machine only; ``load`` is the load average when they began.
+*simulation*: 1,000 workers with slow ones, hanging blocks and failures, with the same `Coordinator`. Figures of the first two mean
+something on an idle machine only; ``load`` is the load average when they began.
 """
 
 from __future__ import annotations
