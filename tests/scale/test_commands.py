@@ -62,7 +62,7 @@ def test_what_would_do_nothing_or_something_else_is_refused(tmp_path, refused):
 
 def test_compare_stops_early(tmp_path, capsys):
     options = ["--nfe", "2", "--count", "16", "--others", "16", "--tol", "0.1", "--resamples", "20"]
-    solvers = "ddim,dpmpp_2m,unipc_2,deis_2,ddpm,ipndm_2,dpm_2m,dpmpp_2s"
+    solvers = "ddim,dpmpp_2m,unipc_2,deis,ddpm,ipndm,dpm_2m,dpmpp_2s"
     out = ["--out", str(tmp_path / "c"), "--quiet"]
     assert main(["compare", "--solvers", solvers, *options, "--stop-early", "successive-halving", *out]) == 0
     results = json.loads((tmp_path / "c" / "results.json").read_text())
