@@ -63,6 +63,7 @@ SAME_ROW = {
     ("restoration", "noise"),
     ("restoration", "sampler"),
     ("distill", "adapt"),  # a student may be an adapter
+    ("steer", "adapt"),  # and so may what is learnt from preferences
     ("distill", "tuners"),  # and is compared with tuned plans
 }
 """(importer, imported) pairs that are allowed within a row. No cycles."""
