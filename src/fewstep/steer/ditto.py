@@ -14,13 +14,16 @@ few calls from the noise that was found. `decode` should follow the same path as
 Noise in d dimensions has a norm near $\sigma \sqrt d$; Adam leaves this shell, and samples spoil. So after every step each sample's noise
 is scaled back to the norm it had at the start (`shell`).
 
+A surrogate of one call does not see what the later calls of decoding change. `refined` of the iterations, the last ones, go through the plan
+of decoding itself, which costs as many calls an iteration and takes most of this gap away.
+
 The loop is `fewstep.train.fit`: the noise is what is trained. So it shows its progress, keeps a log and checkpoints, and goes on bit for bit.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
@@ -76,7 +79,8 @@ def optimize_noise(
     decode_plan: Plan | None = None,
     *,
     iterations: int = 70,
-    learning_rate: float = 0.1,
+    refined: int = 0,
+    learning_rate: float = 0.2,
     shell: bool = True,
     cond: Mapping[str, Any] | None = None,
     seeds: Iterable[int] | Tensor | None = None,
@@ -95,7 +99,8 @@ def optimize_noise(
         noise: ``"batch *shape"``, where to begin, at the scale of the plans' start (`fewstep.draw_noise`).
         surrogate_plan: what is optimised through: one call of a student, or as many as memory bears.
         decode_plan: what is sampled from the noise that is found; left out, the surrogate's.
-        iterations: of Adam.
+        iterations: of Adam, all together.
+        refined: so many of them, the last, go through the plan of decoding.
         learning_rate: of Adam, in units of the noise's standard deviation.
         shell: keep the norm of each sample's noise.
         cond: conditions.
@@ -127,6 +132,8 @@ def optimize_noise(
     told = None if seeds is None else check_seeds(seeds, len(noise))
     inner, scale = denoiser if surrogate is None else surrogate, _scale(surrogate_plan, decode_plan)
     run = partial(sample, cond=cond, seeds=told)
+    if not 0 <= refined <= iterations:
+        raise ValueError(f"refined is a number of the {iterations} iterations, got {refined}.")
     model = _Noise(noise / scale, shell)
     with _frozen(denoiser), _frozen(inner):
         with torch.no_grad():
@@ -136,7 +143,8 @@ def optimize_noise(
                     f"the loss must be one number a sample, {tuple(noise.shape[:1])}, got shape {tuple(initial.shape)}."
                 )
         place = None if folder is None else Path(folder)
-        objective = _Surrogate(run, inner, surrogate_plan, loss, scale, place if sheets else None, sheets)
+        ways = ((inner, surrogate_plan, iterations - refined), (denoiser, decode_plan, refined))
+        objective = _Surrogate(run, ways, loss, scale, place if sheets else None, sheets)
         result = fit(
             objective,
             model,
@@ -152,7 +160,7 @@ def optimize_noise(
             found = model() * scale
             samples = run(denoiser, found, decode_plan)
             errors = loss(samples), loss(run(inner, found, surrogate_plan))
-    calls = 3 * iterations * surrogate_plan.nfe + decode_plan.nfe
+    calls = 3 * sum(count * plan.nfe for _, plan, count in ways) + decode_plan.nfe
     return Optimised(found, samples, errors[0], errors[1], initial, calls, result.log)
 
 
@@ -198,11 +206,13 @@ class _Noise(nn.Module):
     """The noise in units of its standard deviation, as what is trained."""
 
     norms: Tensor
+    done: Tensor
 
     def __init__(self, z: Tensor, shell: bool):
         super().__init__()
         self.z, self.shell = nn.Parameter(z.detach().clone()), shell
         self.register_buffer("norms", self._norm(), persistent=False)
+        self.register_buffer("done", torch.zeros((), dtype=torch.int64))
 
     def _norm(self) -> Tensor:
         return self.z.detach().flatten(1).norm(dim=1).clamp(min=1e-12).reshape(-1, *[1] * (self.z.ndim - 1))
@@ -212,7 +222,8 @@ class _Noise(nn.Module):
 
     @torch.no_grad()
     def back(self) -> None:
-        """Back to the shell."""
+        """Back to the shell, after an iteration."""
+        self.done += 1
         if self.shell:
             self.z.mul_(self.norms / self._norm())
 
@@ -220,14 +231,16 @@ class _Noise(nn.Module):
 class _Surrogate:
     """The objective: losses of samples are added up, so each sample is optimised by itself."""
 
-    def __init__(self, run: Any, denoiser: Any, plan: Plan, loss: Loss, scale: float, folder: Path | None, sheets: int):
-        self.run, self.denoiser, self.plan, self.loss, self.scale = run, denoiser, plan, loss, scale
-        self.folder, self.sheets = folder, sheets
+    def __init__(self, run: Any, ways: Sequence[tuple[Any, Plan, int]], loss: Loss, scale: float, folder: Path | None, sheets: int):
+        self.run, self.ways, self.loss, self.scale, self.folder, self.sheets = run, ways, loss, scale, folder, sheets
         self.samples: Tensor | None = None
-        self.__qualname__ = f"DITTO-2 through {plan.digest[:12]} by {getattr(loss, '__qualname__', None) or repr(loss)}"
+        through = ", ".join(f"{count} through {plan.digest[:12]}" for _, plan, count in ways if count)
+        self.__qualname__ = f"DITTO-2: {through}, by {getattr(loss, '__qualname__', None) or repr(loss)}"
 
     def __call__(self, model: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
-        x = self.run(self.denoiser, model() * self.scale, self.plan, check=False)
+        first, then = self.ways
+        denoiser, plan, _ = first if int(getattr(model, "module", model).done) < first[2] else then
+        x = self.run(denoiser, model() * self.scale, plan, check=False)
         errors = self.loss(x)
         self.samples = x.detach()
         return errors.sum(), {"error": errors.detach().mean(), "worst": errors.detach().max()}
@@ -244,8 +257,8 @@ class _Surrogate:
         assert self.samples is not None
         assert self.folder is not None
         decode, data_range = (
-            getattr(self.denoiser, "decode", None),
-            getattr(getattr(self.denoiser, "info", None), "data_range", None),
+            getattr(denoiser, "decode", None),
+            getattr(getattr(denoiser, "info", None), "data_range", None),
         )
         pictures = self.samples if decode is None else decode(self.samples)
         sheet = image_grid(pictures.nan_to_num().cpu(), data_range or (-1.0, 1.0), columns=min(16, len(pictures)))

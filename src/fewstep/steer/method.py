@@ -158,6 +158,11 @@ def check_pair_options(beta: float, clip: float | None) -> None:
         raise ValueError(f"beta must not be 0, and clip must lie in (0, 1) or be None; got {beta} and {clip}.")
 
 
+def beyond(log_r: Tensor, clip: float | None) -> Tensor:
+    """The share of ratios that are clipped, and so have no gradient."""
+    return log_r.new_zeros(()) if clip is None else share((log_r.detach().exp() - 1.0).abs() > clip)
+
+
 def share(mask: Tensor) -> Tensor:
     """How many of a mask are true, as a fraction."""
     return mask.to(torch.get_default_dtype()).mean()

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import PlanError
-from fewstep.steer.method import Dominance, Labels, Policy, check_pair_options, clipped, conditions_of, pair_loss, share
+from fewstep.steer.method import Dominance, Labels, Policy, beyond, check_pair_options, clipped, conditions_of, pair_loss, share
 from fewstep.steer.transitions import GaussianSteps, log_ratio
 
 __all__ = ["PSO", "OfflinePSO"]
@@ -104,7 +104,7 @@ class _Online:
             kept = clipped(log_r, self.method.clip)
             margin = signs * (kept[:count] - kept[count:])
             loss = loss + (signs.abs() * pair_loss(margin, self.method.beta)).mean()
-            outside.append(share(kept.detach() != log_r.detach()) if self.method.clip else log_r.new_zeros(()))
+            outside.append(beyond(log_r, self.method.clip))
             margins.append((signs * (log_r[:count] - log_r[count:])).detach().mean())
         info = {"reward": rewards.mean(), "ties": share(signs == 0), "clipped": torch.stack(outside).mean()}
         return loss / len(means), {**info, "margin": torch.stack(margins).mean()}

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fewstep.sampler import Hooks, sample
-from fewstep.steer.method import Policy, check_pair_options, clipped, conditions_of, pair_loss, share
+from fewstep.steer.method import Policy, beyond, check_pair_options, clipped, conditions_of, pair_loss
 from fewstep.steer.transitions import GaussianSteps, log_ratio
 
 __all__ = ["SPO", "StepScore", "best", "scored_by", "uniform"]
@@ -152,7 +152,7 @@ class StepPairs:
             loss = loss + (sure * pair_loss(won - lost, method.beta)).sum() / sure.sum().clamp(min=1.0)
             kept.append(sure.mean())
             spread.append(apart.mean())
-            outside.append(share((won.detach() != log_r[0].detach()) | (lost.detach() != log_r[1].detach())))
+            outside.append(beyond(torch.cat(log_r), method.clip))
         info = {"kept": torch.stack(kept).mean(), "clipped": torch.stack(outside).mean(), "apart": torch.stack(spread).mean()}
         return loss / len(pairs), {**info, **{f"kept_{row}": value for row, value in zip(pairs, kept, strict=True)}}
 

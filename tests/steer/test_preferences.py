@@ -1,0 +1,380 @@
+"""PSO and SPO where the answer is known, and what they share: labels, clipping, the network that is trained, resumption."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import fewstep as fs
+from fewstep.errors import PlanError, UnknownNameError
+from fewstep.steer import (
+    PSO,
+    SPO,
+    BradleyTerry,
+    Dominance,
+    OfflinePSO,
+    Policy,
+    StepPreference,
+    best,
+    fit_preference,
+    make_reward,
+    prefer,
+    scored_by,
+    uniform,
+)
+from fewstep.steer.policy import trained_copy, with_network
+
+FLOW = fs.schedules.Flow(t_end=0.5)
+
+
+class Constant(nn.Module):
+    """D(x, t) = c, one number."""
+
+    def __init__(self, value=0.3):
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value, dtype=torch.float64))
+
+    def forward(self, x, time):
+        return self.value.expand_as(x)
+
+
+class Gain(nn.Module):
+    """D(x, t) = a x."""
+
+    def __init__(self, gain=0.7):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(gain, dtype=torch.float64))
+
+    def forward(self, x, time):
+        return self.gain * x
+
+
+def one_dimensional(network, schedule=FLOW):
+    return fs.Denoiser(network, schedule, "data", info=fs.ModelInfo(shape=(1,)))
+
+
+def policy_of(denoiser, plan, reward=None):
+    return Policy(denoiser, denoiser, plan, (1,), reward, torch.zeros(1, 1, dtype=torch.float64))
+
+
+# ---- PSO ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_the_optimum_is_the_tilted_gaussian(double):
+    """One step, x = alpha c + sigma xi, reward k x, labels of Bradley and Terry: p_ref e^{k x / beta} / Z has its mean k sigma^2 / beta higher."""
+    plan = fs.make_plan("lcm", FLOW, 1, final="t_end")
+    alpha, sigma = float(FLOW.alpha(0.5)), float(FLOW.sigma(0.5))
+    k, beta = 2.0, 1.5
+    method = PSO(beta=beta, clip=None, labels=BradleyTerry())
+    student = one_dimensional(Constant())
+    made = prefer(
+        student,
+        plan,
+        method=method,
+        reward=lambda x: k * x[:, 0],
+        steps=500,
+        batch_size=1024,
+        learning_rate=0.03,
+        decay="cosine",
+        ema=0.98,
+        judged=None,
+    )
+    shift = alpha * (float(made.network.value) - 0.3)
+    assert shift == pytest.approx(k * sigma**2 / beta, rel=0.05)
+
+
+def test_the_loss_begins_at_log_2_and_the_sign_of_beta_is_the_direction():
+    plan = fs.make_plan("lcm", FLOW, 1, final="t_end")
+    student = one_dimensional(Constant())
+    for beta, sign in ((5.0, -1.0), (-5.0, 1.0)):
+        objective = PSO(beta=beta).objective(policy_of(student, plan, lambda x: x[:, 0]))
+        loss, info = objective(student.network, {"row": torch.zeros(256)}, torch.Generator().manual_seed(0))
+        assert float(loss) == pytest.approx(math.log(2.0), rel=1e-9)
+        (slope,) = torch.autograd.grad(loss, student.network.value)
+        assert float(slope) * sign > 0.0
+        assert float(info["ties"]) == float(info["clipped"]) == 0.0
+
+
+def test_beyond_the_clip_there_is_no_gradient():
+    plan = fs.make_plan("lcm", FLOW, 1, final="t_end")
+    far, reference = one_dimensional(Constant(30.0)), one_dimensional(Constant(0.3))
+    policy = Policy(far, reference, plan, (1,), lambda x: x[:, 0], torch.zeros(1, 1, dtype=torch.float64))
+    loss, info = PSO().objective(policy)(far.network, {"row": torch.zeros(64)}, torch.Generator().manual_seed(0))
+    assert float(info["clipped"]) == 1.0
+    assert float(torch.autograd.grad(loss, far.network.value)[0]) == 0.0
+
+
+def test_ties_teach_nothing():
+    plan = fs.make_plan("lcm", FLOW, 1, final="t_end")
+    student = one_dimensional(Constant())
+    objective = PSO().objective(policy_of(student, plan, lambda x: torch.zeros(len(x))))
+    loss, info = objective(student.network, {"row": torch.zeros(8)}, torch.Generator().manual_seed(0))
+    assert float(loss) == 0.0
+    assert float(info["ties"]) == 1.0
+
+
+def test_labels():
+    first, second = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 1.0, 2.0])
+    assert Dominance()(first, second, torch.Generator()).tolist() == [1.0, -1.0, 0.0]
+    chance = (BradleyTerry(2.0)(torch.full((20000,), 1.0), torch.zeros(20000), torch.Generator().manual_seed(0)) > 0).double().mean()
+    expected = 1.0 / (1.0 + math.exp(-0.5))
+    assert abs(float(chance) - expected) < 5 * math.sqrt(expected * (1 - expected) / 20000)  # five standard errors
+    with pytest.raises(ValueError, match="one reward"):
+        BradleyTerry()(torch.zeros(2, 2), torch.zeros(2, 2), torch.Generator())
+
+
+def test_offline_pairs_lead_to_the_targets():
+    """Data predictions begin at 0.3; the targets are 1.0 and the model's own samples are near 0.15."""
+    plan = fs.make_plan("lcm", fs.schedules.Flow(), 2, final="zero")
+    student = one_dimensional(Constant(), fs.schedules.Flow())
+    data = {"x": torch.full((64, 1), 1.0)}
+    objective = OfflinePSO(beta=2.0).objective(policy_of(student, plan))
+    loss, _ = objective(student.network, data, torch.Generator().manual_seed(0))
+    assert float(loss) == pytest.approx(math.log(2.0), rel=1e-9)
+    made = prefer(student, plan, method=OfflinePSO(beta=2.0), data=data, steps=150, batch_size=16, learning_rate=0.02, judged=None)
+    assert 0.9 < float(made.network.value) < 1.3  # the optimum is beyond 1: away from the own samples, by the share `push`
+    assert float(student.network.value.detach()) == 0.3
+
+
+# ---- SPO ---------------------------------------------------------------------------------------------------------------------------
+
+RANGES = {2: 2.0 / math.sqrt(math.pi), 3: 3.0 / math.sqrt(math.pi), 4: 2.0587507503}
+"""Expected ranges of normal numbers."""
+
+
+@pytest.mark.parametrize("n", RANGES)
+def test_the_margin_of_linear_scores_is_the_range_of_normal_numbers(n):
+    """Candidates alpha c + sigma xi, predictions a times them, scores k times those: apart by k a sigma times the range of n normals."""
+    plan = fs.make_plan("lcm", fs.schedules.Flow(), 2, final="zero")
+    student, k, count = one_dimensional(Gain(), fs.schedules.Flow()), 3.0, 20000
+    spo = SPO(scored_by(lambda d: d[:, 0], k), candidates=n, threshold=0.0)
+    objective = spo.objective(policy_of(student, plan))
+    with torch.no_grad():
+        _, pairs = objective.draw(torch.zeros(count, 1, dtype=torch.float64), {}, torch.Generator().manual_seed(0))
+    better, worse, _, apart = pairs[0]
+    expected = k * 0.7 * float(plan.rows[0].noise.scale) * RANGES[n]
+    assert abs(float(apart.mean()) - expected) < 5 * float(apart.std()) / math.sqrt(count)  # five standard errors
+    torch.testing.assert_close(k * 0.7 * (better - worse)[:, 0], apart)
+
+
+def test_the_margin_of_quadratic_scores():
+    """-(d - c)^2 of two candidates: E|u - v| E|u + v - 2 c| for predictions u, v, normal and independent, as u - v and u + v are."""
+    plan = fs.make_plan("lcm", fs.schedules.Flow(), 2, final="zero")
+    student, centre, count = one_dimensional(Gain(), fs.schedules.Flow()), 0.4, 40000
+    spo = SPO(lambda d, t: -(d[:, 0] - centre).square(), candidates=2, threshold=0.0)
+    with torch.no_grad():
+        start = torch.full((count, 1), 1.2, dtype=torch.float64)
+        _, pairs = spo.objective(policy_of(student, plan)).draw(start, {}, torch.Generator().manual_seed(1))
+    row, apart = plan.rows[0], pairs[0][3]
+    mean, deviation = 0.7 * row.weights[0] * 0.7 * 1.2, 0.7 * row.noise.scale
+    s, m = math.sqrt(2.0) * deviation, 2.0 * (mean - centre)  # of u + v - 2 c; u - v has the same deviation
+    folded = s * math.sqrt(2.0 / math.pi) * math.exp(-(m**2) / (2 * s**2)) + m * math.erf(m / (s * math.sqrt(2.0)))
+    expected = s * math.sqrt(2.0 / math.pi) * folded
+    assert abs(float(apart.mean()) - expected) < 5 * float(apart.std()) / math.sqrt(count)
+
+
+def test_a_random_candidate_keeps_the_law_of_the_runs_and_the_best_does_not():
+    plan = fs.make_plan("lcm", fs.schedules.Flow(), 2, final="zero")
+    student, count = one_dimensional(Gain(), fs.schedules.Flow()), 20000
+    scale = float(plan.rows[0].noise.scale)
+    for choose, expected in ((uniform, 0.0), (best, scale * RANGES[2] / 2)):
+        spo = SPO(scored_by(lambda d: d[:, 0]), candidates=2, choose=choose)
+        with torch.no_grad():
+            states, _ = spo.objective(policy_of(student, plan)).draw(
+                torch.zeros(count, 1, dtype=torch.float64), {}, torch.Generator().manual_seed(0)
+            )
+        assert abs(float(states[1].mean()) - expected) < 5 * scale / math.sqrt(count)
+
+
+def test_a_step_costs_as_many_calls_as_candidates_and_no_more():
+    asked = []
+
+    class Watched(Gain):
+        def forward(self, x, time):
+            asked.append(len(x))
+            return super().forward(x, time)
+
+    plan = fs.make_plan("lcm", fs.schedules.Flow(), 4, final="zero")
+    student = one_dimensional(Watched(), fs.schedules.Flow())
+    with torch.no_grad():
+        spo = SPO(scored_by(lambda d: d[:, 0]), candidates=3)
+        spo.objective(policy_of(student, plan)).draw(torch.zeros(5, 1, dtype=torch.float64), {}, torch.Generator())
+    assert asked == [5, 15, 15, 15]  # the chosen candidate's prediction is that of the next call
+
+
+def test_unsure_pairs_are_left_out_and_the_sure_ones_move_the_policy():
+    plan = fs.make_plan("lcm", fs.schedules.Flow(), 2, final="zero")
+    student = one_dimensional(Gain(), fs.schedules.Flow())
+    batch, generator = {"row": torch.zeros(64)}, torch.Generator().manual_seed(0)
+    unsure = SPO(scored_by(lambda d: d[:, 0], 1e-3)).objective(policy_of(student, plan))
+    loss, info = unsure(student.network, batch, generator)
+    assert float(info["kept"]) == 0.0
+    assert float(loss) == 0.0
+    sure = SPO(scored_by(lambda d: d[:, 0], 100.0)).objective(policy_of(student, plan))
+    loss, info = sure(student.network, batch, generator)
+    assert float(info["kept"]) > 0.9
+    made = prefer(student, plan, method=sure.method, steps=30, batch_size=64, learning_rate=0.01, judged=None)
+    assert float(made.network.gain) != pytest.approx(0.7, abs=0.01)
+
+
+def test_the_preference_model_begins_blind_to_time_and_learns_what_is_better():
+    torch.manual_seed(0)
+    gaussian = fs.exact.Gaussian(fs.schedules.Flow(), torch.zeros(1, 8, 8), 1.0)
+    network = StepPreference(1, width=16)
+    d = torch.randn(4, 1, 8, 8)
+    assert torch.equal(network(d, 0.1), network(d, 0.9))
+    bright, dark = torch.randn(2, 256, 1, 8, 8)
+    pairs = {"better": bright + 0.5, "worse": dark - 0.5}
+    result = fit_preference(network, gaussian, pairs, steps=60, batch_size=32, learning_rate=3e-3)
+    assert result.log[-1]["accuracy"] > 0.6
+    with torch.no_grad():
+        clean, noisy = ((network(pairs["better"], t) > network(pairs["worse"], t)).float().mean() for t in (0.001, 0.95))
+        assert clean > 0.95
+        apart = [(network(gaussian(x, t), t) - network(gaussian(y, t), t)).mean() for t, x, y in _noised(pairs)]
+    assert apart[0] > 3 * apart[1]  # close to noise it knows little, and says so
+
+
+def _noised(pairs):
+    noise = torch.randn(256, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    for t in (0.1, 0.97):
+        yield t, (1 - t) * pairs["better"] + t * noise, (1 - t) * pairs["worse"] + t * noise
+
+
+def test_ties_count_for_nothing_in_the_preference_model():
+    gaussian = fs.exact.Gaussian(fs.schedules.Flow(), torch.zeros(1, 8, 8), 1.0)
+    network = StepPreference(1, width=8)
+    with torch.no_grad():
+        network.write.weight.zero_()
+    x = torch.randn(8, 1, 8, 8)
+    result = fit_preference(network, gaussian, {"better": x, "worse": -x, "tie": torch.ones(8)}, steps=1, batch_size=8)
+    assert abs(result.log[-1]["loss"]) < 1e-6  # log 2 is taken off
+
+
+# ---- prefer ------------------------------------------------------------------------------------------------------------------------
+
+
+def digits_plan(nfe=3):
+    model = fs.load("digits")
+    return model, fs.make_plan("ddpm", model.schedule, nfe, final="zero")
+
+
+LABELS = {"label": torch.arange(10)}
+LITTLE = {"cond": LABELS, "steps": 4, "batch_size": 2, "learning_rate": 1e-4}
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path):
+    model, plan = digits_plan()
+
+    class Stopped(Exception):
+        pass
+
+    asked = []
+
+    def stopping(x, **cond):
+        asked.append(1)
+        if len(asked) == 4:
+            raise Stopped
+        return make_reward("ink")(x, **cond)
+
+    options = {**LITTLE, "judged": None, "checkpoint_every": 1}
+    whole = prefer(model, plan, reward=make_reward("ink"), **options)
+    with pytest.raises(Stopped):
+        prefer(model, plan, reward=stopping, folder=tmp_path, **options)
+    again = prefer(model, plan, reward=make_reward("ink"), folder=tmp_path, **options)
+    assert all(torch.equal(a, b) for a, b in zip(whole.network.parameters(), again.network.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(whole.network.parameters(), model.network.parameters(), strict=True))
+
+
+def test_the_report_and_the_pictures(tmp_path):
+    from fewstep.steer import Judged
+
+    model, plan = digits_plan()
+    made = prefer(model, plan, reward=make_reward("ink"), folder=tmp_path, sheets=2, judged=Judged(20), **LITTLE)
+    assert sorted(file.name for file in tmp_path.glob("*.png")) == ["samples-0000002.png", "samples-0000004.png"]
+    assert made.report["reward"].keys() == {"before", "after", "gain"}
+    # of each of 2 labels: two runs of 3 calls, 2 for the reference, 2 of the policy forward and backward
+    assert made.report["evaluations"] == 4 * 2 * 2 * (3 + 2 + 3 * 2)
+    assert len(made.told) == 3
+
+
+def test_an_adapter_is_tuned_alone_and_a_students_own_further():
+    pytest.importorskip("peft")
+    from fewstep.adapt import LoraOptions
+
+    model, plan = digits_plan()
+    made = prefer(model, plan, reward=make_reward("ink"), adapter=LoraOptions(rank=2), judged=None, **LITTLE)
+    names = set(made.network.state_dict())
+    assert names
+    assert all("lora_" in name for name in names)
+    further = trained_copy(made.network)
+    assert {name for name, p in further.named_parameters() if p.requires_grad} == names
+    with pytest.raises(ValueError, match="adapter already"):
+        trained_copy(made.network, LoraOptions(rank=2))
+
+
+def test_guidance_stays_around_the_policy():
+    guided = fs.guidance.ClassifierFree(fs.load("digits"), 2.0, {"label": 10})
+    network = trained_copy(guided.denoiser.network)
+    other = with_network(guided, network)
+    x, label = torch.randn(2, 1, 8, 8), torch.tensor([3, 4])
+    with torch.no_grad():
+        torch.testing.assert_close(other(x, 0.5, label=label), guided(x, 0.5, label=label))
+        network.head.bias += 1.0
+        assert not torch.equal(other(x, 0.5, label=label), guided(x, 0.5, label=label))
+
+
+def test_several_rewards_are_not_traded():
+    model, plan = digits_plan()
+    both = [make_reward("ink"), lambda x, **_: -make_reward("ink")(x)]
+    made = prefer(model, plan, reward=both, judged=None, log_every=1, **LITTLE)
+    assert all(record["ties"] == 1.0 for record in made.log)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reward": None}, "learns from a reward"),
+        ({"method": OfflinePSO()}, "learns from targets"),
+        ({"data": {"x": torch.zeros(1, 1, 8, 8)}}, "makes its own samples"),
+    ],
+)
+def test_what_is_missing_is_named(options, message):
+    model, plan = digits_plan()
+    with pytest.raises(ValueError, match=message):
+        prefer(model, plan, **{"reward": make_reward("ink"), **LITTLE, **options})
+
+
+def test_deterministic_plans_and_models_without_a_network_are_refused():
+    model, _ = digits_plan()
+    with pytest.raises(PlanError, match="draw noise"):
+        prefer(model, fs.make_plan("ddim", model.schedule, 4), reward=make_reward("ink"), cond=LABELS)
+    exact = fs.exact.Gaussian(FLOW, [0.0], 1.0)
+    with pytest.raises(TypeError, match="no torch module"):
+        prefer(exact, fs.make_plan("lcm", FLOW, 2), reward=lambda x: x[:, 0], shape=(1,))
+    with pytest.raises(ValueError, match="leaves none"):
+        SPO(scored_by(lambda d: d[:, 0]), skip=1).objective(policy_of(one_dimensional(Gain()), fs.make_plan("lcm", FLOW, 2, final="zero")))
+
+
+def test_rewards_by_name():
+    x = torch.rand(3, 1, 8, 8) * 2 - 1
+    assert make_reward("ink")(x).shape == (3,)
+    assert make_reward("classifier")(x, label=torch.tensor([1, 2, 3])).shape == (3,)
+    assert make_reward("fewstep.steer.rewards:contrast")(x).shape == (3,)
+    with pytest.raises(UnknownNameError, match="unknown reward 'inc'"):
+        make_reward("inc")
+    with pytest.raises(ValueError, match="import path"):
+        make_reward("nowhere:function")
+    with pytest.raises(ValueError, match="classes 0 to 9"):
+        make_reward("classifier:12")
+    with pytest.raises(ValueError, match="beta must not be 0"):
+        PSO(beta=0.0)
+    with pytest.raises(ValueError, match="candidates >= 2"):
+        SPO(uniform, candidates=1)
