@@ -9,8 +9,8 @@ power beyond half the Nyquist radius, relative to that of the winners.
 - *winners*: from 2,000 pairs of the student's samples the one with more ink. Offline PSO learns from both; "naive" by the denoising loss on
   winners alone, at the plan's times, as many steps. Naive fine-tuning is expected to blur.
 - *SPO* with a step-aware preference model, which is trained on the same pairs, beside the labels of whole runs (PSO's), at equal network
-  calls. Of each, the learning rate (and of the latter beta) is the one with the largest gain at an FD of at most LIMIT, on a seed of its own.
-  Ablation: the resampler takes the best candidate.
+  calls. Of each, the learning rate (and of the latter beta) is the one with the largest gain at an FD of at most LIMIT, on a seed
+  of its own. Ablation: the resampler takes the best candidate.
 - *tilted*: the student's own samples, reweighted by exp(reward) within each class to a gain of 1: the law nearest to it (in
   Kullback-Leibler divergence) that has this gain, so about the least FD that a gain of 1 costs.
 """
@@ -18,6 +18,7 @@ power beyond half the Nyquist radius, relative to that of the winners.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -222,7 +223,7 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
         "naive blurs: HF loss >= 3 times PSO's": _bar(blur["naive"] / max(abs(blur["PSO"]), 1e-3), 3.0),
         "SPO: gain >= 1.2 times that of labels of runs": _bar(rows["SPO"]["gain"] / rows["labels of runs"]["gain"], 1.2),
         "SPO: FD to the teacher <= 1.5 times the untuned student's": _bar(rows["SPO"]["fd_teacher"] / base, 1.5, most=True),
-        "SPO: surer at each later step": _bar(min(b - a for a, b in zip(kept, kept[1:], strict=False)), 0.0),
+        "SPO: surer at each later step": _bar(min(b - a for a, b in itertools.pairwise(kept)), 0.0),
         "SPO, best candidate: variance within classes drops": _bar(
             rows["SPO, best candidate"]["variance"] / rows["SPO"]["variance"], 1.0, most=True
         ),

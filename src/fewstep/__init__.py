@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         schedules,
         solvers,
         statistics,
+        steer,
         train,
         tuners,
     )
@@ -68,6 +69,7 @@ __all__ = [
     "solver_names",
     "solvers",
     "statistics",
+    "steer",
     "train",
     "tune",
     "tuners",

@@ -11,7 +11,7 @@ FLOW = fs.schedules.Flow(t_end=0.0)
 
 
 def gaussian():
-    return fs.exact.Gaussian(FLOW, torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64), torch.tensor([0.5, 1.0, 0.2]).double())
+    return fs.exact.Gaussian(FLOW, torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64), torch.tensor([0.5, 1.0, 0.8]).double())
 
 
 def plan_of(nfe, name="ddim"):
@@ -31,12 +31,12 @@ def start(count=4):
 
 @pytest.mark.parametrize("nfe", [1, 4])
 def test_a_linear_feature_of_a_gaussian_model_has_the_optimum_in_closed_form(nfe):
-    """G (M z + b) = y for a square G: z = M^-1 (G^-1 y - b). One call of this model says nothing of z, so there the noise level is lower."""
+    """G (M z + b) = y for a square G: z = M^-1 (G^-1 y - b). From pure noise one call says nothing of z; so from 0.8."""
     denoiser, plan = gaussian(), fs.solvers.DDIM().plan(FLOW, nfe, start=0.8, final="zero")
     torch.manual_seed(0)
     feature = torch.randn(3, 3, dtype=torch.float64) + 2 * torch.eye(3)
-    wanted = torch.tensor([0.4, 0.1, -0.3], dtype=torch.float64)
     matrix, shift = affine(plan, denoiser)
+    wanted = feature @ (matrix @ torch.tensor([0.9, -0.6, 0.3], dtype=torch.float64) + shift)
     exact = torch.linalg.solve(matrix, torch.linalg.solve(feature, wanted) - shift)
     found = optimize_noise(
         denoiser,
@@ -44,7 +44,7 @@ def test_a_linear_feature_of_a_gaussian_model_has_the_optimum_in_closed_form(nfe
         start() * 0.8,
         plan,
         shell=False,
-        iterations=1500,
+        iterations=1000,
         learning_rate=0.05,
         decay="cosine",
     )
@@ -75,7 +75,7 @@ def test_samples_are_optimised_each_by_itself():
 
 
 def test_errors_are_those_after_decoding_and_refining_closes_the_gap():
-    denoiser, once, decode = gaussian(), plan_of(1), plan_of(5)
+    once, decode = plan_of(1), plan_of(5)
     loss = lambda x: (x[:, 0] - 0.8).square()  # noqa: E731
     model = fs.exact.GaussianMixture(FLOW, torch.tensor([[1.0, 0.5, 0.0], [-1.0, -0.3, 0.2]], dtype=torch.float64), 0.1)
     surrogate = lambda x, t, **_: model(x, 0.9)  # noqa: E731
@@ -85,7 +85,6 @@ def test_errors_are_those_after_decoding_and_refining_closes_the_gap():
     refined = optimize_noise(model, loss, start(), once, decode, surrogate=surrogate, refined=30, **options)
     assert refined.errors.mean() < 0.5 * plain.errors.mean()
     assert (plain.calls, refined.calls) == (60 * 3 + 5, 30 * 3 + 30 * 15 + 5)
-    assert denoiser is not model
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path):
@@ -114,9 +113,6 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path):
     again = optimize_noise(model, target, noise, plan, decode, folder=tmp_path, sheets=3, **options)
     assert torch.equal(whole.noise, again.noise)
     assert [file.name for file in sorted(tmp_path.glob("*.png"))] == ["samples-0000006.png"]
-    assert all(parameter.requires_grad for parameter in model.network.parameters()) or not any(
-        parameter.requires_grad for parameter in model.network.parameters()
-    )
 
 
 def test_the_noise_of_a_stochastic_decode_is_held_by_its_seeds():

@@ -1,6 +1,7 @@
 r"""DITTO-2: control of single samples by their starting noise, which is optimised through a few-step surrogate of the sampler.
 
-Source: "DITTO-2: Distilled Diffusion Inference-Time T-Optimization for Music Generation" (arXiv 2405.20289), after "DITTO" (arXiv 2401.12179).
+Source: "DITTO-2: Distilled Diffusion Inference-Time T-Optimization for Music Generation" (arXiv 2405.20289), after "DITTO" (arXiv
+2401.12179).
 
 For any differentiable loss of clean samples,
 
@@ -11,13 +12,16 @@ few calls from the noise that was found. `decode` should follow the same path as
 (``fs.solvers.TCD(gamma=0)`` runs a consistency model so); one that draws noise anew throws a part of $x_T^*$ away. What counts is the loss
 *after* decoding, so that is what is reported, beside that of the surrogate.
 
-Noise in d dimensions has a norm near $\sigma \sqrt d$; Adam leaves this shell, and samples spoil. So after every step each sample's noise
-is scaled back to the norm it had at the start (`shell`).
+Noise in d dimensions has a norm near $\sigma \sqrt d$; Adam leaves this shell, and samples spoil. So each sample's noise keeps the
+norm R it had at the start (`shell`): it is $R\,u / |u|$, Adam moves u, and u is scaled back to R after every step. Gradients are
+then tangent to the shell. To scale back alone would not do: Adam divides each element by the size of its own gradient, most of
+which points off the shell, and comes to rest where it should not.
 
-A surrogate of one call does not see what the later calls of decoding change. `refined` of the iterations, the last ones, go through the plan
-of decoding itself, which costs as many calls an iteration and takes most of this gap away.
+A surrogate of one call does not see what the later calls of decoding change. `refined` of the iterations, the last ones, go through
+the plan of decoding itself, which costs as many calls an iteration and takes most of this gap away.
 
-The loop is `fewstep.train.fit`: the noise is what is trained. So it shows its progress, keeps a log and checkpoints, and goes on bit for bit.
+The loop is `fewstep.train.fit`: the noise is what is trained. So it shows its progress, keeps a log and checkpoints, and goes on
+bit for bit.
 """
 
 from __future__ import annotations
@@ -211,14 +215,14 @@ class _Noise(nn.Module):
     def __init__(self, z: Tensor, shell: bool):
         super().__init__()
         self.z, self.shell = nn.Parameter(z.detach().clone()), shell
-        self.register_buffer("norms", self._norm(), persistent=False)
+        self.register_buffer("norms", self._norm().detach(), persistent=False)
         self.register_buffer("done", torch.zeros((), dtype=torch.int64))
 
     def _norm(self) -> Tensor:
-        return self.z.detach().flatten(1).norm(dim=1).clamp(min=1e-12).reshape(-1, *[1] * (self.z.ndim - 1))
+        return self.z.flatten(1).norm(dim=1).clamp(min=1e-12).reshape(-1, *[1] * (self.z.ndim - 1))
 
     def forward(self) -> Tensor:
-        return self.z
+        return self.z * (self.norms / self._norm()) if self.shell else self.z
 
     @torch.no_grad()
     def back(self) -> None:
@@ -256,6 +260,7 @@ class _Surrogate:
 
         assert self.samples is not None
         assert self.folder is not None
+        denoiser = self.ways[1][0]
         decode, data_range = (
             getattr(denoiser, "decode", None),
             getattr(getattr(denoiser, "info", None), "data_range", None),

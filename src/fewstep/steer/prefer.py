@@ -75,7 +75,8 @@ class Preferred:
         if "reward" in report:
             was, now = report["reward"]["before"], report["reward"]["after"]
             lines.append(
-                f"reward {was['mean']:.4g} before, {now['mean']:.4g} after: {report['reward']['gain']:+.2f} standard deviations of {was['deviation']:.3g}"
+                f"reward {was['mean']:.4g} before, {now['mean']:.4g} after: {report['reward']['gain']:+.2f} standard deviations "
+                f"of {was['deviation']:.3g}"
             )
         if "moved" in report:
             lines.append(

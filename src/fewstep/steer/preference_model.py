@@ -2,17 +2,17 @@ r"""The step-aware preference model of SPO: which of two partly denoised samples
 
 Source: "Step-by-step Preference Optimization" (arXiv 2406.04314, section 3.2), and its published code.
 
-Two clean samples with a label, $x^w$ preferred to $x^l$, are noised with *one* noise to *one* time, $t$ uniform. The diffusion model predicts
-the data of both, and the network scores the predictions. The loss is the cross-entropy of the pair,
+Two clean samples with a label, $x^w$ preferred to $x^l$, are noised with *one* noise to *one* time, $t$ uniform. The diffusion
+model predicts the data of both, and the network scores the predictions. The loss is the cross-entropy of the pair,
 
 $$ L = -\log \frac{e^{S(D(x^w_t), t)}}{e^{S(D(x^w_t), t)} + e^{S(D(x^l_t), t)}} , $$
 
 so a difference of scores is what the model knows of the odds at that time; close to pure noise it is close to 0.
 
-The time enters as in adaptive normalisation of zero effect (adaLN-zero, arXiv 2212.09748), but begun as the identity: each block computes
-$h + g\,F\big((1 + a)\,\text{norm}(h) + b\big)$ with shift b, scale a and gate g of the time and the label, which begin at $a = b = 0$ and $g = 1$,
-so at first the network is the same at all times. For models of text the published one is a CLIP with such layers; any network or function
-``score(d, t, **cond)`` takes this one's place.
+The time enters as in adaptive normalisation of zero effect (adaLN-zero, arXiv 2212.09748), but begun as the identity: each block
+computes $h + g\,F\big((1 + a)\,\text{norm}(h) + b\big)$ with shift b, scale a and gate g of the time and the label, which begin at
+$a = b = 0$ and $g = 1$, so at first the network is the same at all times. For models of text the published one is a CLIP with such
+layers; any network or function ``score(d, t, **cond)`` takes this one's place.
 """
 
 from __future__ import annotations

@@ -10,14 +10,15 @@ $$ L = -\log \operatorname{sigmoid}\, \beta \big( \log \operatorname{clip} r_w -
 *Offline* (`OfflinePSO`). For a target $x^w$ and a sample $x^l$ of the reference for the same condition, both noised with the same noise to
 one of the plan's times, with $L(x) = \sigma^{-2} \langle (D(x_t, t) - x)^2 \rangle$:
 
-$$ L = -\log \operatorname{sigmoid}\, \beta \Big( \big( L_\text{ref}^w - c L_\text{ref}^l \big) - \big( L_\theta^w - c L_\theta^l \big) \Big) . $$
+$$ L = -\log \operatorname{sigmoid}\, \beta \Big( \big( L_\text{ref}^w - c L_\text{ref}^l \big) - \big( L_\theta^w - c L_\theta^l
+\big) \Big) . $$
 
 Both are exact for any stochastic plan. Noised data instead of runs, at all times, would be Diffusion-DPO (arXiv 2311.12908).
 
 Note:
-    beta belongs to log-densities that are means over elements: 50 is 50 / d for the density proper, with d elements a sample. A clip of 0.1
-    ends the gradient where $|\log r|$ passes about 0.1, on either side; the share of such steps is logged as ``clipped``. The published code
-    draws one noise for a whole batch; here every sample has its own.
+    beta belongs to log-densities that are means over elements: 50 is 50 / d for the density proper, with d elements a sample. A
+    clip of 0.1 ends the gradient where $|\log r|$ passes about 0.1, on either side; the share of such steps is logged as
+    ``clipped``. The published code draws one noise for a whole batch; here every sample has its own.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Source: "Aesthetic Post-Training Diffusion Models from Generic Preferences with 
 and its published code.
 
 From the current state $x_t$ n candidates of the next state are drawn, $x^{(k)} = m + s\,\xi^{(k)}$. The network is asked about all of
-them, as it must be about the next state anyway, and a *step-aware preference model* scores the data predictions: $S_k = S(D(x^{(k)}, t'), t')$.
-The best and the worst are a pair if the model is sure of it, $p_b - p_w > \tau$ with $(p_b, p_w) = \operatorname{softmax}(S_b, S_w)$.
-The next state is one candidate drawn at random, whatever its score, so that pairs are of states as sampling meets them. The loss of a pair:
+them, as it must be about the next state anyway, and a *step-aware preference model* scores the data predictions,
+$S_k = S(D(x^{(k)}, t'), t')$. The best and the worst are a pair if the model is sure of it: $p_b - p_w > \tau$ with
+$(p_b, p_w) = \operatorname{softmax}(S_b, S_w)$. The next state is one candidate drawn at random, whatever its score, so that pairs are of states as sampling meets them. The loss of a pair:
 
 $$ L = -\log \operatorname{sigmoid}\, \beta \big( \log \operatorname{clip} r_b - \log \operatorname{clip} r_w \big) , $$
 
@@ -69,13 +69,13 @@ def scored_by(reward: Callable[..., Tensor], scale: float = 1.0) -> StepScore:
 
 @dataclass(frozen=True)
 class SPO:
-    """Pairs of candidates at every step, told apart by a score that knows the time.
+    r"""Pairs of candidates at every step, told apart by a score that knows the time.
 
     Args:
         score: see `StepScore`: a trained `fewstep.steer.StepPreference`, `scored_by`, or a function of your own.
         candidates: n, at least 2.
         beta, clip: as of `fewstep.steer.PSO`.
-        threshold: $\\tau$ in [0, 1): how sure the score must be of a pair.
+        threshold: $\tau$ in [0, 1): how sure the score must be of a pair.
         skip: so many steps with noise from the start are taken without pairs (4 of 20 in the published code, none for few steps).
         choose: which candidate is the next state, ``(scores "n batch", generator) -> index "batch"``: `uniform`, as published, or `best`.
 
@@ -162,8 +162,8 @@ class StepPairs:
         """A run, and the pairs on its way.
 
         Returns:
-            the states ``"N+1 batch *shape"``; and for the number of a row (better, worse, sure, apart): two candidates ``"batch *shape"``, 1.0
-            where they are a pair and 0.0 where not, and the difference of their scores ``"batch"``.
+            the states ``"N+1 batch *shape"``; and for the number of a row (better, worse, sure, apart): two candidates
+            ``"batch *shape"``, 1.0 where they are a pair and 0.0 where not, and the difference of their scores ``"batch"``.
         """
         policy, steps, n = self.policy, self.steps, self.method.candidates
         tau, grid, watched = policy.plan.tau, policy.plan.grid, set(steps.rows[self.method.skip :])

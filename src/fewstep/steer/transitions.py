@@ -1,7 +1,7 @@
 r"""The run of a stochastic plan as a chain of Gaussian steps, and their densities: what preference learning needs of a sampler.
 
-A row of a plan with noise, $z_{i+1} = m_i + s_i \xi_i$, draws from the Gaussian of mean $m_i$ and standard deviation $s_i$. $m_i$ is what the
-row gives without its noise: affine in the states before and in the data predictions $d_j = D_\theta(z_j, \tau_j)$. So
+A row of a plan with noise, $z_{i+1} = m_i + s_i \xi_i$, draws from the Gaussian of mean $m_i$ and standard deviation $s_i$. $m_i$
+is what the row gives without its noise: affine in the states before and in the data predictions $d_j = D_\theta(z_j, \tau_j)$. So
 
 $$ \log p_\theta(z_{i+1} \mid z_0, \dots, z_i) = -\tfrac12 \Big\langle \frac{(z_{i+1} - m_i)^2}{s_i^2} + \log 2 \pi s_i^2 \Big\rangle , $$
 
@@ -21,6 +21,7 @@ with Reinforcement Learning" (DDPO, arXiv 2305.13301, section 4.3) for denoising
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -143,7 +144,7 @@ def _check_independent(plan: Plan) -> None:
     """Rows that draw from one part of the clock draw the same noise, and then one is no Gaussian given the other."""
     noisy = [(row.noise.begin, row.noise.end, i) for i, row in enumerate(plan.rows) if row.noise is not None]
     noisy.sort()
-    for (_, end, first), (begin, _, second) in zip(noisy, noisy[1:], strict=False):
+    for (_, end, first), (begin, _, second) in itertools.pairwise(noisy):
         if begin < end - 1e-9 * abs(end):
             raise PlanError(
                 f"rows {min(first, second)} and {max(first, second)} of the plan share noise, so its steps are not Gaussian one by one. "
