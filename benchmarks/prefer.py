@@ -35,7 +35,7 @@ from torch import Tensor
 
 import fewstep as fs
 from fewstep.evaluate import Frechet, digit_features
-from fewstep.steer import PSO, SPO, OfflinePSO, StepPreference, best, fit_preference, make_reward, prefer
+from fewstep.steer import PSO, SPO, OfflinePSO, Policy, StepPreference, best, fit_preference, make_reward, prefer, uniform
 from fewstep.steer.policy import network_of, trained_copy, with_network
 
 RESULTS = Path(__file__).parent / "results" / "prefer.json"
@@ -148,7 +148,7 @@ def preference_model(judge: Judge, pairs: Mapping[str, Tensor]) -> tuple[StepPre
         sampled(judge.student, judge.plan, 1000, PAIR_SEED + 10 * PAIRS),
         sampled(judge.student, judge.plan, 1000, PAIR_SEED + 11 * PAIRS),
     )
-    label, right = labels_of(1000), {}
+    label, right, sure = labels_of(1000), {}, {}
     with torch.no_grad():
         for t in [*judge.plan.tau, float(judge.plan.schedule.t_end)]:
             alpha, sigma, noise = (
@@ -160,7 +160,26 @@ def preference_model(judge: Judge, pairs: Mapping[str, Tensor]) -> tuple[StepPre
                 network(judge.student(alpha * x + sigma * noise, float(t), label=label), float(t), label=label) for x in fresh
             ]
             right[f"{t:.3g}"] = round(float(((scores[0] > scores[1]) == (INK(fresh[0]) > INK(fresh[1]))).float().mean()), 4)
-    return network, {"accuracy": right, "cpu_seconds": round(time.process_time() - began, 1)}
+            sure[f"{t:.3g}"] = round(
+                float(((0.5 * (scores[0] - scores[1])).abs().tanh() > SPO(network).threshold).float().mean()), 4
+            )
+    runs = {choose.__name__: runs_variance(judge, network, choose) for choose in (uniform, best)}
+    return network, {
+        "accuracy": right,
+        "sure": sure,
+        "variance of runs": runs,
+        "cpu_seconds": round(time.process_time() - began, 1),
+    }
+
+
+def runs_variance(judge: Judge, score: Any, choose: Any) -> float:
+    """Variance of features within classes, of the ends of the runs that SPO learns from under a resampler."""
+    policy = Policy(judge.student, judge.student, judge.plan, distill_teacher.SHAPE, None, torch.zeros(1, 1, 8, 8))
+    objective, generator = SPO(score, choose=choose).objective(policy), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        noise = objective.steps.start(1000, policy.shape, generator, like=policy.like)
+        features = digit_features(objective.draw(noise, {"label": labels_of(1000)}, generator)[0][-1])
+    return round(sum(float(features[k::10].var(0).sum()) for k in range(10)) / 10, 4)
 
 
 def chosen(judge: Judge, winners: Tensor, ways: Mapping[str, tuple[Any, int, float]]) -> tuple[str, dict[str, Any]]:
@@ -212,8 +231,8 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
         name: {key: round(statistics.median(cell[key] for cell in cells), 4) for key in cells[0]}
         for name, cells in report["parts"].items()
     }
-    floor, base, model = report["floor"], report["base"], report["preference_model"]["accuracy"]
-    kept = [rows["SPO"][key] for key in sorted(key for key in rows["SPO"] if key.startswith("kept_"))]
+    floor, base, model = report["floor"], report["base"], report["preference_model"]
+    sure, runs = list(model["sure"].values()), model["variance of runs"]
     blur = {name: 1.0 - rows[name]["hf"] / rows["untuned"]["hf"] for name in ("PSO", "offline PSO", "naive")}
     bars = {
         "PSO: gain >= 1": _bar(rows["PSO"]["gain"], 1.0),
@@ -223,12 +242,13 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
         "naive blurs: HF loss >= 3 times PSO's": _bar(blur["naive"] / max(abs(blur["PSO"]), 1e-3), 3.0),
         "SPO: gain >= 1.2 times that of labels of runs": _bar(rows["SPO"]["gain"] / rows["labels of runs"]["gain"], 1.2),
         "SPO: FD to the teacher <= 1.5 times the untuned student's": _bar(rows["SPO"]["fd_teacher"] / base, 1.5, most=True),
-        "SPO: surer at each later step": _bar(min(b - a for a, b in itertools.pairwise(kept)), 0.0),
-        "SPO, best candidate: variance within classes drops": _bar(
+        "preference model: surer of a pair at each less noisy time": _bar(min(b - a for a, b in itertools.pairwise(sure)), 0.0),
+        "best candidate: variance within classes of the runs drops": _bar(runs["best"] / runs["uniform"], 1.0, most=True),
+        "best candidate: variance within classes of the tuned model drops": _bar(
             rows["SPO, best candidate"]["variance"] / rows["SPO"]["variance"], 1.0, most=True
         ),
     }
-    return {"medians": rows, "hf_loss": {k: round(v, 4) for k, v in blur.items()}, "accuracy": model, "bars": bars}
+    return {"medians": rows, "hf_loss": {k: round(v, 4) for k, v in blur.items()}, "preference model": model, "bars": bars}
 
 
 def _bar(value: float, bar: float, *, most: bool = False) -> dict[str, Any]:
@@ -239,6 +259,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Preference learning of a distilled model of four calls.")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON goes")
     parser.add_argument("--seeds", type=int, default=3, help="of training")
+    parser.add_argument(
+        "--model-only", action="store_true", help="of the results that are there, measure preference model and resampler again"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -246,7 +269,11 @@ def main() -> int:
     report: dict[str, Any] = {"command": "python benchmarks/prefer.py", "machine": "one core of a 2-core machine", "count": COUNT}
     report |= {"floor": round(judge.floor, 5), "base": round(judge.base, 5), "deviation": round(judge.deviation, 5), "limit": LIMIT}
     print({key: report[key] for key in ("floor", "base", "deviation")}, flush=True)
-    report |= measured(judge, options.seeds)
+    if options.model_only:
+        report = json.loads(options.out.read_text())
+        report["preference_model"] = preference_model(judge, pairs_of(judge))[1]
+    else:
+        report |= measured(judge, options.seeds)
     report["summary"] = summary(report)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report["summary"], indent=1))

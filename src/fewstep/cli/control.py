@@ -124,7 +124,7 @@ def _model(options: ControlOptions) -> tuple[Any, Any, Any]:
         raise ValueError(f"{options.model} is a student, which has its guidance within: leave --guidance out.")
     plans = [student.plan(calls or None) for calls in (options.surrogate or min(student.plans), options.nfe)]
     quiet = [TCD(gamma=0.0).plan(plan.schedule, grid=plan.grid) if plan.stochastic else plan for plan in plans]
-    return student.denoiser, *quiet
+    return student.denoiser, quiet[0], quiet[1]
 
 
 def _guided(model: Any, options: ControlOptions) -> Any:
@@ -158,11 +158,11 @@ def _loss(options: ControlOptions, shape: tuple[int, ...], data_range: tuple[flo
                 f"the shipped classifier knows the classes 0 to 9 of pictures (1, 8, 8), not {options.wanted} of {shape}."
             )
         return ClassTarget(options.wanted)
-    image = _read_picture(options.image, shape, data_range) if options.image else None
     if options.target == "inpaint":
-        return MaskedPixels(image, _mask(options.mask, shape))
+        return MaskedPixels(_read_picture(options.image, shape, data_range), _mask(options.mask, shape))
     axis = {"rows": 1, "columns": 2}[options.axis]
-    if image is not None:
+    if options.image:
+        image = _read_picture(options.image, shape, data_range)
         return IntensityTarget(image.mean([k for k in range(3) if k != axis]), axis=axis)
     try:
         curve = torch.tensor([float(part) for part in options.curve.split(",")])

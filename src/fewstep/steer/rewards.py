@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -103,11 +103,11 @@ def make_reward(name: str) -> Reward:
     if not tail:
         raise UnknownNameError("reward", name, [*REWARDS, "classifier:LABEL", "package.module:function"])
     try:
-        found = getattr(importlib.import_module(head), tail)
+        found: Any = getattr(importlib.import_module(head), tail)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"there is no reward {name}: {error}. It is found by its import path, package.module:function.") from error
     if not callable(found):
         raise ValueError(
             f"{name} is no function but a {type(found).__name__}; a reward is reward(x, **cond) -> one number a sample."
         )
-    return found
+    return cast(Reward, found)

@@ -6,7 +6,8 @@ and its published code.
 From the current state $x_t$ n candidates of the next state are drawn, $x^{(k)} = m + s\,\xi^{(k)}$. The network is asked about all of
 them, as it must be about the next state anyway, and a *step-aware preference model* scores the data predictions,
 $S_k = S(D(x^{(k)}, t'), t')$. The best and the worst are a pair if the model is sure of it: $p_b - p_w > \tau$ with
-$(p_b, p_w) = \operatorname{softmax}(S_b, S_w)$. The next state is one candidate drawn at random, whatever its score, so that pairs are of states as sampling meets them. The loss of a pair:
+$(p_b, p_w) = \operatorname{softmax}(S_b, S_w)$.
+The next state is one candidate drawn at random, whatever its score, so that pairs are of states as sampling meets them. The loss of a pair:
 
 $$ L = -\log \operatorname{sigmoid}\, \beta \big( \log \operatorname{clip} r_b - \log \operatorname{clip} r_w \big) , $$
 
