@@ -22,6 +22,7 @@ ELSEWHERE = {
     "evaluate.md": "tests/evaluate",
     "tdm.md": "tests/distill",
     "freeflow.md": "tests/distill",
+    "prefer.md": "tests/steer",
     "edit.md": "minutes",
     "tune.md": "minutes",
     "recipe.md": "minutes",
