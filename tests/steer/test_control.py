@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fewstep as fs
-from fewstep.errors import PlanError
+from fewstep.errors import ArtefactError, PlanError
 from fewstep.steer import TARGETS, ClassTarget, IntensityTarget, MaskedPixels, optimize_noise
 
 FLOW = fs.schedules.Flow(t_end=0.0)
@@ -110,6 +110,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path):
     whole = optimize_noise(model, target, noise, plan, decode, **options)
     with pytest.raises(Stopped):
         optimize_noise(model, Stopping(), noise, plan, decode, folder=tmp_path, **options)
+    with pytest.raises(ArtefactError, match="other settings"):
+        optimize_noise(model, target, -noise, plan, decode, folder=tmp_path, **options)
     again = optimize_noise(model, target, noise, plan, decode, folder=tmp_path, sheets=3, **options)
     assert torch.equal(whole.noise, again.noise)
     assert [file.name for file in sorted(tmp_path.glob("*.png"))] == ["samples-0000006.png"]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fewstep as fs
-from fewstep.errors import PlanError, UnknownNameError
+from fewstep.errors import ArtefactError, PlanError, UnknownNameError
 from fewstep.steer import (
     PSO,
     SPO,
@@ -286,10 +286,13 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path):
             raise Stopped
         return make_reward("ink")(x, **cond)
 
+    stopping.__qualname__ = "ink"  # a checkpoint is gone on from under the same reward only
     options = {**LITTLE, "judged": None, "checkpoint_every": 1}
     whole = prefer(model, plan, reward=make_reward("ink"), **options)
     with pytest.raises(Stopped):
         prefer(model, plan, reward=stopping, folder=tmp_path, **options)
+    with pytest.raises(ArtefactError, match="other settings"):
+        prefer(model, plan, reward=make_reward("contrast"), folder=tmp_path, **options)
     again = prefer(model, plan, reward=make_reward("ink"), folder=tmp_path, **options)
     assert all(torch.equal(a, b) for a, b in zip(whole.network.parameters(), again.network.parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(whole.network.parameters(), model.network.parameters(), strict=True))

@@ -172,7 +172,8 @@ def _score(options: PreferOptions, model: Any, plan: Any, reward: Any, cond: Any
     known = model.info.conditions.get("label")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        network = StepPreference(model.info.shape[0], classes=known["classes"] if known else None).to(options.device)
+        classes, scale = known["classes"] if known else None, 1.0 / float(model.schedule.t_start)
+        network = StepPreference(model.info.shape[0], classes=classes, time_scale=scale).to(options.device)
     fit_preference(
         network,
         model,

@@ -27,6 +27,7 @@ bit for bit.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -149,6 +150,7 @@ def optimize_noise(
         place = None if folder is None else Path(folder)
         ways = ((inner, surrogate_plan, iterations - refined), (denoiser, decode_plan, refined))
         objective = _Surrogate(run, ways, loss, scale, place if sheets else None, sheets)
+        objective.__qualname__ += f" from {_digest(noise, initial)}"  # so that no other noise or target goes on from its checkpoint
         result = fit(
             objective,
             model,
@@ -166,6 +168,12 @@ def optimize_noise(
             errors = loss(samples), loss(run(inner, found, surrogate_plan))
     calls = 3 * sum(count * plan.nfe for _, plan, count in ways) + decode_plan.nfe
     return Optimised(found, samples, errors[0], errors[1], initial, calls, result.log)
+
+
+def _digest(noise: Tensor, errors: Tensor) -> str:
+    """Of the noise, and of what the loss says of its samples, to four digits."""
+    told = [f"{error:.3e}" for error in errors.tolist()]
+    return hashlib.sha256(noise.detach().cpu().double().numpy().tobytes() + " ".join(told).encode()).hexdigest()[:16]
 
 
 def _settings(learning_rate: float) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.adapt.adapted_network import AdaptedNetwork
 from fewstep.artefacts import write_atomically
 from fewstep.evaluate.distances import SlicedWasserstein
 from fewstep.identity import identity
@@ -160,12 +161,12 @@ def prefer(
     like = device_like(network, torch.zeros(1, *size))
     objective = method.objective(Policy(denoiser, student, plan, size, scored, like))
     place = None if folder is None else Path(folder)
-    rate = learning_rate if learning_rate is not None else 1e-5 if adapter is None else 1e-4
+    rate = learning_rate if learning_rate is not None else 1e-4 if isinstance(network, AdaptedNetwork) else 1e-5
     rows = Batches(source, max(SHOWN, judged.count if judged else 0), seed)
     with _counted(student, network) as spent:
         drawn = _Sheets(student, denoiser, plan, rows, size, place, like, spent) if sheets and place is not None else None
         result = fit(
-            _Watched(objective, drawn, sheets, spent),
+            _Watched(objective, drawn, sheets, spent, _named(reward)),
             network,
             source,
             steps=steps,
@@ -198,6 +199,12 @@ def _whole_reward(reward: Reward | Sequence[Reward] | None) -> Reward | None:
         return reward
     several = list(reward)
     return lambda x, **cond: torch.stack([each(x, **cond) for each in several], 1)
+
+
+def _named(reward: Reward | Sequence[Reward] | None) -> str:
+    """What a checkpoint calls the reward."""
+    several = [reward] if reward is None or callable(reward) else reward
+    return ", ".join(str(getattr(each, "__qualname__", None) or repr(each)) for each in several)
 
 
 def _source(method: PreferenceMethod, data: Any, cond: Mapping[str, Tensor] | None) -> Any:
@@ -253,9 +260,9 @@ def _counted(student: Any, network: nn.Module) -> Iterator[_Spent]:
 class _Watched:
     """An objective, after whose updates pictures may be drawn."""
 
-    def __init__(self, objective: Any, drawn: Callable[[int], None] | None, every: int, spent: _Spent):
+    def __init__(self, objective: Any, drawn: Callable[[int], None] | None, every: int, spent: _Spent, reward: str):
         self.objective, self.drawn, self.every, self.spent = objective, drawn, every, spent
-        self.__qualname__ = repr(objective)  # what a checkpoint calls it
+        self.__qualname__ = f"{objective!r} by {reward}"  # what a checkpoint calls it
 
     def __call__(self, model: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Mapping[str, Any]]:
         return self.objective(model, batch, generator)

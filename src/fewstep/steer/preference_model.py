@@ -59,6 +59,7 @@ class StepPreference(nn.Module):
         channels: of a picture.
         classes: number of labels; None for a model without.
         width: channels inside, a multiple of 8.
+        time_scale: what the time is multiplied by, so that it runs over about a unit interval: 1 / t_start of the schedule.
 
     Example:
         >>> network = StepPreference(1, classes=10)
@@ -66,9 +67,9 @@ class StepPreference(nn.Module):
         torch.Size([4])
     """
 
-    def __init__(self, channels: int, *, classes: int | None = None, width: int = WIDTH):
+    def __init__(self, channels: int, *, classes: int | None = None, width: int = WIDTH, time_scale: float = 1.0):
         super().__init__()
-        features = TimeFeatures(EMBEDDING, 1.0)
+        features = TimeFeatures(EMBEDDING, time_scale)
         self.time = nn.Sequential(features, nn.Linear(EMBEDDING, EMBEDDING), nn.SiLU(), nn.Linear(EMBEDDING, EMBEDDING))
         self.label = None if classes is None else nn.Embedding(classes + 1, EMBEDDING)
         self.read = nn.Conv2d(channels, width, 3, padding=1)
