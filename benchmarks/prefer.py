@@ -11,7 +11,6 @@ power beyond half the Nyquist radius, relative to that of the winners.
 - *SPO* with a step-aware preference model, which is trained on the same pairs, beside the labels of whole runs (PSO's), at equal network
   calls. Of each, the learning rate (and of the latter beta) is the one with the largest gain at an FD of at most LIMIT, on a seed
   of its own. Ablation: the resampler takes the best candidate.
-- *gently*: the same two once more, at an FD to the teacher of at most 1.5 times the untuned student's.
 - *tilted*: the student's own samples, reweighted by exp(reward) within each class to a gain of 1: the law nearest to it (in
   Kullback-Leibler divergence) that has this gain, so about the least FD that a gain of 1 costs.
 """
@@ -46,8 +45,7 @@ STEPS, FEWER = 80, 40
 BATCH, BATCH_SPO = 30, 38
 """Conditions in a step: 32 evaluations each for PSO, 25 for SPO with four candidates, a backward pass counted as two."""
 RATES, BETAS, LIMIT = (3e-5, 1e-4, 3e-4), (10.0, 50.0), 0.1
-GENTLE = (1e-5, 2e-5)
-PARTS = ("model", "methods", "gently")
+PARTS = ("model", "methods")
 INK = make_reward("ink")
 
 
@@ -185,16 +183,14 @@ def runs_variance(judge: Judge, score: Any, choose: Any) -> float:
     return round(sum(float(features[k::10].var(0).sum()) for k in range(10)) / 10, 4)
 
 
-def chosen(
-    judge: Judge, winners: Tensor, ways: Mapping[str, tuple[Any, int, float]], key: str = "fd", limit: float = LIMIT
-) -> tuple[str, dict[str, Any]]:
-    """The way with the largest gain at an FD of at most a limit."""
+def chosen(judge: Judge, winners: Tensor, ways: Mapping[str, tuple[Any, int, float]]) -> tuple[str, dict[str, Any]]:
+    """The way with the largest gain at an FD of at most LIMIT."""
     found = {}
     for name, (method, batch, rate) in ways.items():
         denoiser, cost = tuned(judge, method, FEWER, batch, rate, seed=100)
         found[name] = judge(denoiser, winners) | cost
         print("  ", name, found[name], flush=True)
-    near = [name for name in found if found[name][key] <= limit] or list(found)
+    near = [name for name in found if found[name]["fd"] <= LIMIT] or list(found)
     return max(near, key=lambda name: found[name]["gain"]), found
 
 
@@ -230,25 +226,6 @@ def measured(judge: Judge, seeds: int) -> dict[str, Any]:
     return {"parts": found, "preference_model": model, "tried": tried, "tilted": told}
 
 
-def gently(judge: Judge, seeds: int) -> dict[str, Any]:
-    """Both kinds of labels again, each at its best within an FD to the teacher of 1.5 times the untuned student's."""
-    pairs = pairs_of(judge)
-    score = preference_model(judge, pairs)[0]
-    limit, found, tried = 1.5 * judge.base, {}, {}
-    both = {
-        "labels of runs": {f"beta={b:g}, rate={r:g}": (PSO(beta=b), BATCH, r) for b in BETAS for r in GENTLE},
-        "SPO": {f"rate={r:g}": (SPO(score), BATCH_SPO, r) for r in GENTLE},
-    }
-    for name, ways in both.items():
-        picked, all_ = chosen(judge, pairs["x"], ways, "fd_teacher", limit)
-        tried[name] = {"best": picked, "all": all_}
-        method, batch, rate = ways[picked]
-        cells = [tuned(judge, method, FEWER, batch, rate, seed) for seed in range(seeds)]
-        found[name] = [judge(denoiser, pairs["x"]) | cost for denoiser, cost in cells]
-        print("gently", name, picked, found[name], flush=True)
-    return {"parts": found, "tried": tried, "limit": round(limit, 5)}
-
-
 def medians(parts: Mapping[str, Any]) -> dict[str, Any]:
     return {name: {key: round(statistics.median(c[key] for c in cells), 4) for key in cells[0]} for name, cells in parts.items()}
 
@@ -273,15 +250,6 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
             rows["SPO, best candidate"]["variance"] / rows["SPO"]["variance"], 1.0, most=True
         ),
     }
-    if "gently" in report:
-        gentle = medians(report["gently"]["parts"])
-        rows |= {f"{name}, gently": row for name, row in gentle.items()}
-        bars["gently, SPO: gain >= 1.2 times that of labels of runs"] = _bar(
-            gentle["SPO"]["gain"] / gentle["labels of runs"]["gain"], 1.2
-        )
-        bars["gently, SPO: FD to the teacher <= 1.5 times the untuned student's"] = _bar(
-            gentle["SPO"]["fd_teacher"] / base, 1.5, most=True
-        )
     return {"medians": rows, "hf_loss": {k: round(v, 4) for k, v in blur.items()}, "preference model": model, "bars": bars}
 
 
@@ -308,8 +276,6 @@ def main() -> int:
         report |= measured(judge, options.seeds)
     elif "model" in wanted:
         report["preference_model"] = preference_model(judge, pairs_of(judge))[1]
-    if "gently" in wanted:
-        report["gently"] = gently(judge, options.seeds)
     report["summary"] = summary(report)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report["summary"], indent=1))
