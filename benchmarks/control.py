@@ -10,7 +10,7 @@ learning rates on other samples.
 - the same with the last 20 of the 70 iterations through the 4 calls of decoding ("refined").
 - the ablation: decoded in 4 calls that draw their noise anew.
 
-The control error is that *after* decoding, the mean over samples; those of DITTO are of the first 15. Calls count a backward pass as two.
+The control error is that *after* decoding, the mean over samples; those of DITTO are of the first 30. Calls count a backward pass as two.
 "Equal time" is DITTO's error after as many network calls as DITTO-2 took. FD is Frechet's distance in the classifier's features to held-out
 digits, of the samples of all seeds together; it is compared with that of the same noise without control.
 """
@@ -34,7 +34,7 @@ from fewstep.steer import ClassTarget, IntensityTarget, MaskedPixels, optimize_n
 from fewstep.train.recipes import digits
 
 RESULTS = Path(__file__).parent / "results" / "control.json"
-COUNT, FEW, TRIED = 60, 15, 6
+COUNT, FEW, TRIED = 120, 30, 10
 ITERATIONS, TEACHER_CALLS, NULL = 70, 20, 10
 RATES = (0.2, 0.5)
 REFINED = 20
