@@ -92,9 +92,12 @@ EXTRAS = {
     "optuna": ("tune", "optuna"),
     "ot": ("evaluate", "POT"),
     "peft": ("diffusers", "peft"),
+    "prometheus_client": ("serve", "prometheus-client"),
+    "pydantic": ("serve", "fastapi"),
     "ray": ("scale", "ray"),
     "scipy": ("tune", "scipy"),
     "sklearn": ("demo", "scikit-learn"),
+    "starlette": ("serve", "fastapi"),
     "torchmetrics": ("evaluate", "torchmetrics"),
     "tqdm": (None, "tqdm"),
     "transformers": ("diffusers", "transformers"),
@@ -103,8 +106,11 @@ EXTRAS = {
 """Import name -> (an extra that installs it, or None for a plain dependency; its name there)."""
 AT_THE_TOP: dict[str, set[str]] = {
     "diffusers": {"fewstep.diffusers"},
+    "fastapi": {"fewstep.serve.http"},
     "gymnasium": {"fewstep.act.env"},
     "peft": {"fewstep.adapt.lora"},
+    "pydantic": {"fewstep.serve.messages"},
+    "starlette": {"fewstep.serve.answers", "fewstep.serve.http"},
 }
 """Library -> modules that may import it at their top. Nothing else may load those modules unasked."""
 NO_TORCH = {"fewstep.numerics"}

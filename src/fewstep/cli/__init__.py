@@ -1,4 +1,5 @@
 """The command line: ``fewstep demo | sample | tune | compare | evaluate | train | distill | prefer | control | plan | solvers | check``.
+"""The command line: ``fewstep demo | sample | tune | compare | evaluate | train | distill | serve | plan | solvers | check``.
 
 Every command is one file with a dataclass of its options and ``run(options) -> exit status``, which calls the public functions.
 Nothing heavy is imported before a command runs. Bad input ends in one line on standard error and status 2, an interrupt (Ctrl-C or
@@ -31,6 +32,7 @@ COMMANDS = {
     "distill": "make a student of a model that samples in 1 to 4 calls, and a page that says whether it pays",
     "prefer": "tune a few-step model towards a reward, keeping its few calls, and a page of before and after",
     "control": "samples that meet a target (given pixels, intensity, a class), by optimising their noise through a student",
+    "serve": "serve a model over HTTP, with a page to try it on",
     "plan make": "plan a run and save it to a file",
     "plan show": "print a saved plan as a table",
     "plan export": "write a saved plan as JSON, for other runtimes",

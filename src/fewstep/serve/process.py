@@ -1,0 +1,102 @@
+"""A server as a process: it listens, and when it is told to stop it answers what it has begun and ends.
+
+On SIGTERM or Ctrl-C new requests for samples are refused (503, and ``/ready`` says so), those that run have ``Settings.drain`` seconds,
+then the rest is cancelled. A second signal ends the wait.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from fewstep.errors import FewstepError, MissingExtraError
+
+__all__ = ["listen", "serve"]
+
+MOST_CONNECTIONS = 1000
+LAST_SECONDS = 5
+"""What connections have to take their last bytes."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Args:
+        host: a name or an address.
+        port: 0 for any that is free.
+
+    Raises:
+        FewstepError: if it cannot be had.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=512)
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise FewstepError(f"cannot listen on {host}, port {port}: {why}. Choose another with --port or --host.") from error
+
+
+def serve(app: Any, listening: socket.socket, *, started: Callable[[], None] | None = None) -> bool:
+    """Serve an application of `fewstep.serve.http.make_app` until a signal comes. To be called in the main thread.
+
+    Args:
+        app: the application.
+        listening: see `listen`; it is closed in the end.
+        started: called when requests are answered.
+
+    Returns:
+        whether all that had begun was answered.
+
+    Raises:
+        MissingExtraError: if uvicorn is not installed.
+        FewstepError: if the server did not start.
+    """
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise MissingExtraError("uvicorn", "serve", "The server") from error
+    service, told = app.state.service, threading.Event()
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_graceful_shutdown=LAST_SECONDS,
+        server_header=False,
+    )
+    server = uvicorn.Server(config)
+    before = {number: signal.signal(number, lambda *_: told.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="fewstep-http")  # signals stay with us
+    try:
+        thread.start()
+        while not server.started:
+            if not thread.is_alive():
+                raise FewstepError("the server did not start; what it wrote says why.")
+            told.wait(0.01)
+        if started is not None:
+            started()
+        told.wait()
+        told.clear()
+        return _drained(service, told)
+    finally:
+        server.should_exit = True
+        thread.join()
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _drained(service: Any, told: threading.Event) -> bool:
+    """Wait for what runs, as long as the settings allow and no other signal comes; cancel the rest."""
+    service.draining = True
+    pause, left = 0.05, service.settings.drain
+    while left > 0.0 and not service.drain(pause) and not told.is_set():
+        left -= pause
+    if service.drain(0.0):
+        return True
+    service.cancel_all()
+    service.drain(LAST_SECONDS)
+    return False
