@@ -79,7 +79,7 @@ def run(options: ServeOptions) -> int:
         device=options.device,
         dtype=state_dtype(options),
     )
-    host, port = listening.getsockname()[:2]
+    host, port = listening.getsockname()[:2]  # the port that was had, if any would do
 
     def started() -> None:
         place = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
@@ -89,8 +89,10 @@ def run(options: ServeOptions) -> int:
             print(f"{model.info.name} is served at {place}", file=sys.stderr, flush=True)
 
     try:
-        drained = serve(make_app(engine, settings, model=model, metrics=metrics), listening, started=started)
+        app = make_app(engine, settings, model=model, metrics=metrics)
+        drained = serve(app, listening, started=started)
     finally:
+        listening.close()
         engine.close(drain=False, timeout=options.drain)
     if not options.quiet:
         print(

@@ -259,6 +259,10 @@ class Service:
             npy = None if images is not None else base64.b64encode(npy_of(preview.samples)).decode()
             tell({"call": preview.call, "nfe": preview.calls, "images": images, "npy": npy})
 
+    def close(self) -> None:
+        """Take no more previews. The engine is closed by who made it."""
+        self._streams.shutdown(wait=False)
+
     # ---- coming and going, as `fewstep.serve.gate.Watch` -------------------------------------------------------------------------------
 
     def enter(self, client: str) -> bool:

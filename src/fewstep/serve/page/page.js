@@ -4,7 +4,7 @@ import { drawPlan } from "./plan.js";
 
 const at = (id) => document.getElementById(id);
 const PAUSE = 250;
-const shown = { card: null, serving: null, run: null, timer: 0, now: null, keptNodes: null };
+const shown = { card: null, serving: null, run: null, timer: 0, nodes: null, now: null, keptNodes: null };
 
 // ---- asking the server
 
@@ -289,6 +289,9 @@ at("stop").addEventListener("click", () => {
   document.body.dataset.state = "stopped";
 });
 at("keep").addEventListener("click", keep);
+new ResizeObserver(() => {
+  if (shown.nodes) drawPlan(at("chart"), shown.nodes, shown.keptNodes);
+}).observe(at("plan"));
 at("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem("fewstep-token", at("token").value);

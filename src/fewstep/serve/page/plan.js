@@ -1,7 +1,7 @@
 // A plan, drawn: how much of every state is noise, call by call. Kept plans are drawn behind it.
 
 const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 760, HEIGHT = 190, LEFT = 52, RIGHT = 14, TOP = 14, BOTTOM = 36;
+const HEIGHT = 190, LEFT = 52, RIGHT = 14, TOP = 14, BOTTOM = 36;
 
 function element(name, attributes, text) {
   const made = document.createElementNS(SVG, name);
@@ -15,13 +15,13 @@ export function noiseShare(nodes) {
   return nodes.sigma.map((sigma, i) => sigma / Math.hypot(nodes.alpha[i], sigma));
 }
 
-function ticks(most) {
-  const step = [1, 2, 5, 10, 20, 50, 100, 200].find((one) => most / one <= 12) ?? 500;
+function ticks(most, width) {
+  const step = [1, 2, 5, 10, 20, 50, 100, 200].find((one) => most / one <= width / 45) ?? 500;
   return Array.from({ length: Math.floor(most / step) + 1 }, (_, i) => i * step);
 }
 
 export function drawPlan(place, now, kept) {
-  const all = kept ? [now, kept] : [now];
+  const WIDTH = Math.max(280, place.clientWidth), all = kept ? [now, kept] : [now];
   const calls = Math.max(...all.map((nodes) => nodes.nfe));
   const x = (i) => LEFT + ((WIDTH - LEFT - RIGHT) * i) / calls;
   const y = (share) => TOP + (HEIGHT - TOP - BOTTOM) * (1 - share);
@@ -31,9 +31,9 @@ export function drawPlan(place, now, kept) {
     svg.append(element("line", { class: "axis", x1: LEFT, x2: WIDTH - RIGHT, y1: y(share), y2: y(share) }));
     svg.append(element("text", { x: LEFT - 8, y: y(share) + 4, "text-anchor": "end" }, `${share * 100}%`));
   }
-  for (const i of ticks(calls)) svg.append(element("text", { x: x(i), y: HEIGHT - BOTTOM + 17, "text-anchor": "middle" }, i));
-  svg.append(element("text", { x: WIDTH - RIGHT, y: HEIGHT - 4, "text-anchor": "end" }, "network calls"));
-  svg.append(element("text", { x: LEFT, y: HEIGHT - 4 }, "share of noise in the samples, after each call"));
+  for (const i of ticks(calls, WIDTH)) svg.append(element("text", { x: x(i), y: HEIGHT - BOTTOM + 17, "text-anchor": "middle" }, i));
+  const told = WIDTH < 480 ? "noise in the samples, by calls" : "share of noise in the samples, by network calls";
+  svg.append(element("text", { x: LEFT, y: HEIGHT - 4 }, told));
   if (kept) svg.append(curve(kept, "kept", x, y));
   svg.append(curve(now, "now", x, y));
   if (kept) {

@@ -1,0 +1,444 @@
+"""The server: what it gives equals what `fewstep.sample` gives, and whatever comes, it answers that and goes on."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import socket
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import fewstep as fs
+
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
+Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+
+from http_servers import CLASSES, Network, denoiser_of, events_of, served, until  # noqa: E402
+
+from fewstep.serve import Engine  # noqa: E402
+from fewstep.serve.http import make_app  # noqa: E402
+from fewstep.serve.settings import Settings, load_plans  # noqa: E402
+
+SCHEDULE = fs.schedules.VPLinear()
+PLAN = fs.make_plan("unipc", SCHEDULE, 5, final="zero")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with served(plans={"five": PLAN}, samples=8, calls=40, body=2000) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def whole(request):
+    """Whatever a test did, the shared server is idle and well after it."""
+    yield
+    if "server" in request.fixturenames:
+        running = request.getfixturevalue("server")
+        running.network.raises = running.network.nan = None
+        running.network.gate.set()
+        until(lambda: not running.service._running)
+        assert running.told("GET", "/health") == (200, {"status": "alive"})
+
+
+def alone(nfe=10, solver="auto", grid="auto", final="zero", *, plan=None, seeds=(0,), label=CLASSES, guidance=1.0):
+    """What the same words give in Python."""
+    plan = plan or fs.make_plan(solver, SCHEDULE, nfe, grid=grid, final=final)
+    den = denoiser_of(Network())
+    if guidance != 1.0:
+        den = fs.guidance.ClassifierFree(den, guidance, {"label": CLASSES})
+    labels = torch.tensor([label[i % len(label)] if isinstance(label, list) else label for i in range(len(seeds))])
+    with torch.no_grad():
+        return fs.sample(den, fs.draw_noise((1, 4, 4), seeds, plan), plan, cond={"label": labels}, seeds=seeds)
+
+
+def npy(data):
+    return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
+
+
+WORDS = {
+    "nothing": ({}, {}),
+    "a solver": ({"solver": "dpmpp_2m", "nfe": 7, "grid": "karras", "seeds": [3, 9]}, {"seeds": [3, 9]}),
+    "a stochastic one": ({"solver": "dpmpp_2m_sde", "nfe": 6, "seed": 4, "count": 3, "final": "t_end"}, {"seeds": [4, 5, 6]}),
+    "a named plan": ({"plan": "five", "label": [1, 2], "count": 3}, {"plan": PLAN, "seeds": [0, 1, 2], "label": [1, 2]}),
+    "guidance": ({"label": 3, "guidance": 2.5, "nfe": 4, "count": 2}, {"seeds": [0, 1], "label": 3}),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_samples_are_those_of_sample(server, name):
+    words, changed = WORDS[name]
+    same = {key: value for key, value in words.items() if key in ("nfe", "solver", "grid", "final", "guidance")}
+    expected = alone(**{**same, **changed})
+    status, headers, data = server.ask("POST", "/samples", {**words, "format": "npy"})
+    assert (status, headers["content-type"]) == (200, "application/x-npy"), data
+    assert torch.equal(npy(data), expected)
+
+
+def test_pictures(server):
+    expected = ((alone(seeds=range(5)) + 1) / 2).clamp(0, 1).mul(255).round().byte()
+    _, headers, data = server.ask("POST", "/samples", {"count": 5, "format": "png"})
+    assert headers["content-type"] == "image/png"
+    picture = np.array(Image.open(io.BytesIO(data)))
+    assert picture.shape == (9 * 16, 14 * 16)  # two rows of three, four pixels each and a line between, enlarged 16 times
+    assert np.array_equal(picture[: 4 * 16 : 16, : 4 * 16 : 16], expected[0, 0])
+    assert np.array_equal(picture[5 * 16 :: 16, 5 * 16 : 9 * 16 : 16], expected[4, 0])
+    _, told = server.told("POST", "/samples", {"count": 5, "format": "json"})
+    assert told["seeds"] == [0, 1, 2, 3, 4]
+    assert told["npy"] is None
+    each = [np.array(Image.open(io.BytesIO(base64.b64decode(image)))) for image in told["images"]]
+    assert np.array_equal(np.stack(each), expected[:, 0])
+
+
+def test_stream_tells_what_is_on_the_way(server):
+    events = list(server.events({"nfe": 6, "count": 2, "previews": 2}))
+    assert [name for name, _ in events if name != "preview"] == ["accepted", "done"]
+    accepted, done = events[0][1], events[-1][1]
+    assert accepted["id"] == done["id"]
+    assert accepted["nfe"] == done["nfe"] == 6
+    calls = [told["call"] for name, told in events if name == "preview"]
+    assert set(calls) <= {2, 4, 6}  # a preview may be overtaken by the next
+    assert calls == sorted(calls)
+    assert all(len(told["images"]) == 2 for name, told in events if name == "preview")
+    assert done["images"] == server.told("POST", "/samples", {"nfe": 6, "count": 2, "format": "json"})[1]["images"]
+
+
+def test_previews_come_while_it_runs(server):
+    server.network.called.clear()
+    with contextlib.closing(server.open("POST", "/samples/stream", {"nfe": 3, "previews": 1})) as connection:
+        answer = connection.getresponse()
+        names = [name for name, _ in events_of(answer)]
+    assert names[0] == "accepted"
+    assert names[-1] == "done"
+    assert "preview" in names
+
+
+REFUSED = {
+    '{"count": 9}': "a request has at most 8 samples here, got 9",
+    '{"nfe": 41}': "a sample has at most 40 calls here, got 41",
+    '{"nfe": 0}': "nfe",
+    '{"nfe": "8"}': "nfe",
+    '{"nfe": true}': "nfe",
+    '{"solver": "unip"}': "Did you mean 'unipc'",
+    '{"grid": "karas"}': "Did you mean 'karras'",
+    '{"plan": "../../etc/passwd"}': "unknown plan '../../etc/passwd'. Known: five.",
+    '{"plan": "five", "nfe": 5}': "plan and nfe contradict each other",
+    '{"seeds": [1], "count": 2}': "seeds stand for seed and count",
+    '{"seeds": [-1]}': "seeds.0",
+    '{"seeds": []}': "seeds",
+    '{"seed": 1e400}': "seed",
+    '{"label": 10}': "toy has the classes 0 to 9, got label [10]",
+    '{"label": []}': "toy has the classes",
+    '{"prompt": "a cat"}': "toy takes no prompts",
+    '{"guidance": 3}': "guidance leads to a class",
+    '{"guidance": NaN, "label": 1}': "guidance",
+    '{"steps": 3}': "steps: Extra inputs are not permitted",
+    '{"solver": "\\ud800"}': "unknown solver",
+    "[1]": "",
+    "null": "",
+    "": "",
+    "{": "JSON",
+    "[" * 1500: "",
+    '{"seed": ' + "9" * 1900 + "}": "",
+    "\x00\xff": "",
+}
+
+
+@pytest.mark.parametrize("body", REFUSED, ids=lambda body: re.sub(r"[^\w.]+", "-", body)[:30] or "empty")
+@pytest.mark.parametrize("path", ["/samples", "/samples/stream"])
+def test_bad_input_is_one_line(server, body, path):
+    status, told = server.told("POST", path, body.encode("latin-1"))
+    assert status == 422
+    assert list(told) == ["detail"]
+    assert REFUSED[body] in told["detail"]
+    assert "\n" not in told["detail"]
+    assert len(told["detail"]) <= 300
+
+
+def test_body_is_bounded(server):
+    assert server.told("POST", "/samples", b"x" * 2001)[0] == 413
+    chunked = (b"x" * 500 for _ in range(5))  # says no length
+    with contextlib.closing(server.open("GET", "/health")) as connection:
+        connection.getresponse().read()
+        connection.request("POST", "/samples", chunked, {"content-type": "application/json"}, encode_chunked=True)
+        answer = connection.getresponse()
+        assert (answer.status, json.loads(answer.read())) == (413, {"detail": "a request has at most 2000 bytes."})
+
+
+def test_full_queue_says_when(server):
+    server.network.gate.clear()
+    busy = [server.open("POST", "/samples", {"count": 8}) for _ in range(2)]
+    until(lambda: len(server.service._running) == 2)
+    status, headers, data = server.ask("POST", "/samples", {"count": 1})
+    assert status == 503, data
+    assert 1 <= int(headers["retry-after"]) <= 60
+    assert "Try again later" in json.loads(data)["detail"]
+    server.network.gate.set()
+    for connection in busy:
+        with contextlib.closing(connection):
+            assert connection.getresponse().status == 200
+
+
+@pytest.mark.parametrize("how", ["raises", "nan"])
+def test_only_the_request_that_breaks_the_network_fails(server, how, caplog):
+    setattr(server.network, how, 7)
+    server.network.gate.clear()
+    server.network.called.clear()
+    first = server.open("POST", "/samples", {"count": 1, "nfe": 3})  # holds the network up until the others wait
+    assert server.network.called.wait(30)
+    others = [server.open("POST", "/samples", {"label": label, "count": 2, "format": "npy"}) for label in (1, 7, 2)]
+    until(lambda: len(server.service._running) == 4)
+    server.network.gate.set()
+    with contextlib.closing(first):
+        assert first.getresponse().status == 200
+    for connection, label in zip(others, (1, 7, 2), strict=True):
+        with contextlib.closing(connection):
+            answer = connection.getresponse()
+            status, data = answer.status, answer.read()
+        if label == 7:
+            assert status == 500
+            told = json.loads(data)["detail"]
+            assert "the network failed for this request" in told
+            assert "secret" not in told
+            assert "hosts" not in told
+            assert told.rstrip(".").split()[-1] in caplog.text  # the id under which the log tells more
+        else:
+            assert status == 200
+            assert torch.equal(npy(data), alone(label=label, seeds=(0, 1)))
+
+
+@pytest.mark.parametrize("path", ["/samples", "/samples/stream"])
+def test_client_that_vanishes_is_cancelled(server, path):
+    before = server.engine.statistics().cancelled
+    server.network.gate.clear()
+    connection = server.open("POST", path, {"count": 4})
+    until(lambda: len(server.service._running) == 1)
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # no farewell, as a machine that dies
+    connection.close()
+    until(lambda: server.engine.statistics().cancelled == before + 1)
+    until(lambda: not server.service._running)
+
+
+def test_cancel_by_id(server):
+    server.network.gate.clear()
+    with contextlib.closing(server.open("POST", "/samples/stream", {"count": 4})) as connection:
+        events = events_of(connection.getresponse())
+        name, told = next(events)
+        assert name == "accepted"
+        assert server.ask("DELETE", f"/samples/{told['id']}")[0] == 204
+        assert next(events) == ("failed", {"status": 409, "detail": "the request was cancelled."})
+    assert server.told("DELETE", f"/samples/{told['id']}")[0] == 404
+
+
+def test_plan_and_model(server):
+    status, told = server.told("GET", "/plan?solver=ddim&nfe=4&grid=lambda")
+    plan = fs.make_plan("ddim", SCHEDULE, 4, grid="lambda", final="zero")
+    assert status == 200
+    assert told["digest"] == plan.digest
+    assert told["grid"] == plan.grid.tolist()
+    assert told["tau"] == plan.tau.tolist()
+    assert told["lam"][-1] is None  # infinite, where there is no noise
+    assert server.told("GET", "/plan?plan=five")[1]["digest"] == PLAN.digest
+    assert server.told("GET", "/plan?plan=six")[0] == server.told("GET", "/plan?nfe=no")[0] == 422
+    card = server.told("GET", "/model")[1]
+    assert card["classes"] == CLASSES
+    assert card["plans"] == {"five": 5}
+    assert card["guidance"]
+    assert card["solvers"] == fs.solver_names()
+
+
+def test_figures(server):
+    server.ask("POST", "/samples", {"count": 3, "nfe": 4})
+    status, headers, data = server.ask("GET", "/metrics")
+    assert status == 200
+    assert headers["content-type"].startswith("text/plain")
+    text = data.decode()
+    for line in (
+        r'fewstep_requests_total\{end="finished",kind="3-4 calls"\} \d',
+        r'fewstep_http_answers_total\{method="POST",route="/samples",status="200"\} \d',
+        r'fewstep_request_seconds_bucket\{kind="3-4 calls",le="0.1"\} \d',
+        r'fewstep_call_rows_bucket\{le="4.0"\} \d',
+        r"fewstep_waiting_samples 0\.0",
+        r"fewstep_running_samples 0\.0",
+    ):
+        assert re.search(f"^{line}", text, re.MULTILINE), line
+    before = len(data)
+    for i in range(20):
+        server.ask("GET", f"/no/such/{i}")
+        server.ask("DELETE", f"/samples/none{i}")
+    after = server.ask("GET", "/metrics")[2].decode()
+    assert 'route="other"' in after
+    assert len(after) < before + 2000  # paths that clients make up are no labels
+
+
+def test_page_and_paths(server):
+    status, headers, data = server.ask("GET", "/")
+    assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert "default-src 'none'" in headers["content-security-policy"]
+    files = re.findall(rb'(?:href|src)="(page/[^"]+)"', data)
+    assert len(files) == 2
+    for name in (*files, b"page/plan.js"):
+        assert server.ask("GET", f"/{name.decode()}")[0] == 200
+    assert not re.search(rb"https?://(?!www\.w3\.org/)", data)  # nothing from elsewhere
+    for path in (
+        "/page/../http.py",
+        "/page/..%2fhttp.py",
+        "/page/%2e%2e/http.py",
+        "/page/http.py",
+        "/docs",
+        "/samples/",
+        "//samples",
+    ):
+        assert server.ask("GET", path)[0] in (404, 405), path
+
+
+def test_token():
+    with served(token="open sesame") as server:
+        for path in ("/", "/health", "/ready", "/page/page.js", "/openapi.json"):
+            assert server.ask("GET", path)[0] == 200
+        for method, path in (
+            ("GET", "/model"),
+            ("GET", "/plan"),
+            ("GET", "/metrics"),
+            ("POST", "/samples"),
+            ("DELETE", "/samples/x"),
+        ):
+            for given in ({}, {"authorization": "Bearer open"}, {"authorization": "Basic open sesame"}, {"authorization": b"\xff"}):
+                status, headers, _ = server.ask(method, path, {} if method == "POST" else None, given)
+                assert (status, headers["www-authenticate"]) == (401, "Bearer")
+        assert server.told("GET", "/model", headers={"authorization": "Bearer open sesame"})[0] == 200
+        assert server.ask("POST", "/samples", {}, {"authorization": "bearer open sesame"})[0] == 200
+
+
+def test_too_slow_is_504_and_cancelled():
+    with served(timeout=0.2) as server:
+        server.network.gate.clear()
+        assert server.told("POST", "/samples", {}) == (504, {"detail": "not done within 0.2 s: the request is cancelled."})
+        events = list(server.events({}))
+        assert events[-1] == ("failed", {"status": 504, "detail": "not done within 0.2 s: the request is cancelled."})
+        server.network.gate.set()
+        until(lambda: server.engine.statistics().cancelled == 2)
+
+
+def test_one_client_has_its_share():
+    with served(per_client=1) as server:
+        server.network.gate.clear()
+        with contextlib.closing(server.open("POST", "/samples", {})) as first:
+            until(lambda: server.service._running)
+            status, headers, _ = server.ask("POST", "/samples", {})
+            assert (status, headers["retry-after"]) == (429, "1")
+            server.network.gate.set()
+            assert first.getresponse().status == 200
+        until(lambda: not server.service._clients)
+        assert server.ask("POST", "/samples", {})[0] == 200
+
+
+def test_engine_that_ended_is_told():
+    with served() as server:
+        server.engine.close(drain=True)
+        assert server.told("POST", "/samples", {})[0] == 503
+        assert server.told("GET", "/health") == (503, {"status": "dead"})
+        assert server.told("GET", "/ready") == (503, {"status": "dead"})
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_sigterm_drains(patient):
+    from fewstep.serve.process import listen, serve
+
+    network = Network()
+    den = denoiser_of(network)
+    network.gate.clear()
+    seen = {}
+    with Engine(den, den.info.shape, null={"label": CLASSES}) as engine:
+        app = make_app(engine, Settings(drain=30.0 if patient else 0.2))
+        listening = listen("127.0.0.1", 0)
+        port = listening.getsockname()[1]
+
+        def client():
+            from http_servers import Server
+
+            server = Server(network, engine, app, port)
+            running = server.open("POST", "/samples", {"format": "npy"})
+            until(lambda: server.service._running)
+            os.kill(os.getpid(), signal.SIGTERM)
+            until(lambda: server.service.draining)
+            if patient:
+                seen["new"] = server.told("POST", "/samples", {})
+                seen["ready"] = server.told("GET", "/ready")
+                network.gate.set()
+            with contextlib.closing(running):
+                answer = running.getresponse()
+                seen["running"] = answer.status, answer.read()
+            network.gate.set()
+
+        thread = threading.Thread(target=client)
+        drained = serve(app, listening, started=thread.start)
+        thread.join()
+        app.state.service.close()
+    assert drained is patient
+    if patient:
+        assert seen["new"] == (503, {"detail": "the server is about to end and takes no more requests."})
+        assert seen["ready"] == (503, {"status": "draining"})
+        assert seen["running"][0] == 200
+        assert torch.equal(npy(seen["running"][1]), alone())
+    else:
+        assert seen["running"] == (503, b'{"detail":"the server ended."}')
+
+
+def test_description_tells_every_status(server):
+    description = server.told("GET", "/openapi.json")[1]
+    assert set(description["paths"]) == {
+        "/samples",
+        "/samples/stream",
+        "/samples/{own}",
+        "/model",
+        "/plan",
+        "/health",
+        "/ready",
+        "/metrics",
+    }
+    for path in ("/samples", "/samples/stream"):
+        answers = description["paths"][path]["post"]["responses"]
+        assert set(answers) == {"200", "401", "408", "409", "413", "422", "429", "500", "503", "504"}
+        assert answers["422"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Failure"}
+    assert set(description["paths"]["/samples"]["post"]["responses"]["200"]["content"]) == {
+        "application/json",
+        "application/x-npy",
+        "image/png",
+    }
+
+
+def test_plans_of_a_folder(tmp_path):
+    PLAN.save(tmp_path / "plan-5.safetensors")
+    (tmp_path / "student.safetensors").write_bytes(b"weights")
+    assert {name: plan.digest for name, plan in load_plans(tmp_path).items()} == {"plan-5": PLAN.digest}
+    (tmp_path / "plan-6.safetensors").write_bytes(b"damaged")
+    with pytest.raises(fs.errors.ArtefactError, match="plan-6"):
+        load_plans(tmp_path)
+    with pytest.raises(NotADirectoryError, match="no folder of plans"):
+        load_plans(tmp_path / "none")
+
+
+def test_plans_of_another_schedule_are_refused():
+    other = fs.make_plan("ddim", fs.schedules.Flow(), 3)
+    den = denoiser_of(Network())
+    with (
+        Engine(den, den.info.shape) as engine,
+        pytest.raises(fs.errors.PlanError, match="'flow' was made for another noise schedule"),
+    ):
+        make_app(engine, Settings(plans={"flow": other}))
+
+
+def test_options_of_the_command():
+    from fewstep.cli.serve import SCHEDULERS as offered
+    from fewstep.serve import SCHEDULERS
+
+    assert set(offered) == set(SCHEDULERS)
