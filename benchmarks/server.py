@@ -1,6 +1,6 @@
 """What does the server survive? ``python benchmarks/server.py`` writes ``benchmarks/results/server.json``.
 
-A server of its own process, on a network that takes 2 ms a call whatever the batch, raises for class 7 and returns NaN for class 8. In turn:
+A server of its own process, on a network that takes 2 ms a call whatever the batch, raises for class 7 and gives NaN for class 8. In turn:
 
 - *malformed*: schemathesis makes requests that contradict the server's own description, until the server has answered 10,000; every
   answer is judged by schemathesis (no server error, status, content and form as described). Then lines that are no HTTP at all.

@@ -45,7 +45,7 @@ def test_help_of_every_command(capsys):
             main([*command.split(), "--help"])
         assert stop.value.code == 0
         assert "usage: fewstep" in capsys.readouterr().out
-    assert len(COMMANDS) == 14
+    assert len(COMMANDS) == 15
     assert main([]) == 2
     with pytest.raises(SystemExit):
         main(["--version"])

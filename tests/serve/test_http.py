@@ -8,7 +8,10 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
+import urllib.request
 
 import numpy as np
 import pytest
@@ -141,7 +144,7 @@ REFUSED = {
     '{"guidance": 3}': "guidance leads to a class",
     '{"guidance": NaN, "label": 1}': "guidance",
     '{"steps": 3}': "steps: Extra inputs are not permitted",
-    '{"solver": "\\ud800"}': "unknown solver",
+    '{"solver": "\\ud800"}': "solver: ",
     "[1]": "",
     "null": "",
     "": "",
@@ -442,3 +445,41 @@ def test_options_of_the_command():
     from fewstep.serve import SCHEDULERS
 
     assert set(offered) == set(SCHEDULERS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "70000"], "--port from 0 to 65535"),
+        (["--rows", "0"], "--rows and --waiting must be at least 1"),
+        (["--plans", "no-such-folder"], "no-such-folder is no folder of plans"),
+        (["--samples", "0"], "samples must be above 0, got 0"),
+        (["--token", "\n"], "a token is one or more printable ASCII characters"),
+        (["--negative", "blurry"], "digits takes no prompts"),
+        (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
+    ],
+    ids=str,
+)
+def test_command_refuses_in_one_line(arguments, message, capsys):
+    from fewstep.cli import main
+
+    assert main(["serve", "digits", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_command_serves_until_it_is_told_to_stop(tmp_path):
+    fs.make_plan("unipc", fs.load("digits").schedule, 4).save(tmp_path / "four.safetensors")
+    command = [sys.executable, "-m", "fewstep", "serve", "digits", "--port", "0", "--plans", str(tmp_path), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        told = json.loads(process.stdout.readline())
+        assert told["plans"] == ["four"]
+        with urllib.request.urlopen(f"{told['url']}plan?plan=four") as answer:
+            assert json.load(answer)["nfe"] == 4
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert "every request was answered" in error

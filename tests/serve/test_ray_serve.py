@@ -61,8 +61,7 @@ def test_deployment(tmp_path):
     plan = fs.make_plan("unipc", fs.load("digits").schedule, 4, final="zero")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False)
+    start_here(ray)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(deployment("digits", Settings(plans={"four": plan}, calls=400, timeout=120.0), replicas=2, cpus=0.5))
@@ -81,6 +80,20 @@ def test_deployment(tmp_path):
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def start_here(ray, tries=4):
+    """A session of this machine alone; Ray gives up after half a minute, which a busy machine may need."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    for left in reversed(range(tries)):
+        try:
+            ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False)
+        except Exception as error:
+            ray.shutdown()
+            if not left or "timed out" not in str(error):
+                raise
+        else:
+            return
 
 
 def sent(port, path, body, method="POST"):

@@ -41,6 +41,8 @@ LEFT_OUT = ("feature_extractor", "image_encoder", "safety_checker")
 """Parts of a pipeline that text and class conditions do not need."""
 LIBRARIES = ("diffusers", "transformers", "fewstep.diffusers")
 """Where the classes of a pipeline's parts may come from; the last for `PlanScheduler`."""
+REMEMBERED_PROMPTS = 1024
+"""After so many, encoded prompts are forgotten: a server meets new ones without end."""
 WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([^.]+?))?(?:-\d+-of-\d+)?\.safetensors")
 """Names of files with weights, and the variant (fp16) that a name may say."""
@@ -166,6 +168,8 @@ class PipelineDenoiser(Denoiser):
             raise FewstepError(f"{self.info.name} takes no prompts.")
         if isinstance(prompts, str) or not prompts:
             raise ValueError("prompts must be a list of at least one text, one a sample.")
+        if len(self._encoded) >= REMEMBERED_PROMPTS:
+            self._encoded.clear()
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._encoded:
                 self._encoded[prompt] = self.family.encode(self.pipeline, prompt)

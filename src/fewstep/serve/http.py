@@ -145,7 +145,7 @@ def _add_questions(app: FastAPI, service: Service) -> None:
 
 def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/health", summary="Whether it lives", responses={**_failures(413), 503: NOT})
-    def health(response: Response) -> State:
+    async def health(response: Response) -> State:
         """Whether the engine can run anything."""
         if service.alive:
             return State(status="alive")
@@ -157,7 +157,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
         summary="Whether it takes requests",
         responses={**_failures(413), 503: NOT},
     )
-    def ready(response: Response) -> State:
+    async def ready(response: Response) -> State:
         """Whether the server takes requests: not while it ends."""
         if service.alive and not service.draining:
             return State(status="ready")

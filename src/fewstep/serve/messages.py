@@ -15,14 +15,14 @@ except ImportError as error:
 
 __all__ = ["Ask", "Failure", "ModelCard", "Nodes", "Pictures", "PlanAsk", "SamplesAsk", "State", "StreamAsk"]
 
-MOST_SEEDS, MOST_CALLS, LONGEST_PROMPT = 1024, 1000, 4000
+MOST_SEEDS, MOST_CALLS, LONGEST_PROMPT, LONGEST_NAME = 1024, 1000, 4000, 200
 """Bounds that hold for every server; its own limits are lower."""
 
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Label = Annotated[int, Field(ge=0, le=1_000_000)]
 Prompt = Annotated[str, Field(min_length=1, max_length=LONGEST_PROMPT)]
-SolverName = Annotated[str, Field(json_schema_extra={"enum": [*solver_names()]})]
-GridName = Annotated[str, Field(json_schema_extra={"enum": [*grid_names()]})]
+SolverName = Annotated[str, Field(max_length=LONGEST_NAME, json_schema_extra={"enum": [*solver_names()]})]
+GridName = Annotated[str, Field(max_length=LONGEST_NAME, json_schema_extra={"enum": [*grid_names()]})]
 
 
 class PlanAsk(BaseModel):
@@ -37,7 +37,7 @@ class PlanAsk(BaseModel):
         None, description='where to end: at noise level 0 ("zero", when left out) or where the schedule ends'
     )
     plan: str | None = Field(
-        None, max_length=200, description="name of a plan that the server loaded, instead of nfe, solver, grid, final"
+        None, max_length=LONGEST_NAME, description="name of a plan that the server loaded, instead of nfe, solver, grid, final"
     )
 
 

@@ -61,7 +61,7 @@ def serve(app: Any, listening: socket.socket, *, started: Callable[[], None] | N
     service, told = app.state.service, threading.Event()
     config = uvicorn.Config(
         app,
-        log_level="warning",
+        log_level="error",  # not a line for everything that is no HTTP
         access_log=False,
         lifespan="off",
         limit_concurrency=MOST_CONNECTIONS,

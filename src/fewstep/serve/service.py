@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -251,7 +251,7 @@ class Service:
 
     def watch(self, running: Running, tell: Callable[[dict[str, Any]], None]) -> None:
         """Have a thread tell the previews of a request, as they come."""
-        self._streams.submit(self._told_previews, running, tell)
+        self._streams.submit(self._told_previews, running, tell).add_done_callback(_log_failure)
 
     def _told_previews(self, running: Running, tell: Callable[[dict[str, Any]], None]) -> None:
         for preview in running.ticket.previews():
@@ -293,3 +293,8 @@ class Service:
         self.draining = True
         with self._changed:
             return self._changed.wait_for(lambda: not self._clients, seconds)
+
+
+def _log_failure(told: Future[None]) -> None:
+    if not told.cancelled() and (error := told.exception()) is not None:
+        log.error("previews of a request could not be shown", exc_info=error)
