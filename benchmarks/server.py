@@ -59,7 +59,7 @@ def main() -> int:
     with running_server() as (process, port):
         ordinary = {label: samples(port, label) for label in range(6)}
         report: dict[str, Any] = {
-            "command": "python benchmarks/server.py",
+            "command": " ".join(["python benchmarks/server.py", *sys.argv[1:]]),
             "seed": options.seed,
             "machine": "one core of a 2-core machine, shared with other work",
             "python": platform.python_version(),
