@@ -17,17 +17,19 @@ CLASSES = 10
 
 
 class Network:
-    """x and label by the element, so that samples do not depend on the batch. `gate` holds calls up; seeds are not seen, labels are."""
+    """x and label by the element, so that samples do not depend on the batch. `gate` holds calls up, from number `held` on."""
 
     def __init__(self):
         self.gate = threading.Event()
         self.gate.set()
         self.called = threading.Event()
         self.raises = self.nan = None
+        self.calls = self.held = 0
 
     def __call__(self, x, time, label):
         self.called.set()
-        assert self.gate.wait(60)
+        self.calls += 1
+        assert self.calls < self.held or self.gate.wait(60)
         if self.raises is not None and (label == self.raises).any():
             raise RuntimeError("secret /etc/hosts")
         d = torch.tanh(x) * (0.3 + 0.05 * label.to(x.dtype)).reshape(-1, 1, 1, 1)

@@ -47,6 +47,7 @@ def whole(request):
     if "server" in request.fixturenames:
         running = request.getfixturevalue("server")
         running.network.raises = running.network.nan = None
+        running.network.held = 0
         running.network.gate.set()
         until(lambda: not running.service._running)
         assert running.told("GET", "/health") == (200, {"status": "alive"})
@@ -115,13 +116,16 @@ def test_stream_tells_what_is_on_the_way(server):
 
 
 def test_previews_come_while_it_runs(server):
-    server.network.called.clear()
-    with contextlib.closing(server.open("POST", "/samples/stream", {"nfe": 3, "previews": 1})) as connection:
-        answer = connection.getresponse()
-        names = [name for name, _ in events_of(answer)]
-    assert names[0] == "accepted"
-    assert names[-1] == "done"
-    assert "preview" in names
+    server.network.held = server.network.calls + 4  # the last call waits until a preview was seen
+    server.network.gate.clear()
+    with contextlib.closing(server.open("POST", "/samples/stream", {"nfe": 4, "previews": 1})) as connection:
+        events = events_of(connection.getresponse())
+        assert next(events)[0] == "accepted"
+        name, told = next(events)
+        assert (name, told["nfe"], len(told["images"])) == ("preview", 4, 1)
+        assert told["call"] < 4
+        server.network.gate.set()
+        assert [name for name, _ in events][-1] == "done"
 
 
 REFUSED = {
