@@ -487,3 +487,16 @@ def test_command_serves_until_it_is_told_to_stop(tmp_path):
         _, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert "every request was answered" in error
+
+
+def test_request_that_is_over_before_it_is_submitted_is_cancelled(server):
+    from fewstep.serve.messages import SamplesAsk
+    from fewstep.serve.service import Claim, RefusedError
+
+    claim, before = Claim(), server.engine.statistics().cancelled
+    server.network.gate.clear()
+    server.service.forget(claim)  # the client went away while a thread still made its plan
+    with pytest.raises(RefusedError, match="cancelled"):
+        server.service.submit(claim, SamplesAsk())
+    assert server.engine.statistics().cancelled == before + 1
+    assert not server.service._running

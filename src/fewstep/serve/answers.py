@@ -6,13 +6,12 @@ import asyncio
 import contextlib
 import json
 import math
-import secrets
 from typing import Any
 
 from fewstep.errors import MissingExtraError
 from fewstep.serve.messages import SamplesAsk, StreamAsk
 from fewstep.serve.served import npy_of, png_of
-from fewstep.serve.service import RefusedError, Running, Service
+from fewstep.serve.service import Claim, RefusedError, Running, Service
 
 try:
     from starlette.concurrency import run_in_threadpool
@@ -87,9 +86,9 @@ async def answer(service: Service, ask: SamplesAsk, request: Request) -> Respons
     Raises:
         RefusedError: if there are none.
     """
-    own, until = secrets.token_urlsafe(12), asyncio.get_running_loop().time() + service.settings.timeout
+    claim, until = Claim(), asyncio.get_running_loop().time() + service.settings.timeout
     try:
-        running = await run_in_threadpool(service.submit, own, ask)
+        running = await run_in_threadpool(service.submit, claim, ask)
         wait = Wait(running, request.receive, until)
         try:
             end = await wait.end()
@@ -99,9 +98,9 @@ async def answer(service: Service, ask: SamplesAsk, request: Request) -> Respons
             return Response(status_code=GONE)
         if end == "late":
             raise _late(service)
-        return await run_in_threadpool(_written, service, ask, own, running)
+        return await run_in_threadpool(_written, service, ask, claim.own, running)
     finally:
-        service.forget(own)
+        service.forget(claim)
 
 
 def _written(service: Service, ask: SamplesAsk, own: str, running: Running) -> Response:
@@ -125,21 +124,21 @@ class Events(Response):
 
     def __init__(self, service: Service, ask: StreamAsk):
         super().__init__()
-        self.service, self.ask, self.own = service, ask, secrets.token_urlsafe(12)
+        self.service, self.ask, self.claim = service, ask, Claim()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         until = asyncio.get_running_loop().time() + self.service.settings.timeout
         try:
-            running = await run_in_threadpool(self.service.submit, self.own, self.ask, self.ask.previews)
+            running = await run_in_threadpool(self.service.submit, self.claim, self.ask, self.ask.previews)
             head = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
             await send({"type": "http.response.start", "status": 200, "headers": head})
             await self._run(running, Wait(running, receive, until), send)
             await send({"type": "http.response.body", "body": b""})
         finally:
-            self.service.forget(self.own)
+            self.service.forget(self.claim)
 
     async def _run(self, running: Running, wait: Wait, send: Any) -> None:
-        told = {"id": self.own, "nfe": running.plan.nfe, "plan": running.plan.digest, "samples": len(running.seeds)}
+        told = {"id": self.claim.own, "nfe": running.plan.nfe, "plan": running.plan.digest, "samples": len(running.seeds)}
         latest: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         try:
             await _tell(send, "accepted", told)
@@ -153,8 +152,8 @@ class Events(Response):
         try:
             if end == "late":
                 raise _late(self.service)
-            samples = await run_in_threadpool(self.service.samples, self.own, running)
-            pictures = await run_in_threadpool(self.service.pictures, self.own, running, samples)
+            samples = await run_in_threadpool(self.service.samples, self.claim.own, running)
+            pictures = await run_in_threadpool(self.service.pictures, self.claim.own, running, samples)
             await _tell(send, "done", pictures.model_dump())
         except RefusedError as refusal:
             await _tell(send, "failed", {"status": refusal.status, "detail": refusal.detail})

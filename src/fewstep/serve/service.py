@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import logging
 import math
+import secrets
 import threading
 import time
 from collections import Counter, deque
@@ -28,7 +29,7 @@ from fewstep.serve.requests import EngineClosedError, QueueFullError, Request
 from fewstep.serve.served import PlanShelf, ServedModel, npy_of, pngs_of, short_line
 from fewstep.serve.settings import Settings
 
-__all__ = ["RefusedError", "Running", "Service"]
+__all__ = ["Claim", "RefusedError", "Running", "Service"]
 
 NFE, SOLVER, GRID, FINAL = 10, "auto", "auto", "zero"
 LONGEST_PAUSE = 60
@@ -53,6 +54,14 @@ class Running:
     seeds: list[int]
     ticket: Any
     began: float = field(default_factory=time.monotonic)
+
+
+@dataclass(eq=False)
+class Claim:
+    """What a request is told by: its id, and whether it is over. A request may be over while a thread still submits it."""
+
+    own: str = field(default_factory=lambda: secrets.token_urlsafe(12))
+    over: bool = False
 
 
 class Service:
@@ -151,8 +160,8 @@ class Service:
 
     # ---- one request -----------------------------------------------------------------------------------------------------------------
 
-    def submit(self, own: str, ask: Ask, previews: int = 0) -> Running:
-        """Give a request to the engine under the id that it will be forgotten by.
+    def submit(self, claim: Claim, ask: Ask, previews: int = 0) -> Running:
+        """Give a request to the engine under the claim that it will be forgotten by.
 
         Raises:
             RefusedError: 422 for what cannot be, 503 when the queue is full.
@@ -170,8 +179,12 @@ class Service:
             raise RefusedError(422, str(error)) from error
         running = Running(plan, seeds, ticket)
         with self._changed:
-            self._running[own] = running
-        return running
+            if not claim.over:
+                self._running[claim.own] = running
+                return running
+        ticket.cancel()
+        self.metrics.ended(plan.nfe, "cancelled", samples=0, seconds=0.0)
+        raise RefusedError(409, "the request was cancelled.")
 
     def _seeds(self, ask: Ask) -> list[int]:
         if ask.seeds is not None and (ask.seed is not None or ask.count is not None):
@@ -207,10 +220,11 @@ class Service:
         for each in running:
             each.ticket.cancel()
 
-    def forget(self, own: str) -> None:
+    def forget(self, claim: Claim) -> None:
         """The request is over, for whatever reason: what has not finished is cancelled, and it is counted."""
         with self._changed:
-            running = self._running.pop(own, None)
+            claim.over = True
+            running = self._running.pop(claim.own, None)
         if running is None:
             return
         running.ticket.cancel()
