@@ -1,4 +1,4 @@
-"""The command line: ``fewstep demo | sample | tune | compare | evaluate | train | distill | prefer | control | serve | plan | solvers | check``.
+"""The command line: ``fewstep demo | sample | tune | compare | evaluate | train | distill | prefer | control | serve``, and more.
 
 Every command is one file with a dataclass of its options and ``run(options) -> exit status``, which calls the public functions.
 Nothing heavy is imported before a command runs. Bad input ends in one line on standard error and status 2, an interrupt (Ctrl-C or
