@@ -2,8 +2,8 @@
 
 ``python benchmarks/sparse.py`` writes ``benchmarks/results/sparse.json``. The character model of width 64 and depth 2 on Python's
 documentation, 64 characters at a time; loss on held-out text in nats. Same data, first weights and steps for all but the short runs; AdamW
-with the dense runs' best learning rate of three. *dense*: all steps with all weights.
-*mixed sparsity*: dense again for the last tenth, with sparse attention and without. *static mask*: one random mask throughout, with the
+with the dense runs' best learning rate of three, and a cosine that ends at a tenth of it, as the paper's does. *dense*: all steps with all
+weights. *mixed sparsity*: dense again for the last tenth, with sparse attention and without. *static mask*: one random mask throughout, with the
 share of the weights that makes the same counted operations as mixed sparsity with sparse attention; with dense attention, and with sparse
 attention, which on this text is a help of its own, also when it is judged. *short dense*: as many steps of dense training as make the same
 operations, the honest alternative. The bars: three times fewer operations, within 3 % of the dense loss, and better than the static mask
@@ -26,6 +26,7 @@ import torch
 from fewstep.train import HybridSparseAttention, MixedSparsity, SparsitySchedule, fit
 
 RESULTS = Path(__file__).parent / "results" / "sparse.json"
+FLOOR = 0.1
 RATES = (3e-3, 6e-3, 1.2e-2)
 LENGTH, BATCH, WIDTH, DEPTH = 64, 8, 64, 2
 ATTENTION = HybridSparseAttention(16, 16)
@@ -50,7 +51,7 @@ def trained(steps: int, seed: int, rate: float, schedule: SparsitySchedule | Non
         if schedule is not None:
             sparse = MixedSparsity(model, ADAMW, schedule=schedule, skip=["head"], seed=seed, **options)
         optimizer = ADAMW if sparse is None else sparse.build
-        settings = {"batch_size": BATCH, "learning_rate": rate, "warmup": 20, "ema": (), "seed": seed}
+        settings = {"batch_size": BATCH, "learning_rate": rate, "warmup": 20, "floor": FLOOR, "ema": (), "seed": seed}
         began = time.process_time()
         fit(characters.next_character, model, text(), steps=steps, optimizer=optimizer, **settings)
         seconds = time.process_time() - began
@@ -111,6 +112,7 @@ def main() -> int:
     told |= {
         "steps": steps,
         "peak": options.peak,
+        "floor": FLOOR,
         "learning_rates": {str(k): v for k, v in rates.items()},
         "static_sparsity": shares,
     }

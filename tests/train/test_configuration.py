@@ -13,6 +13,7 @@ from fewstep.errors import UnknownNameError
 from fewstep.train import PowerFunction
 from fewstep.train.configuration import Configuration, default_network, read_configuration
 from fewstep.train.recipes import RECIPES
+from fewstep.train.stages import ADAMW
 
 WHOLE = """
 [data]
@@ -44,7 +45,8 @@ steps = 6
 batch_size = 4
 learning_rate = 0.002
 warmup = 2
-decay = "constant"
+decay = "cosine"
+floor = 0.1
 clip = 0.5
 ema = {sigma_rel = 0.1}
 precision = "bfloat16"
@@ -76,7 +78,8 @@ def test_every_key_counts(arrays):
     assert (recipe.loss.dropout.null, recipe.loss.dropout.probability) == (2, 0.25)
     assert recipe.optimizer.keywords == {"betas": (0.8, 0.9), "weight_decay": 0.1}
     assert len(recipe.data()) == 16
-    assert (recipe.steps, recipe.batch_size, recipe.learning_rate, recipe.warmup, recipe.decay) == (6, 4, 0.002, 2, "constant")
+    assert (recipe.steps, recipe.batch_size, recipe.learning_rate, recipe.warmup, recipe.decay) == (6, 4, 0.002, 2, "cosine")
+    assert (recipe.floor, recipe.record()["floor"]) == (0.1, 0.1)
     assert (recipe.clip, recipe.ema, recipe.precision, recipe.seed) == (0.5, PowerFunction(0.1), torch.bfloat16, 3)
     assert (recipe.accumulate, recipe.divergence, recipe.checkpoint_every, recipe.log_every) == (2, 50.0, 2, 1)
     assert json.loads(json.dumps(recipe.record()))["optimizer"] == ["AdamW", {"betas": [0.8, 0.9], "weight_decay": 0.1}]
@@ -173,6 +176,9 @@ def test_every_even_size_has_a_network(size):
             "in the section optimizer: Invalid beta",
         ),
         ({"data": {"path": "arrays.npz"}, "training": {"precision": "half"}}, UnknownNameError, "precision"),
+        ({"data": {"path": "arrays.npz"}, "training": {"steps": 9, "warmup": 9}}, ValueError, "warmup=9 must be less than steps=9"),
+        ({"data": {"path": "arrays.npz"}, "training": {"floor": 1.5}}, ValueError, "floor is the share"),
+        ({"data": {"path": "arrays.npz"}, "training": {"floor": "x"}}, ValueError, "floor must be a number"),
         ({"data": {"path": "arrays.npz"}, "training": {"steps": "many"}}, ValueError, "steps must be a whole number"),
         ({"data": {"path": "arrays.npz"}, "training": {"steps": 2.5}}, ValueError, "steps must be a whole number"),
         ({"data": {"path": "arrays.npz"}, "training": {"clip": "x"}}, ValueError, "clip must be a number"),
@@ -202,6 +208,27 @@ def test_files_that_are_no_configuration(tmp_path):
         read_configuration(tmp_path / "a.json")
     with pytest.raises(FileNotFoundError, match="no configuration"):
         read_configuration(tmp_path / "b.json")
+
+
+def test_naming_the_usual_optimizer_changes_nothing(arrays):
+    for path in ("arrays.npz", "digits"):
+        usual = Configuration(data={"path": path}, place=arrays).recipe()
+        for section in ({"name": "adamw"}, {"betas": [0.9, 0.99]}):
+            found = Configuration(data={"path": path}, optimizer=section, place=arrays).recipe()
+            assert found.optimizer is usual.optimizer is ADAMW
+            assert found.record() == usual.record()
+    other = Configuration(data={"path": "digits"}, optimizer={"weight_decay": 0.1}).recipe()
+    assert other.optimizer.keywords == {"betas": (0.9, 0.99), "weight_decay": 0.1}
+
+
+def test_only_the_usual_warmup_is_cut(arrays):
+    def recipe(**training):
+        return Configuration(data={"path": "arrays.npz"}, training=training, place=arrays).recipe()
+
+    assert [recipe(steps=steps).rise for steps in (5000, 300, 5)] == [200, 30, 0]
+    assert recipe(steps=300, warmup=250).rise == 250
+    assert recipe(steps=300, warmup=250).record()["warmup"] == 250
+    assert recipe(steps=300, warmup=0).rise == 0
 
 
 @toml

@@ -1,5 +1,6 @@
 """The loop: resumes bit for bit after a kill at any moment, refuses damaged checkpoints, and says when training diverges."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -260,6 +261,15 @@ def test_learning_rate():
     assert rates[50] == pytest.approx(0.5)
     assert 0.0 < rates[99] < 1e-3
     assert max(rates) < 1.0
+    lifted = dataclasses.replace(options, floor=0.1)
+    assert lifted.rate(51) == pytest.approx(0.55)
+    assert lifted.rate(100) == pytest.approx(0.1, abs=1e-3)
+    assert [lifted.rate(step) for step in range(1, 101)] == pytest.approx(
+        [0.9 * rate + 0.1 * min(s / 10, 1.0) for s, rate in enumerate(rates, 1)]
+    )
+    for wrong in ({"floor": -0.1}, {"floor": 1.1}, {"floor": 0.1, "decay": "constant"}):
+        with pytest.raises(ValueError, match="floor is the share"):
+            dataclasses.replace(options, **wrong)
 
 
 def test_average_by_hand():

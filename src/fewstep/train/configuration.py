@@ -6,7 +6,7 @@
 | `network` | the options of `fewstep.models.SmallUNetConfig` that the data leave open |
 | `schedule` | `kind` (Flow, VPLinear, VPCosine, EDM, ...) and its options |
 | `loss` | `predicts`, `weighting`, `times` and what else `fewstep.train.DenoisingLoss` takes; `label_dropout` |
-| `optimizer` | `name`, and options of that class of PyTorch |
+| `optimizer` | `name`, and options of that class of PyTorch; of adamw those that are not given are betas (0.9, 0.99), no weight decay |
 | `training` | the options of `fewstep.train.Recipe` |
 
 Keys that do not exist are refused with the nearest that do. `Configuration.document` is the file that makes the same run again.
@@ -34,6 +34,7 @@ from fewstep.train.losses import DenoisingLoss, LabelDropout
 from fewstep.train.optim4bit import AdamW4bit, SGD4bit
 from fewstep.train.pictures import Pictures, read_pictures
 from fewstep.train.recipes import RECIPES, Recipe
+from fewstep.train.stages import ADAMW
 
 __all__ = ["OPTIMIZERS", "Configuration", "read_configuration"]
 
@@ -239,8 +240,11 @@ def make_optimizer(options: Mapping[str, Any]) -> Any:
     name = given.pop("name", "adamw")
     if name not in OPTIMIZERS:
         raise UnknownNameError("optimizer", name, OPTIMIZERS)
+    if name == "adamw":
+        given = {**ADAMW.keywords, **given}  # to name what is used anyway changes nothing
     known = [key for key in inspect.signature(OPTIMIZERS[name]).parameters if key not in ("params", "lr")]
     _known("optimizer", given, known)
-    made = functools.partial(OPTIMIZERS[name], **{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
+    given = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
+    made = ADAMW if name == "adamw" and given == ADAMW.keywords else functools.partial(OPTIMIZERS[name], **given)
     _made("optimizer", made, [torch.zeros(1, requires_grad=True)], lr=1e-3)
     return made

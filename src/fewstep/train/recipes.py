@@ -39,6 +39,7 @@ PHOTO_TRAINING_PART = 0.75
 """Left part of each photograph that training sees."""
 CROP = 32
 CHECKPOINT_EVERY = 200
+WARMUP = 200
 
 
 def digits(part: str = "train") -> dict[str, Tensor]:
@@ -128,6 +129,7 @@ class Recipe:
         network: options of the network.
         loss: the objective, with the noise schedule and the prediction.
         licence: on what terms the data were used, and whose they are.
+        warmup: steps over which the learning rate rises; None: 200, or a tenth of the steps if that is less.
         others: options of `fewstep.train.fit` by these names; `ema` is one average, which becomes the model.
 
     Raises:
@@ -141,11 +143,12 @@ class Recipe:
     batch_size: int
     licence: str
     learning_rate: float = 1e-3
-    warmup: int = 200
+    warmup: int | None = None
     ema: float | PowerFunction = 0.999
     precision: torch.dtype | None = torch.bfloat16
     seed: int = 0
     decay: str = "cosine"
+    floor: float = 0.0
     clip: float | None = 1.0
     accumulate: int = 1
     divergence: float | None = FACTOR
@@ -156,15 +159,25 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, least in WHOLE.items():
             value = getattr(self, name)
-            if type(value) is not int or value < least:
+            if (type(value) is not int or value < least) and not (name == "warmup" and value is None):
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
-        for name in ("learning_rate", "clip", "divergence"):
+        if self.warmup is not None and self.warmup >= self.steps:
+            raise ValueError(
+                f"warmup={self.warmup} must be less than steps={self.steps}, or the learning rate never gets to its highest; leave warmup "
+                "out for a tenth of the steps."
+            )
+        for name in ("learning_rate", "floor", "clip", "divergence"):
             value = getattr(self, name)
-            if not (type(value) in (int, float) or (value is None and name != "learning_rate")):
+            if not (type(value) in (int, float) or (value is None and name in ("clip", "divergence"))):
                 raise ValueError(f"{name} must be a number, got {value!r}.")
         if type(self.ema) not in (int, float, PowerFunction):
             raise ValueError(f"ema must be one decay, or one PowerFunction, got {self.ema!r}.")
         self.check()
+
+    @property
+    def rise(self) -> int:
+        """The steps of the warm-up."""
+        return min(WARMUP, self.steps // 10) if self.warmup is None else self.warmup
 
     def check(self) -> None:
         """Have `fewstep.train.fit` look at the options, before any data are read.
@@ -172,12 +185,13 @@ class Recipe:
         Raises:
             ValueError: for options that make no sense.
         """
-        names = ("steps", "batch_size", "learning_rate", "warmup", "decay", "clip", "precision", "seed", "divergence")
-        Options(ema=check_profiles(self.ema), **{name: getattr(self, name) for name in names})
+        names = ("steps", "batch_size", "learning_rate", "decay", "floor", "clip", "precision", "seed", "divergence")
+        Options(ema=check_profiles(self.ema), warmup=self.rise, **{name: getattr(self, name) for name in names})
 
     def record(self) -> dict[str, Any]:
         """The recipe as JSON values, for the model's configuration."""
-        options = {name: getattr(self, name) for name in ("steps", "batch_size", "learning_rate", "warmup", "ema", "seed")}
+        options = {name: getattr(self, name) for name in ("steps", "batch_size", "learning_rate", "ema", "seed")}
+        options["warmup"] = self.rise
         options |= {name: getattr(self, name) for name in OTHERS if getattr(self, name) != getattr(RECIPES["digits"], name)}
         data = getattr(self.data, "__name__", "pictures")
         return {
@@ -190,7 +204,7 @@ class Recipe:
 
 WHOLE = {"steps": 1, "batch_size": 1, "warmup": 0, "seed": 0, "accumulate": 1, "checkpoint_every": 1, "log_every": 1}
 """Options that are whole numbers, and their least."""
-OTHERS = ("decay", "clip", "accumulate", "optimizer")
+OTHERS = ("decay", "floor", "clip", "accumulate", "optimizer")
 """Options that a record has if they are not the usual ones."""
 
 
@@ -270,7 +284,6 @@ def train_recipe(
         recipe = RECIPES[recipe]
     given = {key: value for key, value in {"steps": steps, "seed": seed}.items() if value is not None}
     recipe = dataclasses.replace(recipe, **given)
-    recipe = dataclasses.replace(recipe, warmup=min(recipe.warmup, recipe.steps // 10))
     place, data = Path(folder), recipe.data()
     network = _initial(recipe).to(device)
     with _threads(threads):
@@ -281,7 +294,7 @@ def train_recipe(
             steps=recipe.steps,
             batch_size=recipe.batch_size,
             learning_rate=recipe.learning_rate,
-            warmup=recipe.warmup,
+            warmup=recipe.rise,
             ema=recipe.ema,
             precision=recipe.precision,
             seed=recipe.seed,
@@ -300,7 +313,7 @@ def train_recipe(
     return result
 
 
-PASSED_ON = ("decay", "clip", "accumulate", "divergence", "checkpoint_every", "log_every", "optimizer")
+PASSED_ON = ("decay", "floor", "clip", "accumulate", "divergence", "checkpoint_every", "log_every", "optimizer")
 
 
 CLASSIFIER = {"steps": 800, "batch_size": 128, "learning_rate": 2e-3}

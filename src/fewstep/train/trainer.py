@@ -14,7 +14,8 @@ of one process with ``accumulate=2``, to the rounding of a sum in another order,
 if P stays. P pieces give the numbers of one whole batch, to rounding, if the objective draws nothing from its generator or has `draw_whole`
 (see `fewstep.train.Objective`), and treats samples one by one (no dropout, no batch normalisation, no buffers that training changes).
 
-The learning rate at step s of S is $\eta\,\min(s/W, 1)\,c(s)$, with $c = \tfrac12(1 + \cos \pi (s-1)/S)$ for cosine decay, 1 for none.
+The learning rate at step s of S is $\eta\,\min(s/W, 1)\,(f + (1 - f)\,c(s))$ with the floor f, which is 0 unless it is given, and
+$c = \tfrac12(1 + \cos \pi (s-1)/S)$ for cosine decay, 1 for none.
 The averages of the weights are those of `fewstep.train.averages`.
 
 Sources: AdamW, "Decoupled Weight Decay Regularization" (arXiv 1711.05101); cosine decay, "SGDR" (arXiv 1608.03983).
@@ -96,6 +97,7 @@ def fit(
     learning_rate: float = 1e-3,
     warmup: int = 100,
     decay: str = "cosine",
+    floor: float = 0.0,
     optimizer: Callable[..., Any] = ADAMW,
     clip: float | None = 1.0,
     ema: Profile | Sequence[Profile] = 0.999,
@@ -126,7 +128,8 @@ def fit(
         batch_size: samples in a step, of all processes together.
         learning_rate: the highest one.
         warmup: steps over which it rises to that.
-        decay: ``"cosine"`` down to zero at the last step, or ``"constant"``.
+        decay: ``"cosine"`` down to the floor at the last step, or ``"constant"``.
+        floor: where the cosine ends, as a share of ``learning_rate``; 0.1 is common in the training of language models.
         optimizer: called as ``optimizer(parameters, lr=learning_rate)``; gives an optimizer, or a sequence of them. Any will do that has
             ``param_groups``, ``step``, ``zero_grad``, ``state_dict`` and ``load_state_dict``.
         clip: largest norm of the gradient, or None.
@@ -179,6 +182,7 @@ def fit(
         learning_rate=learning_rate,
         warmup=warmup,
         decay=decay,
+        floor=floor,
         clip=clip,
         ema=check_profiles(ema),
         precision=precision,
@@ -234,6 +238,7 @@ class Options:
     seed: int
     divergence: float | None = FACTOR
     snapshot_every: int = 0
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.batch_size < 1 or self.warmup < 0:
@@ -243,6 +248,10 @@ class Options:
             raise ValueError(f"fit needs a positive learning_rate and clip, got {self.learning_rate} and {self.clip}.")
         if self.decay not in DECAYS:
             raise UnknownNameError("decay of the learning rate", self.decay, DECAYS)
+        if not 0.0 <= self.floor <= 1.0 or (self.floor and self.decay == "constant"):
+            raise ValueError(
+                f'floor is the share of learning_rate where decay="cosine" ends, between 0 and 1, got {self.floor} with {self.decay!r}.'
+            )
         if self.divergence is not None and not self.divergence > 1.0:
             raise ValueError(f"divergence is a multiple of the loss's level above 1, or None, got {self.divergence}.")
         if self.snapshot_every < 0 or (self.snapshot_every and not any(isinstance(p, PowerFunction) for p in self.ema)):
@@ -252,7 +261,8 @@ class Options:
 
     def rate(self, step: int) -> float:
         """The learning rate at a step, as a fraction of the highest."""
-        return DECAYS[self.decay](step, self.steps) * (min(step / self.warmup, 1.0) if self.warmup else 1.0)
+        decayed = self.floor + (1.0 - self.floor) * DECAYS[self.decay](step, self.steps)
+        return decayed * (min(step / self.warmup, 1.0) if self.warmup else 1.0)
 
 
 DECAYS: dict[str, Callable[[int, int], float]] = {
