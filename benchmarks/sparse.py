@@ -3,11 +3,11 @@
 ``python benchmarks/sparse.py`` writes ``benchmarks/results/sparse.json``. The character model of width 64 and depth 2 on Python's
 documentation, 64 characters at a time; loss on held-out text in nats. Same data, first weights and steps for all but the short runs; AdamW
 with the dense runs' best learning rate of three, and a cosine that ends at a tenth of it, as the paper's does. *dense*: all steps with all
-weights. *mixed sparsity*: dense again for the last tenth, with sparse attention and without. *static mask*: one random mask throughout, with the
-share of the weights that makes the same counted operations as mixed sparsity with sparse attention; with dense attention, and with sparse
-attention, which on this text is a help of its own, also when it is judged. *short dense*: as many steps of dense training as make the same
-operations, the honest alternative. The bars: three times fewer operations, within 3 % of the dense loss, and better than the static mask
-for every seed. Seconds are those of the processor: masks save none.
+weights. *mixed sparsity*: dense again for the last tenth, with sparse attention and without. *static mask*: one random mask throughout,
+with the share of the weights that makes the same counted operations as mixed sparsity with sparse attention; with dense attention, and
+with sparse attention, which on this text is a help of its own, also when it is judged. *short dense*: as many steps of dense training as
+make the same operations, the honest alternative. The bars: three times fewer operations, within 3 % of the dense loss, and better than
+the static mask for every seed. Seconds are those of the processor: masks save none.
 """
 
 from __future__ import annotations

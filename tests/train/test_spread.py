@@ -87,10 +87,64 @@ def test_stages_of_processes(spread):
     assert close(trained(spread, "players"), alone(toys.turns(), toys.players(), accumulate=2))
 
 
-@pytest.mark.parametrize("name", ["dropout", "rounds", "shards"])
+@pytest.mark.parametrize(
+    "name", ["dropout", "rounds", "local", "int4", "sparse", "shards", "4bit-auto", "4bit-rank1", "4bit-factored"]
+)
 def test_processes_resume_bit_exactly(spread, name):
-    """DDP; weights of each process' own between rounds of averaging; weights in shards."""
+    """DDP, also of 4-bit products and moving masks; weights of each process' own between averages; shards, also with 4-bit states."""
     assert same(trained(spread, name), trained(spread, f"{name}-resumed"))
+
+
+def test_sparse_processes_are_one_process_with_as_many_pieces(spread):
+    model, options = toys.sparse()
+    result = fit(toys.flipped, model, toys.WIDE, **OPTIONS | options, accumulate=2, learning_rate=1e-2)
+    two = trained(spread, "sparse")
+    for name, value in result.weights.items():
+        if name.endswith("sparsity_state"):  # the step, and operations, which every process counts for itself
+            assert two[name][0] == value[0]
+        else:
+            torch.testing.assert_close(two[name], value, **ROUNDING)
+
+
+def test_one_process_chooses_blocks_and_steps_for_all(spread):
+    """The first process's part of the first batch decides, so there is one state, and one file."""
+    assert [path.name for path in (spread / "int4").glob("*.safetensors")] == ["checkpoint.safetensors"]
+    blocks = {
+        name: int(value) for name, value in trained(spread, "int4").items() if name.endswith("hadamard_block") and "/" not in name
+    }
+    assert len(blocks) == 2
+    assert min(blocks.values()) > 1
+
+
+def test_weights_are_averaged_or_gradients_not_both(spread):
+    told = [(spread / f"refused-{rank}").read_text() for rank in range(2)]
+    assert told[0] == told[1]
+    assert "pass fit(share_gradients=False) with a LocalOptimizer" in told[0]
+
+
+def test_gradients_of_processes_apart_are_unscaled(monkeypatch):
+    """float16 without shared gradients: the scale of the loss is undone before clipping and before the step."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    from fewstep.train import processes
+
+    found = {}
+    for share in (True, False):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(cpu=True)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # what Accelerate makes for float16 on a GPU
+        accelerator.state._shared_state["_mixed_precision"] = "fp16"
+        accelerator.native_amp = True
+        monkeypatch.setitem(processes.PRECISIONS, "fp16", None)  # the scale alone, as a processor multiplies in float32
+        options = {**OPTIONS, "log_every": 1, "clip": 0.5, "optimizer": torch.optim.SGD, "learning_rate": 0.1}
+        found[share] = fit(toys.Drawn(), toys.make(), toys.DATA, **options, accelerator=accelerator, share_gradients=share)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    plain = fit(toys.Drawn(), toys.make(), toys.DATA, **options)
+    for result in found.values():
+        assert [row["gradient_norm"] for row in result.log] == pytest.approx([row["gradient_norm"] for row in plain.log], rel=1e-5)
+        for name, value in plain.weights.items():
+            torch.testing.assert_close(result.weights[name], value)
 
 
 def test_resumed_with_another_number_of_processes(spread, tmp_path):

@@ -1,12 +1,13 @@
 """Small things to train, for the tests of the loop, in this process and in others."""
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from fewstep.train import Stage
+from fewstep.train import AdamW4bit, MixedSparsity, SparsitySchedule, Stage, convert_to_int4_training
 
 DATA = {"x": torch.randn(48, 4, generator=torch.Generator().manual_seed(0))}
 
@@ -49,6 +50,42 @@ class Drawn:
 def undrawn(model, batch, generator):
     """The same, drawn from the generator of the piece."""
     return Drawn()(model, Drawn().draw_whole(batch, generator), generator)
+
+
+# ---- wider ones --------------------------------------------------------------------------------------------------------------------
+
+WIDE = {"x": torch.randn(48, 32, generator=torch.Generator().manual_seed(2))}
+WIDE["x"][:, 5] *= 10.0 * torch.exp(2.0 * torch.randn(48, generator=torch.Generator().manual_seed(3)))  # parts of a batch differ
+WIDER = {"x": torch.randn(48, 96, generator=torch.Generator().manual_seed(4))}
+
+
+def flipped(model, batch, generator):
+    """To learn its input the other way round."""
+    return (model(batch["x"]) - batch["x"].flip(1)).clamp(-3.0, 3.0).square().mean(), {}
+
+
+def layers(width, hidden):
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, width))
+
+
+def int4():
+    """A network with 4-bit products, and its optimizer."""
+    model = layers(32, 16)
+    return model, {"optimizer": convert_to_int4_training(model).optimizer(torch.optim.AdamW, step_rate=2e-3)}
+
+
+def sparse():
+    model = layers(32, 64)
+    return model, {
+        "optimizer": MixedSparsity(model, torch.optim.AdamW, schedule=SparsitySchedule(3, 0.8, restore=(9, 11)), interval=2).build
+    }
+
+
+def four_bits(second_moment):
+    """4-bit states, rounded at random."""
+    make = functools.partial(AdamW4bit, second_moment=second_moment, rounding="stochastic")
+    return layers(96, 257), {"optimizer": make}
 
 
 # ---- two players -------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 import toys
 from safetensors.torch import save_file
 
-from fewstep.train import PowerFunction, fit
+from fewstep.train import ConstantH, LocalOptimizer, PowerFunction, fit
 
 OPTIONS = {"steps": 12, "batch_size": 8, "warmup": 3, "checkpoint_every": 4, "log_every": 3, "ema": (0.9, PowerFunction(0.1))}
 
@@ -45,6 +45,10 @@ def sharded():
     return accelerator
 
 
+def local(parameters, lr):
+    return LocalOptimizer(torch.optim.AdamW(parameters, lr=lr), ConstantH(5, OPTIONS["steps"]))
+
+
 def main(folder):
     def keep(name, result):
         if result.main:
@@ -56,19 +60,35 @@ def main(folder):
 
     def twice(name, objective, make, at, **options):
         """Whole; and crashed, then taken up."""
-        keep(name, fit(crashing(objective, -1), make(), toys.DATA, folder=folder / name, **OPTIONS | options))
-        again = {**OPTIONS, **options, "folder": folder / f"{name}-resumed"}
+        data, found = options.pop("data", toys.DATA), options.pop("make_accelerator", lambda: None)
+
+        def run(at, name):
+            model = make()  # or a model and its optimizer
+            model, own = model if isinstance(model, tuple) else (model, {})
+            return fit(crashing(objective, at), model, data, **OPTIONS | options | own, folder=folder / name, accelerator=found())
+
+        keep(name, run(-1, name))
         try:
-            fit(crashing(objective, at), make(), toys.DATA, **again)
+            run(at, f"{name}-resumed")
         except Crash:
-            keep(f"{name}-resumed", fit(crashing(objective, -1), make(), toys.DATA, **again))
+            keep(f"{name}-resumed", run(-1, f"{name}-resumed"))
 
     keep("ddp", fit(toys.Drawn(), toys.make(), toys.DATA, folder=folder / "ddp", **OPTIONS))
     twice("dropout", toys.undrawn, lambda: toys.make(0.3), 19, accumulate=2)
     keep("players", fit(toys.turns(), toys.players(), toys.DATA, **OPTIONS))
     twice("rounds", toys.undrawn, toys.make, 11, optimizer=toys.Rounds, share_gradients=False)
+    twice("local", toys.undrawn, toys.make, 11, optimizer=local, share_gradients=False)
+    try:
+        fit(toys.undrawn, toys.make(), toys.DATA, optimizer=local, **OPTIONS)
+    except ValueError as error:
+        (folder / f"refused-{torch.distributed.get_rank()}").write_text(str(error))
+    for name in ("int4", "sparse"):
+        twice(name, toys.flipped, getattr(toys, name), 7, data=toys.WIDE, learning_rate=1e-2)
     for name, options in {"shards": {}, "shards-pieces": {"accumulate": 2}}.items():
         keep(name, fit(toys.Drawn(), toys.make(), toys.DATA, accelerator=sharded(), folder=folder / name, **OPTIONS | options))
+    for name in ("auto", "rank1", "factored"):
+        options = {"data": toys.WIDER, "learning_rate": 1e-2, "ema": 0.9}
+        twice(f"4bit-{name}", toys.flipped, lambda name=name: toys.four_bits(name), 7, **options, make_accelerator=sharded)
     again = {**OPTIONS, "folder": folder / "shards-resumed"}
     try:
         fit(crashing(toys.Drawn(), 7), toys.make(), toys.DATA, accelerator=sharded(), **again)

@@ -40,6 +40,17 @@ def rank_file(folder: Path, step: int, rank: int) -> Path:
     return folder / f"checkpoint-{step}-of-{rank}.safetensors"
 
 
+def earlier_file(folder: Path, step: int) -> Path:
+    """The file of a checkpoint that is no longer the newest, which workers of Local SGD keep."""
+    return folder / f"checkpoint-{step}.safetensors"
+
+
+def earlier_files(folder: Path) -> dict[int, Path]:
+    """Step -> such files."""
+    found = {file.stem.removeprefix("checkpoint-"): file for file in folder.glob("checkpoint-*.safetensors")}
+    return {int(step): file for step, file in found.items() if step.isdigit()}
+
+
 # ---- trees -------------------------------------------------------------------------------------------------------------------------
 
 

@@ -48,6 +48,9 @@ class WorkerLostError(FewstepError, RuntimeError):
 class WorkerGroup(abc.ABC):
     """Workers that can sum."""
 
+    real: bool = True
+    """Whether the workers are processes, and not one process that plays them in turn."""
+
     @property
     @abc.abstractmethod
     def size(self) -> int:

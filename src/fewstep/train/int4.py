@@ -41,7 +41,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 
 __all__ = ["Int4Conversion", "Int4Linear", "Operations", "convert_to_int4_training"]
 
@@ -64,7 +66,7 @@ class Operations:
     Attributes:
         integer: multiply-adds of pairs of 4-bit codes, both passes.
         dense: multiply-adds that an ordinary layer would have done in floating point.
-        rotation: additions in floating point of fast Hadamard transforms, both passes.
+        rotation: additions in floating point of fast Hadamard transforms, of both passes where a backward one can follow.
     """
 
     integer: int = 0
@@ -290,7 +292,9 @@ class _Rows:
 class Int4Linear(nn.Linear):
     """A linear layer whose three products, of the forward and the backward pass, are those of 4-bit integers (emulated, exactly).
 
-    The first batch that is not zero chooses the size of the Hadamard blocks and where the steps begin. The weight itself stays in floating
+    The first batch that is not zero chooses the size of the Hadamard blocks and where the steps begin. Of several processes
+    (`torch.distributed`) the first one's batch chooses for all, at a call in training that all must make; until then the layer is an
+    ordinary one when it is evaluated. The weight itself stays in floating
     point; state: ``weight``, ``bias``, the steps ``input_step`` and ``weight_step``, and ``hadamard_block`` (0: not yet chosen).
 
     Args:
@@ -348,9 +352,13 @@ class Int4Linear(nn.Linear):
             working = torch.promote_types(input.dtype, torch.float32)
             x, weight = input.reshape(-1, self.in_features).to(working), self.weight.to(working)
             if not self._chosen:
+                if _several() and not self.training:
+                    bias = None if self.bias is None else self.bias.to(working)
+                    return functional.linear(input.to(working), weight, bias).to(dtype)
                 self._choose(x.detach(), weight.detach())
             block = self._chosen or 1
-            self.operations.rotation += 2 * (x.numel() + weight.numel()) * int(math.log2(block))
+            turned = sum(y.numel() * (1 + (torch.is_grad_enabled() and y.requires_grad)) for y in (x, weight))
+            self.operations.rotation += turned * int(math.log2(block))
             steps = [(step.abs() + SMALLEST_STEP).to(working) for step in (self.input_step, self.weight_step)]
             pairs = [quantise(rotate(y, block), step) for y, step in zip((x, weight), steps, strict=True)]
             (x_hat, x_codes), (weight_hat, weight_codes) = pairs
@@ -361,17 +369,30 @@ class Int4Linear(nn.Linear):
         return y.to(dtype)
 
     @torch.no_grad()
+    def quantised_weight(self) -> Tensor:
+        """The weight as the products see it, ``"out in"``; before the first batch, the weight as it is."""
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        if not self._chosen:
+            return weight
+        step = (self.weight_step.abs() + SMALLEST_STEP).to(weight)
+        return rotate(quantise(rotate(weight, self._chosen), step)[0], self._chosen)
+
+    @torch.no_grad()
     def _choose(self, x: Tensor, weight: Tensor) -> None:
         """Blocks and steps from a batch; one of zeros says nothing, and a weight of zeros begins as if it had torch's first values."""
-        if not bool(x.any()):
-            return
-        self._chosen = search_block(x, weight) if self.block is None else self.block
-        self.hadamard_block.fill_(self._chosen)
-        self.input_step.copy_(first_step(rotate(x, self._chosen)))
-        turned = rotate(weight, self._chosen)
-        self.weight_step.copy_(
-            first_step(turned) if bool(weight.any()) else turned.new_tensor(1.0 / math.sqrt(HIGH * self.in_features))
-        )
+        found = torch.zeros(3, device=x.device)  # the block, and both steps
+        if bool(x.any()):
+            block = search_block(x, weight) if self.block is None else self.block
+            turned, start = rotate(weight, block), 1.0 / math.sqrt(HIGH * self.in_features)
+            steps = first_step(rotate(x, block)), first_step(turned) if bool(weight.any()) else turned.new_tensor(start)
+            found = torch.stack([found.new_tensor(float(block)), *(step.to(found) for step in steps)])
+        if _several():
+            dist.broadcast(found, 0)
+        if found[0] > 0:
+            self._chosen = int(found[0])
+            self.hadamard_block.fill_(self._chosen)
+            self.input_step.copy_(found[1])
+            self.weight_step.copy_(found[2])
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         super()._load_from_state_dict(*arguments, **options)
@@ -379,6 +400,11 @@ class Int4Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, block={self._chosen or self.block or 'searched'}, kept={self.kept}"
+
+
+def _several() -> bool:
+    """Whether this process trains among others."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 # ---- whole models ------------------------------------------------------------------------------------------------------------------
@@ -423,8 +449,16 @@ class Int4Conversion:
         """All layers' together."""
         return sum((layer.operations for layer in self.layers.values()), Operations())
 
-    def revert(self) -> nn.Module:
-        """Put ordinary linear layers back, with the trained weights in floating point, unquantised; the steps are dropped."""
+    def revert(self, *, quantised: bool = False) -> nn.Module:
+        """Put ordinary linear layers back, with the weights that were trained; the steps are dropped.
+
+        Args:
+            quantised: give the weights the values that the products used, those of their codes turned back, which is nearer to the model
+                that was trained. Inputs are no longer rounded either way.
+        """
+        if quantised:
+            for layer in self.layers.values():
+                layer.weight.data.copy_(layer.quantised_weight())
         plain: dict[int, nn.Module] = {}
         for layer in self.layers.values():
             linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")

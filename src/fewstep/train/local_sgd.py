@@ -38,6 +38,8 @@ __all__ = ["LocalOptimizer", "Round", "SynchronizationError", "Traffic"]
 
 BUCKET = 8_000_000
 """Numbers in a flat bucket, at most, unless one tensor alone has more."""
+KEPT = 8
+"""Checkpoints of a worker that are compared with the others'; it keeps two, and those of interruptions since."""
 MODULUS = 1_000_003
 """Counters are compared modulo this prime, so that their squares are exact in double precision."""
 OWN = -1
@@ -186,6 +188,39 @@ class LocalOptimizer(torch.optim.Optimizer):
         """Bytes that one average hands to the collectives: the parameters and `average_states`."""
         elements = [(p.numel(), _precision(p)) for p in self._parameters()]
         return sum(count * precision.itemsize for count, precision in elements) * (1 + len(self.average_states))
+
+    @property
+    def between_rounds(self) -> bool:
+        """Whether the last step ended in an average."""
+        return self.steps == self.round_end
+
+    def common_step(self, steps: Sequence[int]) -> int:
+        """The newest step of which all workers have a checkpoint; 0, the beginning, if none has. All workers must call it.
+
+        Args:
+            steps: those of which this worker has one.
+
+        Raises:
+            SynchronizationError: if there is none though a worker has several, as workers of one run do not.
+        """
+        newest = sorted(steps)[-KEPT:]
+
+        def told() -> list[Tensor]:
+            slots = torch.zeros(self.workers.size, KEPT, dtype=torch.float64)
+            slots[self.workers.index, : len(newest)] = torch.tensor(newest, dtype=torch.float64)
+            return [slots]
+
+        (slots,), attempts = self.workers.total(told)
+        self.traffic.other_bytes += attempts * _size([slots])
+        found = [{int(step) for step in row if step > 0} for row in slots.tolist()]
+        common = set.intersection(*found)
+        if not common and max(len(each) for each in found) > 1:
+            each = ", ".join(f"{number}: {sorted(have) or 'none'}" for number, have in enumerate(found))
+            raise SynchronizationError(
+                f"the workers have checkpoints of no common step (worker: steps; {each}). Start those that have one, give every worker its "
+                "own folder, or pass resume=False to all."
+            )
+        return max(common, default=0)
 
     def average(self, tensors: Iterable[Tensor]) -> None:
         """Replace floating-point tensors by their mean over the workers, in place: averaged weights, statistics of batch normalisation.

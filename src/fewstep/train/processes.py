@@ -92,19 +92,10 @@ class Alone(Processes):
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def clip(self, optimizers: Sequence[Any], parameters: Sequence[Tensor], largest: float) -> float:
-        if self.scaler is not None:
-            for optimizer in optimizers:
-                self.scaler.unscale_(optimizer)
-        return float(torch.nn.utils.clip_grad_norm_(parameters, largest))
+        return _clip(self.scaler, optimizers, parameters, largest)
 
     def step(self, optimizers: Sequence[Any]) -> None:
-        for optimizer in optimizers:
-            if self.scaler is None:
-                optimizer.step()
-            else:
-                self.scaler.step(optimizer)
-        if self.scaler is not None:
-            self.scaler.update()
+        _step(self.scaler, optimizers)
 
     def wait(self) -> None:
         pass
@@ -139,12 +130,14 @@ class Spread(Processes):
             raise ValueError("weights in shards need version 2 of FSDP: set fsdp_version: 2 in the configuration of accelerate.")
         self.count, self.rank, self.device = accelerator.num_processes, accelerator.process_index, accelerator.device
         self.scaler = accelerator.scaler
+        self.share = True
 
     def prepare(
         self, modules: Mapping[str, nn.Module], optimizers: Sequence[Any], share: bool
     ) -> tuple[dict[str, nn.Module], list[Any]]:
         if self.shards and (len(modules) > 1 or not share):
             raise ValueError(f"weights in shards (FSDP) can be those of one module, with shared gradients; got {sorted(modules)}.")
+        self.share = share
         if not share:
             return self._apart(modules), list(optimizers)
         prepared = self.accelerator.prepare(*modules.values(), *optimizers)
@@ -171,12 +164,13 @@ class Spread(Processes):
         self.accelerator.backward(loss)
 
     def clip(self, optimizers: Sequence[Any], parameters: Sequence[Tensor], largest: float) -> float:
+        if not self.share:  # Accelerate knows nothing of these optimizers, nor of what is to be unscaled
+            return _clip(self.scaler, optimizers, parameters, largest)
         norm = self.accelerator.clip_grad_norm_(parameters, largest)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def step(self, optimizers: Sequence[Any]) -> None:
-        for optimizer in optimizers:
-            optimizer.step()
+        _step(None if self.share else self.scaler, optimizers)  # what Accelerate wraps has the scaler in it
 
     def mean(self, values: Sequence[float]) -> list[float]:
         if self.count == 1:
@@ -195,6 +189,21 @@ class Spread(Processes):
 
     def _wide(self) -> torch.dtype:
         return torch.float32 if self.device.type == "mps" else torch.float64
+
+
+def _clip(scaler: Any, optimizers: Sequence[Any], parameters: Sequence[Tensor], largest: float) -> float:
+    """Undo the scaling of the loss, if there is one, then clip."""
+    if scaler is not None:
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+    return float(torch.nn.utils.clip_grad_norm_(parameters, largest))
+
+
+def _step(scaler: Any, optimizers: Sequence[Any]) -> None:
+    for optimizer in optimizers:
+        optimizer.step() if scaler is None else scaler.step(optimizer)
+    if scaler is not None:
+        scaler.update()
 
 
 def find_processes(accelerator: Any, device: torch.device, precision: torch.dtype | None) -> Processes:

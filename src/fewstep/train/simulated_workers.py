@@ -36,6 +36,8 @@ class SimulatedWorkers(WorkerGroup):
         1.5
     """
 
+    real = False
+
     def __init__(self, count: int):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"SimulatedWorkers needs a whole number of at least 1, got {count!r}.")

@@ -8,6 +8,11 @@ killed at any moment and started again continues *bit for bit* as if nothing had
 Files in `folder`: ``checkpoint.safetensors``, always one whole checkpoint (written to another name, synced, renamed), and ``log.jsonl``,
 one JSON object a line. Never pickle.
 
+*Workers of Local SGD, each a run of its own with a folder of its own,* must go on from one step. They write checkpoints at averages only,
+which all have at the same steps, and keep the one before: whoever wrote that of an average has seen all others come to it, so all have
+written that of the average before. At the start they agree on the newest that all have, and delete what is newer. So all may be killed at
+any moment, and end with the bits of a run that was not.
+
 *Pieces.* A step works its batch out in P = processes x `accumulate` pieces of equal size, whose losses are averaged. Pieces have rows of
 their own and generators of their own, so a step depends on P and not on where the pieces are worked out: two processes give the numbers
 of one process with ``accumulate=2``, to the rounding of a sum in another order, and a run may be resumed with another number of processes
@@ -44,6 +49,8 @@ from fewstep.train.batches import Batches, Data
 from fewstep.train.checkpoints import (
     CHECKPOINT,
     digest,
+    earlier_file,
+    earlier_files,
     frozen,
     is_sharded,
     like,
@@ -55,6 +62,7 @@ from fewstep.train.checkpoints import (
     write_checkpoint,
 )
 from fewstep.train.divergence import FACTOR, RunningLevel
+from fewstep.train.local_sgd import LocalOptimizer
 from fewstep.train.logs import LOG, Log, make_bar
 from fewstep.train.processes import Processes, find_processes
 from fewstep.train.randomness import derive, make_generator, purpose_of, seeded
@@ -138,7 +146,8 @@ def fit(
             ``torch.float16`` is scaled.
         seed: of everything random.
         folder: where checkpoints and the log go; without one, nothing is written. Several processes need to see the same one.
-        checkpoint_every: steps between checkpoints. The last step and Ctrl-C write one too.
+        checkpoint_every: steps between checkpoints. The last step and Ctrl-C write one too. A worker of Local SGD that is a run of its own
+            waits for the next average.
         log_every: steps between records of the log.
         resume: continue from the folder's checkpoint if there is one; False starts afresh and overwrites it.
         progress: show a bar.
@@ -213,7 +222,7 @@ def fit(
                 bar.set_postfix(loss=f"{loss:.4g}")
             if snapshot_every and run.step % snapshot_every == 0:
                 files.keep_averages()
-            if run.step % checkpoint_every == 0 or last:
+            if files.due(checkpoint_every) or last:
                 files.save()
             bar.update(1)
             if stop:
@@ -347,6 +356,11 @@ class _Run:
                 "an objective's own modules are trained in one process only; with several, pass them in the model: {name: module}."
             )
         optimizers = [optimizer for turn in self.turns for optimizer in turn.optimizers]
+        if share and self.processes.count > 1 and any(isinstance(o, LocalOptimizer) and o.workers.real for o in optimizers):
+            raise ValueError(
+                f"{self.processes.count} processes would share their gradients in every step and average their weights as well, which "
+                "costs more and gains nothing; pass fit(share_gradients=False) with a LocalOptimizer."
+            )
         self.prepared, ready = self.processes.prepare(trained, optimizers, share)
         for turn in self.turns:
             turn.optimizers = [ready.pop(0) for _ in turn.optimizers]
@@ -557,6 +571,9 @@ class _Files:
         self.main = run.processes.rank == 0
         self.log = Log(folder, writes=self.main, tensorboard=tensorboard)
         self.checked = folder is None
+        local = [o for turn in run.turns for o in turn.optimizers if isinstance(o, LocalOptimizer) and o.workers.real]
+        self.local = local if self.processes.count == 1 else []  # of workers that are runs of their own
+        self.saved = self.common = 0  # steps of the last checkpoint, and of the last one at an average
 
     def open(self, resume: bool) -> None:
         """Bring the run to where the folder's checkpoint left it, or clear the folder."""
@@ -569,7 +586,10 @@ class _Files:
                 for left in self.folder.glob(f".{name}*.tmp"):  # of runs that were killed while they wrote
                     left.unlink(missing_ok=True)
             if not resume:
-                path.unlink(missing_ok=True)
+                for file in (path, *earlier_files(self.folder).values()):
+                    file.unlink(missing_ok=True)
+            if self.local:
+                self._agree(path)
         self.processes.wait()
         if path.exists():
             self._read(path)
@@ -594,6 +614,27 @@ class _Files:
                 values, state = read_checkpoint(rank_file(path.parent, state["step"], self.processes.rank))
         self.run.restore(state)
 
+    def _agree(self, path: Path) -> None:
+        """Leave the newest checkpoint that all workers have, if there is one."""
+        kept = earlier_files(path.parent)
+        if path.exists():
+            kept[int(read_checkpoint(path)[1]["step"])] = path
+        self.saved = self.common = self.local[0].common_step(list(kept))
+        for step, file in kept.items():
+            if step > self.common:
+                file.unlink()
+        if self.common:
+            kept[self.common].replace(path)
+
+    def due(self, every: int) -> bool:
+        """Whether it is time for a checkpoint."""
+        if not self.local:
+            return self.run.step % every == 0
+        return self.run.step - self.saved >= every and self._averaged()
+
+    def _averaged(self) -> bool:
+        return all(optimizer.between_rounds for optimizer in self.local)
+
     def check(self) -> None:
         """See after the first step, not at the first checkpoint, whether a checkpoint can hold the state."""
         if not self.checked:
@@ -612,8 +653,11 @@ class _Files:
             write_checkpoint(rank_file(self.folder, self.run.step, self.processes.rank), values, text, tensors)
         self.processes.wait()  # the first process names the others' files when they are there
         if self.main:
+            if self.local and self.saved:
+                (self.folder / CHECKPOINT).replace(earlier_file(self.folder, self.saved))
             write_checkpoint(self.folder / CHECKPOINT, values, text, tensors)
             self._clear(self.run.step)
+        self.saved = self.run.step
         self.processes.wait()
 
     def keep_averages(self) -> None:
@@ -626,11 +670,16 @@ class _Files:
             write_snapshot(self.folder, self.run.step, flat)
 
     def _clear(self, step: int | None) -> None:
-        """Delete the processes' own files of other steps."""
+        """Delete the processes' own files of other steps, and what is older than the average before the one at this step."""
         assert self.folder is not None
         for file in self.folder.glob("checkpoint-*-of-*.safetensors"):
             if file.name.split("-")[1] != str(step):
                 file.unlink(missing_ok=True)
+        if self.local and step is not None and self._averaged():
+            for older, file in earlier_files(self.folder).items():
+                if older < self.common:
+                    file.unlink()
+            self.common = step
 
     def _check_settings(self, path: Path, found: Mapping[str, Any]) -> None:
         mine = self.run.settings
