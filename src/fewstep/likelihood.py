@@ -374,7 +374,9 @@ class _Field:
                     data, change = forward_ad.unpack_dual(self._predict(dual, np.tile(t, count), many))
                 except NotImplementedError as error:
                     reason = str(error).splitlines()[0][:120]
-                    raise NetworkError(f'{FORWARD_FAILED} ({reason}). Pass differentiation="reverse".') from error
+                    raise NetworkError(
+                        f'{FORWARD_FAILED} ({reason}). Pass differentiation="reverse" (--differentiation reverse).'
+                    ) from error
         change = torch.zeros_like(data) if change is None else change  # of a prediction that does not depend on x
         along = (change.reshape(count, rows, -1) * directions).sum(-1)
         return data[:rows].detach(), along.detach()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -271,6 +272,38 @@ def test_evaluate_bits_per_dim(tiny, tmp_path, capsys):
     assert results["bound"]
     text = run(capsys, *arguments[:7], "--tol", 1e-2, "--dequantization", "uniform")[1]
     assert "tiny on 4 samples of digits (held_out): at most" in text.replace(str(tiny), "tiny")
+
+
+def test_bits_per_dim_of_the_folder_that_was_trained_on(tiny, tmp_path, capsys):
+    """Sub-folders are classes, pictures are cut and scaled as in training, and it is said under which class they are judged."""
+    random = np.random.default_rng(0)
+    for name, number in (("a", 0), ("a", 1), ("b", 2)):
+        (tmp_path / "pictures" / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 255, (12, 16), np.uint8)).save(tmp_path / "pictures" / name / f"{number}.png")
+    arguments = ["evaluate", tiny, tmp_path / "pictures", "--bits-per-dim", "--time", 0.1, "--tol", 0.05, "--quiet", "--json"]
+    status, text, error = run(capsys, *arguments)
+    assert status == 0, error
+    found = json.loads(text)
+    assert (found["count"], found["levels"], found["condition"]) == (3, 256, "under no class")
+    reverse = json.loads(run(capsys, *arguments, "--differentiation", "reverse")[1])
+    assert reverse["bits_per_dim"] == pytest.approx(found["bits_per_dim"], rel=1e-4)
+    assert reverse["differentiation"] == "reverse"
+    assert json.loads(run(capsys, *arguments, "--count", 2)[1])["count"] == 2
+
+
+def test_the_class_under_which_data_are_judged():
+    def model(known):
+        return SimpleNamespace(info=SimpleNamespace(name="m", conditions={} if known is None else {"label": known}))
+
+    labels = np.array([0, 2, 1])
+    assert evaluate._labels_for(model(None), labels, 3) == (None, "a model without classes")
+    found, told = evaluate._labels_for(model({"classes": 3, "null": 3}), labels, 3)
+    assert (found.tolist(), told) == ([3, 3, 3], "under no class")
+    found, told = evaluate._labels_for(model({"classes": 3}), labels, 3)
+    assert (found.tolist(), told) == ([0, 2, 1], "each under its class")
+    for classes in (None, labels + 1):
+        with pytest.raises(ValueError, match="needs a class of every sample, 0 to 2"):
+            evaluate._labels_for(model({"classes": 3}), classes, 3)
 
 
 def test_evaluate_reads_pictures_and_bytes(tmp_path, capsys):

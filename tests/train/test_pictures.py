@@ -74,6 +74,23 @@ def test_transparency_depth_and_orientation(tmp_path):
     assert third[0, :2].unique().tolist() == [0]
 
 
+def test_16_bits_keep_their_brightness_beside_each_other(tmp_path):
+    """The mode decides on the scale, not how bright a picture is; for samples that are evaluated, too."""
+    from fewstep.cli.evaluate import _pictures
+
+    levels = {"bright": 40000, "dark": 200, "white": 65535}
+    for name, level in levels.items():
+        Image.fromarray(np.full((8, 8), level, np.uint16)).save(tmp_path / f"{name}.png")
+    wanted = [level // 256 for level in levels.values()]
+    assert [int(each.unique()) for each in read_pictures(tmp_path, 8).pixels] == wanted
+    assert [round(float(each.unique()) * 127.5 + 127.5) for each in _pictures(tmp_path, 8)] == wanted
+    floats = tmp_path / "floats"
+    floats.mkdir()
+    for name, level in {"1": 0.4, "2": 200.0, "3": 300.0}.items():
+        Image.fromarray(np.full((8, 8), level, np.float32)).save(floats / f"{name}.tif")
+    assert [int(each.unique()) for each in read_pictures(floats, 8).pixels] == [0, 200, 255]
+
+
 def test_arrays(tmp_path):
     x = np.random.default_rng(0).random((5, 1, 8, 8)) * 2 - 1
     np.savez(tmp_path / "f.npz", x=x, label=np.array([0, 1, 2, 2, 0]))

@@ -48,6 +48,11 @@ class EvaluateOptions(Common):
     time: float = option(0.0, "of --bits-per-dim: the noise level of these states as a time of the schedule; 0: its last")
     draws: int = option(1, "of --bits-per-dim: states a sample")
     tol: float = option(1e-4, "of --bits-per-dim: tolerance of a step of the ODE")
+    differentiation: str = option(
+        "forward",
+        "of --bits-per-dim: reverse for networks with an operator that has no forward derivative, as some attention",
+        choices=("forward", "reverse"),
+    )
 
 
 OPTIONS = {"evaluate": EvaluateOptions}
@@ -56,7 +61,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 SHOWN = 30
 LEVELS = {"digits": 17, "photos": 1021}
 """Photos are averages of four bytes."""
-ONLY_BITS = ("levels", "dequantization", "time", "draws", "tol")
+ONLY_BITS = ("levels", "dequantization", "time", "draws", "tol", "differentiation")
 ONLY_DISTANCES = ("distances", "features", "weights", "resamples")
 BATCH = 64
 
@@ -81,7 +86,7 @@ def _run_bits(options: EvaluateOptions) -> int:
     """Bits per dimension of data under a model."""
     from contextlib import nullcontext
 
-    from fewstep.cli.setup import machine, new_folder, open_model, parse_labels, progress
+    from fewstep.cli.setup import machine, new_folder, open_model, progress
     from fewstep.dequantization import Levels
     from fewstep.evaluate.report import Report
     from fewstep.likelihood import bits_per_dim
@@ -89,12 +94,12 @@ def _run_bits(options: EvaluateOptions) -> int:
     shipped = options.data in SHIPPED and not Path(options.data).exists()
     levels = Levels(options.levels or (LEVELS[options.data] if shipped else 256))
     denoiser = open_model(options.samples, options)
-    data, _ = read_samples(options.data, options)
+    data, classes = _data_for(denoiser, options)
     if denoiser.info.shape is not None and tuple(data.shape[1:]) != tuple(denoiser.info.shape):
         raise ValueError(
             f"{denoiser.info.name} makes samples of shape {tuple(denoiser.info.shape)}, the data have {tuple(data.shape[1:])}."
         )
-    label = parse_labels(None, denoiser, len(data))
+    label, under = _labels_for(denoiser, classes, len(data))
     t = options.time or denoiser.schedule.t_end
     with new_folder(options.out) if options.out else nullcontext() as folder:
         with progress(options, total=len(data) * options.draws, desc="samples") as bar:
@@ -105,13 +110,16 @@ def _run_bits(options: EvaluateOptions) -> int:
                 dequantization=options.dequantization,
                 draws=options.draws,
                 tol=options.tol,
+                differentiation=options.differentiation,
                 t=t,
                 cond={} if label is None else {"label": label.to(options.device)},
                 seeds=range(options.seed, options.seed + len(data)),
                 batch_size=BATCH,
                 after=lambda count: bar.update(count * options.draws),
             )
-        given = {name: getattr(options, name) for name in ("data", "part", "dequantization", "draws", "tol", "seed")}
+        given = {
+            name: getattr(options, name) for name in ("data", "part", "dequantization", "draws", "tol", "differentiation", "seed")
+        }
         figures = {"bits_per_dim": found.value, "stderr": found.stderr, "bound": found.is_bound, "calls": float(found.calls.mean())}
         results = {
             "command": "fewstep evaluate --bits-per-dim",
@@ -119,12 +127,13 @@ def _run_bits(options: EvaluateOptions) -> int:
             **given,
             "time": t,
             "levels": levels.count,
+            "condition": under,
         }
         results = {**results, "count": len(data), **figures, "machine": machine()}
         part = f" ({options.part})" if shipped else ""
         told = (
             f"{options.samples} on {len(data)} samples of {options.data}{part}: at most {found}, {options.dequantization} at t={t:g}, "
-            f"{levels.count} levels, {figures['calls']:.0f} evaluations a sample"
+            f"{levels.count} levels, {under}, {figures['calls']:.0f} evaluations a sample"
         )
         if folder is not None:
             report = Report("fewstep: bits per dimension", told, results)
@@ -135,6 +144,39 @@ def _run_bits(options: EvaluateOptions) -> int:
     elif not options.quiet:
         print(told)
     return 0
+
+
+def _data_for(denoiser: Any, options: EvaluateOptions) -> tuple[Any, Any]:
+    """The data and their classes, or None; pictures of a folder cut and scaled as `fewstep train` does."""
+    import torch
+
+    path, shape = Path(options.data), denoiser.info.shape
+    if not path.is_dir() or (path / "samples.npz").is_file() or shape is None or len(shape) != 3 or shape[1] != shape[2]:
+        return read_samples(options.data, options)
+    from fewstep.train.pictures import read_pictures
+
+    pictures = read_pictures(path, shape[-1])
+    rows = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(options.seed))[: options.count]
+    found = pictures[rows.sort().values]
+    return found["x"], found.get("label")
+
+
+def _labels_for(denoiser: Any, classes: Any, count: int) -> tuple[Any, str]:
+    """The labels under which the data are judged, and what to say of them: without a class, where the model knows that, else their own."""
+    import torch
+
+    known = denoiser.info.conditions.get("label")
+    if known is None:
+        return None, "a model without classes"
+    if "null" in known:
+        return torch.full((count,), known["null"]), "under no class"
+    labels = None if classes is None else torch.as_tensor(classes).long()
+    if labels is None or not 0 <= int(labels.min()) <= int(labels.max()) < known["classes"]:
+        raise ValueError(
+            f"{denoiser.info.name} needs a class of every sample, 0 to {known['classes'] - 1}, which these data do not bring: wanted "
+            "labels in their file, or a folder with a sub-folder for each."
+        )
+    return labels, "each under its class"
 
 
 def _run_distances(options: EvaluateOptions) -> int:
@@ -277,14 +319,16 @@ def _pictures(folder: Path, count: int) -> Any:
         from PIL import Image
     except ImportError as error:
         raise MissingExtraError("Pillow", "demo", "Reading pictures") from error
+    from fewstep.train.pictures import GREY, in_8_bits
+
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)[:count]
     if len(files) < 2:
         raise ValueError(f"{folder} holds neither samples.npz nor at least 2 pictures ({', '.join(PICTURES)}).")
     arrays = []
     for file in files:
         with Image.open(file) as picture:
-            gray = picture.mode in ("1", "L", "I;16")
-            array = np.asarray(picture.convert("L" if gray else "RGB"), np.float32)
+            gray = picture.mode in GREY
+            array = np.asarray(in_8_bits(picture).convert("L" if gray else "RGB"), np.float32)
         arrays.append(array[None] if gray else array.transpose(2, 0, 1))
         if arrays[-1].shape != arrays[0].shape:
             raise ValueError(f"{file} has shape {arrays[-1].shape}, {files[0].name} has {arrays[0].shape}; pictures must be alike.")

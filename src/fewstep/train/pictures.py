@@ -2,7 +2,8 @@
 
 A *folder of pictures*: one class without sub-folders; with sub-folders, each is a class, numbered by name. A folder that
 ``datasets.save_to_disk`` wrote is read without network; its columns are found by their types. Every picture is cut to its middle square and
-scaled to the size; what is transparent becomes white. Pictures are held as bytes, 3 KB for 32 x 32 pixels in colour.
+scaled to the size; what is transparent becomes white, and of 16 bits the upper 8 are kept. Pictures are held as bytes, 3 KB for 32 x 32
+pixels in colour.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ __all__ = ["ENDINGS", "Pictures", "read_pictures"]
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 """Of files that are pictures."""
-GREY = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I", "F")
+DEEP = {"I;16": 256.0, "I;16B": 256.0, "I;16L": 256.0, "I": 256.0, "F": 1.0}
+"""Modes of Pillow with more than 8 bits -> what is one step of 8 bits."""
+GREY = ("1", "L", "LA", *DEEP)
 """Modes of Pillow without colour."""
 DATASET_FILES = ("dataset_dict.json", "dataset_info.json", "state.json")
 """By which a folder of `datasets` is known."""
@@ -168,15 +171,25 @@ def _scaled(sources: Sequence[_Source], size: int) -> Tensor:
     return torch.from_numpy(np.stack([_square(source, size, grey) for source in shown]))
 
 
+def in_8_bits(picture: Any) -> Any:
+    """A picture of Pillow with 16 bits, or of floats, in 8. The mode alone decides on the scale, so that bright pictures stay brighter.
+
+    Modes ``"I;16"`` and ``"I"``, as which Pillow opens 16 bits, lose their lower 8; floats are values up to 255. Other modes stay.
+    """
+    from PIL import Image
+
+    if picture.mode not in DEEP:
+        return picture
+    return Image.fromarray(np.clip(np.asarray(picture, np.float64) / DEEP[picture.mode], 0.0, 255.0).astype(np.uint8))
+
+
 def _square(source: _Source, size: int, grey: bool) -> np.ndarray:
     from PIL import Image, ImageOps
 
     try:
         with source.open() as picture:
             picture = ImageOps.exif_transpose(picture)
-            if picture.mode in GREY[3:]:  # more than 8 bits
-                wide = np.asarray(picture, np.float64)
-                picture = Image.fromarray(np.clip(wide / (256.0 if wide.max() > 255.0 else 1.0), 0.0, 255.0).astype(np.uint8))
+            picture = in_8_bits(picture)
             if "A" in picture.getbands() or "transparency" in picture.info:
                 above = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
