@@ -98,7 +98,11 @@ class LossOf(Weighting):
 
 
 class _OfSNR(Weighting):
-    """A weighting that is a function of the signal-to-noise ratio. It is written for the two ends, neither of which divides by 0."""
+    """A weighting that is a function of the signal-to-noise ratio.
+
+    At alpha = 0 it is 0 or finite, except for networks that predict the noise, whose data error is infinite there. At sigma = 0 the
+    ratio is infinite, and only `MinSNR` and `SoftMinSNR` are finite: draw times at which sigma > 0, as schedules end at by default.
+    """
 
     def weight(self, predicts: str, alpha: Floats, sigma: Floats) -> Floats:
         return _error(predicts, alpha, sigma) ** 2 * self._of_data(alpha, sigma)
