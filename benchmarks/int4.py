@@ -108,8 +108,18 @@ def trained(
         if conversion is not None and done is not None:
             row |= {"integer_over_dense": done.integer / done.dense, "rotations_over_dense": done.rotation / done.dense}
             row["blocks"] = [int(layer.hadamard_block) for layer in conversion.layers.values()]
-            row["in_float32_afterwards"] = judge(conversion.revert())
+            row |= afterwards(conversion, judge)
     return row
+
+
+def afterwards(conversion: Any, judge: Callable[[nn.Module], float]) -> dict[str, float]:
+    """The figure as an ordinary model, with the weights that the products saw, and with those that were trained."""
+    weights = {name: layer.weight.detach().clone() for name, layer in conversion.layers.items()}
+    model = conversion.revert(quantised=True)
+    found = {"with_quantised_weights_afterwards": judge(model)}
+    for name, weight in weights.items():
+        model.get_submodule(name).weight.data.copy_(weight)
+    return found | {"in_float32_afterwards": judge(model)}
 
 
 def study(name: str, ways: Sequence[str], seeds: int, run: Callable[..., dict[str, Any]], better: int) -> dict[str, Any]:

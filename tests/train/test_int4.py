@@ -268,6 +268,10 @@ def test_counts():
     Int4Linear(32, 16)(x.detach()).sum().backward()  # no gradient of the input is made
     with torch.no_grad():
         layer(x)
+    assert layer.operations.rotation == 3 * (64 * 32 + 16 * 32) * 3  # nothing goes backward
+    layer(x.detach())
+    assert layer.operations.rotation == (4 * 64 * 32 + 5 * 16 * 32) * 3  # but to the weight
+    layer.operations.dense -= 64 * 32 * 16
     assert layer.operations.dense == 4 * 64 * 32 * 16
 
 
@@ -318,6 +322,41 @@ def test_conversion_and_back():
     conversion.revert()
     assert type(model.body[0]) is nn.Linear
     assert dict(model.named_parameters()).keys() == before.keys()
+
+
+def test_back_with_the_weights_that_the_products_saw():
+    """On inputs that rounding leaves alone, the ordinary model is then the trained one exactly; with unquantised weights it is not."""
+    x, y = torch.randn(256, 64), torch.randn(256, 16)
+    model = nn.Sequential(nn.Linear(64, 16))
+    conversion = convert_to_int4_training(model)
+
+    def objective(model, batch, generator):
+        return (model(batch["x"]) - batch["y"]).square().mean(), {}
+
+    assert torch.equal(conversion.layers["0"].quantised_weight(), model[0].weight)  # nothing is chosen yet
+    fit(
+        objective,
+        model,
+        {"x": x, "y": y},
+        steps=30,
+        batch_size=64,
+        optimizer=conversion.optimizer(step_rate=2e-3),
+        warmup=0,
+        ema=(),
+    )
+    layer = conversion.layers["0"]
+    block, weight = int(layer.hadamard_block), layer.weight.detach().clone()
+    codes = rotate(layer.quantised_weight(), block) / layer.weight_step.detach().abs()
+    torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
+    assert codes.round().unique().tolist() == sorted(set(range(-8, 8)) & set(codes.round().unique().tolist()))
+    with torch.no_grad():
+        rounded = rotate(quantise(rotate(x, block), layer.input_step.abs())[0], block)
+        trained = model(rounded)
+        assert conversion.revert(quantised=True) is model
+        torch.testing.assert_close(model(rounded), trained, rtol=1e-4, atol=1e-5)
+        assert type(model[0]) is nn.Linear
+        model[0].weight.copy_(weight)
+        assert (model(rounded) - trained).norm() > 0.02 * trained.norm()
 
 
 def test_one_layer_in_two_places_stays_one():
