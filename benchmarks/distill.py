@@ -84,7 +84,7 @@ PARTS: dict[str, Part] = {
     "dmd2, as many steps of both": Part(lambda: DMD2(update_ratio=1), steps=300),
     "dmd2, 2 calls": Part(lambda: DMD2(steps=2), (2,)),
     "tdm": Part(lambda: TDM(update_ratio=3), (4,), steps=1200, batch_size=96, learning_rate=3e-4),
-    "tdm, as many steps of both": Part(TDM, (4,), steps=1200, batch_size=96, learning_rate=3e-4),
+    "tdm, as many steps of both": Part(lambda: TDM(update_ratio=1), (4,), steps=1200, batch_size=96, learning_rate=3e-4),
     "tdm, shared intervals": Part(lambda: TDM(update_ratio=3, separate=False), (4,), steps=1200, batch_size=96, learning_rate=3e-4),
     "tdm, 1 call": Part(lambda: TDM(steps=1, update_ratio=5)),
     "tdm, 1 2 4 calls": Part(lambda: TDM(steps=(1, 2, 4), update_ratio=3), (1, 2, 4), steps=1800, batch_size=96),

@@ -25,7 +25,7 @@ from fewstep.errors import NetworkError, PlanError
 from fewstep.predictions import check_prediction, data_coefficients
 from fewstep.schedules import FromAlphasCumprod, FromBetas, NoiseSchedule
 
-__all__ = ["Around", "Clipped", "Denoiser", "DynamicThreshold", "ModelInfo", "check_conditions", "innermost"]
+__all__ = ["Around", "Clipped", "Denoiser", "DynamicThreshold", "ModelInfo", "check_conditions", "innermost", "without_limits"]
 
 REMEMBERED_TIMES = 4096
 """How many times a denoiser remembers the coefficients of, so that a loop computes none."""
@@ -256,6 +256,28 @@ class _Limited(Around, abc.ABC):
     @abc.abstractmethod
     def _limit(self, d: Tensor) -> Tensor:
         """The limited data prediction, ``"batch *shape"``."""
+
+
+def without_limits(denoiser: Any) -> tuple[Any, Callable[[Tensor], Tensor]]:
+    """A denoiser without the limits around it, and these limits, as a function of a data prediction.
+
+    Example:
+        >>> from fewstep.schedules import EDM
+        >>> inner, limit = without_limits(Clipped(Denoiser(lambda x, time: 2.0 * x, EDM(), predicts="data")))
+        >>> inner(torch.ones(1, 1), 1.0).tolist(), limit(torch.full((1, 1), 2.0)).tolist()
+        ([[2.0]], [[1.0]])
+    """
+    found: list[_Limited] = []
+    while isinstance(denoiser, _Limited):
+        found.append(denoiser)
+        denoiser = denoiser.denoiser
+
+    def limit(d: Tensor) -> Tensor:
+        for each in reversed(found):
+            d = each._limit(d)
+        return d
+
+    return denoiser, limit
 
 
 class Clipped(_Limited):

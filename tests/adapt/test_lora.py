@@ -8,7 +8,7 @@ from torch import nn
 
 from fewstep.errors import ArtefactError, FewstepError, UnknownNameError
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 
 from fewstep.adapt import LoraOptions, add_adapter, fuse, load_adapter, save_adapter, set_adapters, sum_adapters, unfuse
 from fewstep.adapt.lora import FILE, METADATA, adapters_of, bare, disabled
@@ -192,3 +192,22 @@ def test_layers_within_attention_of_pytorch_are_left_out():
     block = Block()
     add_adapter(block, LoraOptions(rank=2))
     assert [name for name, _ in block.named_parameters() if "lora_A" in name] == ["out.lora_A.default.weight"]
+
+
+def test_a_file_names_layers_by_their_whole_names(tmp_path):
+    """Not by the ends of their names: an adapter on ``a`` is none on ``b.a``."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2), nn.ModuleDict({"a": nn.Linear(2, 2)})
+
+        def forward(self, x):
+            return self.b["a"](self.a(x))
+
+    network = Network()
+    add_adapter(network, peft.LoraConfig(r=2, target_modules="^a$"))
+    fresh = bare(network)
+    load_adapter(fresh, save_adapter(network, tmp_path, ask=lambda network: network(torch.ones(3, 2))))
+    layers = [{name for name, _ in each.named_modules() if name.endswith("lora_A")} for each in (network, fresh)]
+    assert layers == [{"a.lora_A"}, {"a.lora_A"}]

@@ -53,9 +53,9 @@ METHODS = {
     "dmd2, two calls from data": (DMD2(steps=2, update_ratio=2, simulate=False), batches),
     "dmd2, adversary": (DMD2(update_ratio=2, adversary=Adversary(stabilizer=stabilize.R1(0.1))), batches),
     "dmd2, adversary, noise": (DMD2(update_ratio=2, adversary=Adversary(stabilizer=STEADY)), batches),
-    "tdm": (TDM(steps=3), labels),
+    "tdm": (TDM(steps=3, update_ratio=1), labels),
     "tdm, steps-aware": (TDM(steps=(1, 3), update_ratio=2), labels),
-    "tdm, overlapping": (TDM(steps=2, separate=False, importance=False), labels),
+    "tdm, overlapping": (TDM(steps=2, update_ratio=1, separate=False, importance=False), labels),
     "freeflow": (FreeFlow(), labels),
     "freeflow, prediction only": (FreeFlow(correct=0.0), labels),
     "freeflow, correction only": (FreeFlow(correct=1.0), labels),
@@ -121,7 +121,7 @@ def test_students_are_sampled_by_their_plans(method, data):
         method.plan(guide, 7)
 
 
-@pytest.mark.parametrize("method", [DMD2(), TDM(steps=2)], ids=["dmd2", "tdm"])
+@pytest.mark.parametrize("method", [DMD2(), TDM(steps=2, update_ratio=1)], ids=["dmd2", "tdm"])
 def test_a_run_that_diverges_is_ended(method):
     guide = fs.Denoiser(Wide(), fs.schedules.Flow(), "flow")
     training = method.training(guide, Wide())
@@ -185,7 +185,7 @@ def test_noise_and_data_predictions_on_other_schedules_train():
         for kind in ("noise", "data", "velocity", "flow"):
             if kind == "noise" and isinstance(schedule, fs.schedules.Flow):
                 continue  # says nothing of the data at alpha = 0, and the denoiser says so
-            for method in (DMD2(update_ratio=1), TDM(steps=2), FreeFlow()):
+            for method in (DMD2(update_ratio=1), TDM(steps=2, update_ratio=1), FreeFlow()):
                 guide = fs.Denoiser(Wide(), schedule, kind)
                 student = method.wrapped(Wide()) if hasattr(method, "wrapped") else Wide()
                 before = copy.deepcopy(student.state_dict())

@@ -360,4 +360,4 @@ def test_students_of_every_method_come_back(method, nfe, tmp_path):
 
 def test_methods_for_one_number_of_calls_say_so():
     with pytest.raises(ValueError, match="one number of calls"):
-        distill(fs.load("digits"), method="tdm", steps=(1, 2), conditions={"label": torch.arange(16) % 10}, compare=None)
+        distill(fs.load("digits"), method="dmd2", steps=(1, 2), conditions={"label": torch.arange(16) % 10}, compare=None)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -62,6 +63,7 @@ TARGETS = (
 SIMPLE = {"bias": "none", "modules_to_save": None}
 """Options of PEFT that change what is not low-rank, for which diffusers' files have no place."""
 FORMATS = ("peft", "kohya")
+"""Forms of an adapter's file."""
 
 
 @dataclass(frozen=True)
@@ -336,7 +338,7 @@ def save_adapter(
         the file.
 
     Raises:
-        ArtefactError: if the answers differ by more than 1e-5; no file is left then.
+        ArtefactError: if the answers differ by more than 1e-5; a file that was there before stays.
         UnknownNameError: for an adapter that there is not.
         FewstepError: for what Kohya's form has no keys for.
     """
@@ -346,14 +348,18 @@ def save_adapter(
     content = _packed(network, name, part) if form == "peft" else _packed_kohya(network, name, part)
     path = Path(folder) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content)
-    difference = _difference(network, path, name, ask)
-    if not difference <= LARGEST_DIFFERENCE:
-        path.unlink()
-        raise ArtefactError(
-            f"the adapter {name!r} was not saved: loaded into a fresh network, its file gives outputs that differ by {difference:.2g} "
-            f"(at most {LARGEST_DIFFERENCE:g}). Options of PEFT that a file does not hold change the network."
-        )
+    beside = path.with_name(f".{FILE}.new")
+    try:
+        write_atomically(beside, content)
+        difference = _difference(network, beside, name, ask)
+        if not difference <= LARGEST_DIFFERENCE:
+            raise ArtefactError(
+                f"the adapter {name!r} was not saved: loaded into a fresh network, its file gives outputs that differ by {difference:.2g} "
+                f"(at most {LARGEST_DIFFERENCE:g}). Options of PEFT that a file does not hold change the network."
+            )
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
     return path
 
 
@@ -499,7 +505,7 @@ def _load_state(network: nn.Module, state: dict[str, Tensor], settings: dict[str
         "lora_alpha": rank,
         **settings,
         "rank_pattern": {f"^{place}": value for place, value in ranks.items() if value != rank},
-        "target_modules": list(ranks),
+        "target_modules": f"^({'|'.join(re.escape(place) for place in ranks)})$",  # a list would name layers by the ends of their names
         "inference_mode": False,
     }
     if "alpha_pattern" not in settings and "lora_alpha" not in settings:  # nothing said: the scale is 1

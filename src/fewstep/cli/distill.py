@@ -24,13 +24,17 @@ class DistillOptions(Prompted):
         "a shipped model (digits, photos), a model folder or a diffusers pipeline (folder, id of the hub)",
         positional=True,
     )
-    method: str = option("lcm", "lcm, or lcm-lora, which trains an adapter")
+    method: str = option(
+        "lcm",
+        "lcm; lcm-lora, which trains an adapter; dmd2, tdm, freeflow, which need no data; hipa, which learns from the model's samples",
+    )
     steps: str = option("1,2,4", "numbers of network calls that the student is for")
-    options: str = option("", "options of the method: loss=l2,solver_steps=40; guidance=(1,5),embedded=True")
+    options: str = option("", "options of the method: loss=l2,solver_steps=40; guidance=(1,5),embedded=True; update_ratio=10")
+    adversary: bool = option(False, "dmd2 with an adversary too, which learns from clean data")
     guidance: float = option(1.0, "scale of classifier-free guidance that the student has within, 1 is none")
     adapter: int = option(0, "train an adapter of this rank; 0: the whole network, but for methods of adapters")
     data: str = option("", "clean data, a .npz file with x and, for models with classes, label; left out, a shipped model's own")
-    drawn: int = option(0, "instead, so many samples that the model itself draws; where there are no data, 1024")
+    drawn: int = option(0, "instead, so many samples that the model itself draws; where there are no data, 1024; of hipa, pairs")
     label: str = option("each", 'labels of what the model draws: a class, a list like 0,1,2, or "each"; "" for without condition')
     iterations: int = option(1000, "optimizer steps")
     batch: int = option(64, "samples in a step")
@@ -56,8 +60,8 @@ def run(options: DistillOptions) -> int:
     from fewstep.adapt.lora import LoraOptions
     from fewstep.cli.conditions import check_prompted, conditions, guided
     from fewstep.cli.setup import new_folder, open_model, parse_numbers
-    from fewstep.distill import Comparison, distill, make_method
-    from fewstep.distill.run import own_steps
+    from fewstep.distill import Comparison, distill
+    from fewstep.distill.run import ADAPTED
     from fewstep.tuners import Effort
 
     calls = parse_numbers("--steps", options.steps)
@@ -67,12 +71,12 @@ def run(options: DistillOptions) -> int:
         raise ValueError("give one of --data and --drawn.")
     if options.dtype != "float32":
         raise ValueError("students are trained in float32: leave --dtype out.")
-    method = make_method(options.method, **{**own_steps(options.method, calls), **parse_options(options.options)})
+    method = _method(options, calls)
     check_prompted(options)
     model = open_model(options.model, options)
     teacher = guided(model, options.guidance, options)
-    data = _data(model, teacher, options) if method.needs_data else None
-    told = None if method.needs_data else conditions(model, options, DRAWN, _label(model, options))
+    data = _data(model, teacher, options) if _takes_data(method, options) else None
+    told = None if data is not None else conditions(model, options, DRAWN, _label(model, options))
     unfinished = Path(f"{options.out}.unfinished")
     if options.fresh:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -80,11 +84,11 @@ def run(options: DistillOptions) -> int:
     with new_folder(options.out, OWN_FILES) as folder, _told_how_to_go_on(unfinished):
         student = distill(
             teacher,
-            method=options.method if not options.options else method,
+            method=method,
             steps=calls,
             data=data,
             conditions=told,
-            adapter=LoraOptions(rank=options.adapter) if options.adapter else None,
+            adapter=LoraOptions(rank=options.adapter) if options.adapter else LoraOptions() if options.method in ADAPTED else None,
             iterations=options.iterations,
             batch_size=options.batch,
             learning_rate=options.learning_rate or None,
@@ -107,6 +111,37 @@ def run(options: DistillOptions) -> int:
             print(line)
         print(f"written to {options.out}; sample with: fewstep sample {options.out} --plan {options.out} --nfe {max(calls)}")
     return 0
+
+
+def _method(options: DistillOptions, calls: list[int]) -> Any:
+    """The method with its options."""
+    from fewstep.distill import Adversary, make_method
+    from fewstep.distill.run import own_steps
+
+    given = parse_options(options.options)
+    if options.adversary:
+        if options.method != "dmd2":
+            raise ValueError(f"--adversary is one of dmd2, and the method is {options.method}: leave it out.")
+        given["adversary"] = Adversary()
+    if options.method == "hipa" and options.drawn:
+        given["pairs"] = options.drawn
+    return make_method(options.method, **{**own_steps(options.method, calls), **given})
+
+
+def _takes_data(method: Any, options: DistillOptions) -> bool:
+    """Whether clean data are to be read or drawn; pairs of noise and samples are drawn elsewhere.
+
+    Raises:
+        ValueError: for data of a method that has no use for them.
+    """
+    if hasattr(method, "pairs"):
+        return bool(options.data)
+    if not method.needs_data and (options.data or options.drawn):
+        given = "--data" if options.data else "--drawn"
+        raise ValueError(
+            f"{options.method} learns without data, from conditions alone: leave {given} out; --label says which conditions."
+        )
+    return method.needs_data
 
 
 def parse_options(text: str) -> dict[str, Any]:
@@ -153,6 +188,8 @@ def _data(model: Any, teacher: Any, options: DistillOptions) -> Any:
         arrays["x"] = arrays["x"].float()
         extra = {} if "label" in arrays or getattr(model, "takes_prompts", False) is False else None
         cond = {} if extra is not None else conditions(model, options, len(arrays["x"]), None)
+        if options.method == "hipa" and "noise" not in arrays:
+            raise ValueError(f"{options.data} needs noise beside x, from which the model made x: hipa learns from such pairs.")
         return {**arrays, **cond}
     if options.model in RECIPES and not options.drawn:
         return RECIPES[options.model].data()
@@ -200,15 +237,15 @@ def _page(student: Any, options: DistillOptions, unfinished: Path) -> Any:
         page.heading("Beside plans for the model itself")
         page.text(
             f"Distance ({report['distance']}) of {report['count']} samples from as many of the model in {report['reference_calls']} calls; "
-            f"two such sets of the model differ by {report['floor']:.3g}. Training took {report['evaluations'] or 0:,} network "
+            f"two such sets of the model differ by {_number(report['floor'])}. Training took {report['evaluations'] or 0:,} network "
             "evaluations, a backward pass counted as two."
         )
         rows = [
             [
                 nfe,
-                f"{found['student']:.3g}",
-                f"{found['untuned']['distance']:.3g}",
-                "" if found["tuned"] is None else f"{found['tuned']['distance']:.3g}",
+                _number(found["student"]),
+                _number(found["untuned"]["distance"]),
+                "" if found["tuned"] is None else _number(found["tuned"]["distance"]),
                 "more than tried" if found["equal"] is None else str(found["equal"]),
                 "" if found["break_even"] is None else f"{found['break_even']:,}",
             ]
@@ -230,6 +267,10 @@ def _page(student: Any, options: DistillOptions, unfinished: Path) -> Any:
         page.heading("Samples while it was trained")
         page.pictures([(sheet.name, f"step {int(sheet.stem.split('-')[1])}", sheet.read_bytes()) for sheet in sheets])
     return page
+
+
+def _number(distance: float | None) -> str:
+    return "not finite" if distance is None else f"{distance:.3g}"
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def run(options: SampleOptions) -> int:
     asked = options.solver or SOLVER, options.grid or GRID, NFE if options.nfe is None else options.nfe
     check_plannable(*asked)
     plan = _load(Path(options.plan), options) if options.plan else None
-    denoiser = open_model(options.model, options)
+    denoiser = open_model(options.model, options, asked[2] if plan is None else plan.nfe)
     count = min(options.batch, len(seeds)) if options.shards else len(seeds)  # a shard's worker makes those of its own
     shape, cond = ask_for(denoiser.info.shape, denoiser.info.name), conditions(denoiser, options, count, options.label)
     if plan is None:

@@ -49,8 +49,8 @@ SMALL = 5_000_000
 """Parameters of a network below which one processor thread serves it best: more only wait for each other."""
 
 
-def open_model(name: str, options: Common) -> Denoiser:
-    """The model on its device, in its precision."""
+def open_model(name: str, options: Common, nfe: int | None = None) -> Denoiser:
+    """The model on its device, in its precision; of a student that is told its number of calls, for that many."""
     if options.threads < 0:
         raise ValueError(f"--threads must be at least 0, got {options.threads}.")
     if options.threads:
@@ -61,7 +61,7 @@ def open_model(name: str, options: Common) -> Denoiser:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
     dtype = None if options.dtype == "float32" else getattr(torch, options.dtype)
-    denoiser = _load(name, device, dtype)
+    denoiser = _load(name, device, dtype, nfe)
     network = denoiser.network
     parameters = sum(p.numel() for p in network.parameters()) if isinstance(network, torch.nn.Module) else 0
     if not options.threads and device.type == "cpu" and parameters < SMALL:
@@ -74,13 +74,14 @@ def open_model(name: str, options: Common) -> Denoiser:
     return denoiser.with_size(parse_size(size))  # type: ignore[attr-defined]
 
 
-def _load(name: str, device: torch.device, dtype: torch.dtype | None) -> Denoiser:
+def _load(name: str, device: torch.device, dtype: torch.dtype | None, nfe: int | None) -> Denoiser:
     """The model of a name, or the student of a folder."""
     if not (Path(name) / "student.json").is_file():
         return load(name, device=device, dtype=dtype)
     from fewstep.distill.student import Student
 
-    return Student.load(name, device=device, dtype=dtype).denoiser
+    student = Student.load(name, device=device, dtype=dtype)
+    return student.denoiser_of(nfe if nfe in student.plans else None)
 
 
 def check_plannable(solver: str, grid: str, nfe: int) -> None:

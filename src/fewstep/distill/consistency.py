@@ -39,6 +39,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fewstep.denoisers import without_limits
 from fewstep.distill.method import RESERVED, STUDENT, Training
 from fewstep.distill.networks import read_as
 from fewstep.distill.states import column
@@ -151,6 +152,10 @@ class LCM:
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise UnknownNameError("loss of LCM", self.loss, LOSSES)
+        if type(self.solver_steps) is not int or not isinstance(self.huber_c, (int, float)):
+            raise ValueError(
+                f"LCM needs a whole number of solver_steps and a number huber_c, got {self.solver_steps!r}, {self.huber_c!r}."
+            )
         if self.solver_steps < 1 or not self.huber_c > 0.0:
             raise ValueError(
                 f"LCM needs solver_steps of at least 1 and a positive huber_c, got {self.solver_steps}, {self.huber_c}."
@@ -158,6 +163,11 @@ class LCM:
         if self.target_decay is not None and not 0.0 <= self.target_decay < 1.0:
             raise ValueError(f"target_decay is in [0, 1), or None for no average, got {self.target_decay}.")
         if self.guidance is not None:
+            if not isinstance(self.guidance, (tuple, list)) or len(self.guidance) != 2:
+                raise ValueError(
+                    f"guidance is a range (lowest scale, highest scale), got {self.guidance!r}; for one scale, leave it out and guide the "
+                    "teacher."
+                )
             low, high = self.guidance
             if not low <= high:
                 raise ValueError(f"guidance is the lowest and the highest scale, got {self.guidance}.")
@@ -271,8 +281,9 @@ class Consistency:
         time = torch.from_numpy(t)
         if scale is None:
             return self.teacher(x, time, **cond)
-        free, full = (self.teacher.with_scale(s)(x, time, **cond) for s in (0.0, 1.0))  # type: ignore[attr-defined]
-        return free + scale.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) * (full - free)
+        plain, limit = without_limits(self.teacher)  # a limited teacher limits the guided prediction, not the two it is made of
+        free, full = (plain.with_scale(s)(x, time, **cond) for s in (0.0, 1.0))
+        return limit(free + scale.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) * (full - free))
 
     def _measured(self, difference: Tensor) -> Tensor:
         if self.method.loss == "l2":

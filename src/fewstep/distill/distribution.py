@@ -21,10 +21,12 @@ and the fake network, and the student is trained to be taken for real. Then the 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -35,9 +37,9 @@ from torch.nn.functional import softplus
 from fewstep.denoisers import Denoiser
 from fewstep.distill.method import STUDENT, Training
 from fewstep.distill.networks import Features, Head, bottleneck, copy_of, layer_of, read_as, schedule_of
-from fewstep.distill.states import call_times, column, conditions, draw_fractions, noised, randn, start_noise, time_of
+from fewstep.distill.states import call_times, column, conditions, draw_fractions, noised, randn, start_noise, time_of, whole_times
 from fewstep.errors import PlanError, UnknownNameError
-from fewstep.plan import Plan
+from fewstep.plan import Plan, StartTransform
 from fewstep.predictions import PREDICTIONS, data_coefficients
 from fewstep.schedules import NoiseSchedule
 from fewstep.solvers.consistency import LCM
@@ -92,7 +94,9 @@ class DMD2:
         update_ratio: steps of the fake network to one of the student: 5 for ImageNet and SDXL, 10 for Stable Diffusion 1.5 in the paper.
         adversary: an adversarial term, which needs real data.
         times: of the calls, noisiest first; left out, evenly spaced from the schedule's start. Networks whose output is multiplied by
-            sigma / alpha (noise predictions) do better in one call if they are told an earlier one: SDXL's is 0.4 of the way.
+            sigma / alpha (noise predictions) do better in one call if they are told an earlier one: SDXL's is 0.4 of the way. A student
+            whose first time is not the start begins from noise as large as a state is there, of data of unit variance: for
+            variance-preserving schedules of unit variance, which is what pipelines draw and what the published code does.
         simulate: whether states of later calls come from the student's own earlier calls; else they are noised real data.
         levels: lowest and highest fraction of the schedule's way at which distributions are matched.
         weighting: of the fake network's loss, one of `FAKE_WEIGHTINGS`.
@@ -116,6 +120,11 @@ class DMD2:
     clip: float = 10.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.adversary, (Adversary, NoneType)):
+            raise ValueError(
+                f"adversary is an object with its options, fewstep.distill.Adversary(...), or None, not {self.adversary!r}; "
+                "on the command line, --adversary."
+            )
         if not isinstance(self.steps, int):
             raise ValueError(f"DMD2 makes a student of one number of calls, got steps={self.steps}: make one for each.")
         if self.steps < 1 or self.update_ratio < 1:
@@ -158,7 +167,15 @@ class DMD2:
 
     def call_times(self, schedule: NoiseSchedule) -> tuple[float, ...]:
         """The times of the student's calls."""
-        return call_times(schedule, self.steps) if self.times is None else self.times
+        return call_times(schedule, self.steps) if self.times is None else whole_times(schedule, self.times)
+
+    def start_scale(self, schedule: NoiseSchedule) -> float:
+        """The factor of the noise at the schedule's start with which the student begins."""
+        first, start = self.call_times(schedule)[0], schedule.t_start
+        if first >= start:
+            return 1.0
+        here, there = (np.hypot(float(schedule.alpha(t)), float(schedule.sigma(t))) for t in (first, start))
+        return float(here / there)
 
     def plan(self, teacher: Callable[..., Tensor], nfe: int) -> Plan:
         """The stochastic sampler of consistency models at the student's times, down to sigma = 0.
@@ -169,7 +186,11 @@ class DMD2:
         if nfe != self.steps:
             raise PlanError(f"this student is made for {self.steps} calls, not {nfe}: train another with DMD2(steps={nfe}).")
         schedule = schedule_of(teacher)
-        return LCM().plan(schedule, grid=[*self.call_times(schedule), schedule.t_zero])
+        times = self.call_times(schedule)
+        plan = LCM().plan(schedule, grid=[*times, schedule.t_zero])
+        if times[0] >= schedule.t_start:
+            return plan
+        return dataclasses.replace(plan, start=StartTransform(self.start_scale(schedule), time=schedule.t_start))
 
 
 # ---- losses ------------------------------------------------------------------------------------------------------------------------
@@ -301,7 +322,11 @@ def generated(
     schedule, student, cond = schedule_of(teacher), read_as(teacher, network), conditions(batch)
     times = method.call_times(schedule)
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
-    x = float(sigma[0]) * start_noise(teacher, batch, generator)
+    x = (
+        float(schedule.sigma(max(times[0], schedule.t_start)))
+        * method.start_scale(schedule)
+        * start_noise(teacher, batch, generator)
+    )
     if method.steps == 1:
         return student(x, times[0], **cond)
     which = torch.randint(method.steps, (len(x),), generator=generator, device=generator.device).cpu()

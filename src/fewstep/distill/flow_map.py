@@ -34,8 +34,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.distill.method import STUDENT, Training
-from fewstep.distill.networks import Told, copy_of, read_as, schedule_of
+from fewstep.distill.networks import copy_of, read_as, schedule_of
 from fewstep.distill.states import column, conditions, randn, start_noise
+from fewstep.distill.told import Told
 from fewstep.errors import PlanError
 from fewstep.plan import Plan
 from fewstep.schedules import NoiseSchedule
@@ -56,7 +57,8 @@ Derivative = Callable[[Function, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class FiniteDifference:
-    """Symmetric difference: two more calls, of any network. In single precision not below h = 1e-3.
+    """Symmetric difference: two more calls, of any network, in the precision of the weights, also where others are called in less: the
+    difference of numbers in half precision is mostly their rounding. In single precision not below h = 1e-3.
 
     Example:
         >>> value, slope = FiniteDifference(0.01)(lambda delta: delta**2, torch.tensor([3.0], dtype=torch.float64))
@@ -71,7 +73,7 @@ class FiniteDifference:
             raise ValueError(f"FiniteDifference needs a positive h, got {self.h}.")
 
     def __call__(self, function: Function, delta: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
             slope = (function(delta + self.h) - function(delta - self.h)) / (2.0 * self.h)
         return function(delta), slope
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewstep.distill.method import STUDENT, Training
-from fewstep.distill.networks import read_as, schedule_of
+from fewstep.distill.networks import device_of, read_as, schedule_of
 from fewstep.distill.states import conditions
 from fewstep.errors import PlanError
 from fewstep.noise import draw_noise
@@ -121,6 +121,7 @@ class HiPA:
         perceptual_weight: its weight.
         huber: where the Huber loss turns from square to linear.
         decode: from the network's data to images, for `losses` and `perceptual`: the decoder of latents.
+        pairs, pair_calls: how many pairs `fewstep.distill.distill` draws from the teacher where no data are given, and in how many calls.
 
     Example:
         >>> HiPA(losses=()).needs_data
@@ -132,12 +133,16 @@ class HiPA:
     perceptual_weight: float = 1.0
     huber: float = 1.0
     decode: Callable[[Tensor], Tensor] | None = None
+    pairs: int = 4096
+    pair_calls: int = 16
 
     def __post_init__(self) -> None:
         if not (self.huber > 0.0 and self.perceptual_weight >= 0.0):
             raise ValueError(
                 f"HiPA needs a positive huber and perceptual_weight >= 0, got {self.huber} and {self.perceptual_weight}."
             )
+        if self.pairs < 1 or self.pair_calls < 1:
+            raise ValueError(f"HiPA needs pairs and pair_calls of at least 1, got {self.pairs} and {self.pair_calls}.")
 
     @property
     def needs_data(self) -> bool:
@@ -216,7 +221,8 @@ def teacher_pairs(
         raise ValueError("nothing says the shape of a sample: pass shape=.")
     if any(row.noise is not None for row in plan.rows):
         raise ValueError("pairs need a deterministic plan, so that a sample is a function of its noise; this one draws more.")
-    cond, noise = dict(cond or {}), draw_noise(shape, seeds)
+    device = device_of(teacher)
+    cond, noise = {name: value.to(device) for name, value in (cond or {}).items()}, draw_noise(shape, seeds, device=device)
     scale = float(plan.schedule.sigma(plan.noise_time))
     samples = []
     for first in range(0, len(noise), block):

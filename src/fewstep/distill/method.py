@@ -42,8 +42,9 @@ class Method(Protocol):
 
     Batches hold conditions by their names, clean data as ``"x"`` and starting noise of unit variance as ``"noise"`` (`RESERVED`).
     A method whose student is more than a copy of the network, because it is told something more, also has
-    ``wrapped(network) -> nn.Module``; see `fewstep.distill.LCM`.
-
+    ``wrapped(network) -> nn.Module``; see `fewstep.distill.LCM`. One whose student is told the number of calls has ``told(nfe)``, which
+    gives ``{"told": number}``; see `fewstep.distill.TDM`. One that learns from pairs of the teacher has ``pairs`` and ``pair_calls``: how
+    many are drawn where none are given, and in how many calls; see `fewstep.distill.HiPA`.
     """
 
     @property

@@ -1,14 +1,17 @@
-"""The networks of a distillation: read as the teacher's is, copied from it, told more than it.
+"""The networks of a distillation: read as the teacher's is, copied from it, looked into.
 
-`read_as` makes a denoiser of any network by the teacher's conventions; `copy_of` gives the network that a fake score begins as. `Told` adds
-one more number to what a network is told, such as the length of a step, through a branch that begins at zero: at first nothing changes.
+`read_as` makes a denoiser of any network by the teacher's conventions; `copy_of` gives the network that a fake score begins as;
+`bottleneck` and `Head` are for an adversary that looks into a network.
+
+Copies that are trained drop nothing out, and are in single precision where the teacher is in half: the updates of an optimizer are smaller
+than the steps of a number in half precision.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,13 +22,27 @@ from torch import Tensor, nn
 from fewstep.denoisers import Denoiser, innermost
 from fewstep.schedules import NoiseSchedule
 
-__all__ = ["Features", "Told", "bottleneck", "copy_of", "layer_of", "read_as", "schedule_of"]
+__all__ = [
+    "Features",
+    "Head",
+    "bottleneck",
+    "called",
+    "channels_of",
+    "copy_of",
+    "device_of",
+    "in_single_precision",
+    "layer_of",
+    "read_as",
+    "schedule_of",
+    "trainable",
+    "without_dropout",
+]
 
-TIME_EMBEDDINGS = ("time_embedding", "time_embed", "time_embedder", "time_text_embed", "t_embedder", "time_mlp", "time")
-"""How networks call the module that embeds their time."""
 BOTTLENECKS = ("mid_block", "middle_block", "bottleneck", "bottom")
 """How networks call the middle of a U-Net."""
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+HALF = (torch.float16, torch.bfloat16)
 
 
 def schedule_of(teacher: object) -> NoiseSchedule:
@@ -70,10 +87,56 @@ def read_as(teacher: object, network: Callable[..., Tensor]) -> Denoiser:
     return other
 
 
+def device_of(teacher: object) -> torch.device:
+    """Where the network of a denoiser is; the CPU for one without weights.
+
+    Example:
+        >>> from fewstep.schedules import Flow
+        >>> device_of(Denoiser(nn.Linear(2, 2, device="meta"), Flow(), "flow")).type
+        'meta'
+    """
+    network = innermost(teacher, "network")
+    parameters = network.parameters() if isinstance(network, nn.Module) else iter(())
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
+
+
 def copy_of(teacher: object, student: nn.Module) -> nn.Module:
     """A copy of the teacher's network, all of it to be trained; of the student if the teacher's network is a function without weights."""
     network = innermost(teacher, "network")
-    return copy.deepcopy(network if isinstance(network, nn.Module) else student).requires_grad_(True)
+    return trainable(network if isinstance(network, nn.Module) else student)
+
+
+def trainable(network: nn.Module) -> nn.Module:
+    """A copy, all of whose weights are to be trained: in single precision if they are in half, and without dropout.
+
+    Example:
+        >>> made = trainable(nn.Sequential(nn.Linear(2, 2, dtype=torch.bfloat16), nn.Dropout(0.5)))
+        >>> made[0].weight.dtype, made[1].p
+        (torch.float32, 0.0)
+    """
+    made = without_dropout(in_single_precision(copy.deepcopy(network)))
+    for parameter in made.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return made
+
+
+def in_single_precision(network: nn.Module) -> nn.Module:
+    """The network, in place, with what is in half precision in single precision."""
+    with torch.no_grad():
+        for tensor in (*network.parameters(), *network.buffers()):
+            if tensor.dtype in HALF:
+                tensor.data = tensor.data.float()
+    return network
+
+
+def without_dropout(network: nn.Module) -> nn.Module:
+    """The network, in place: nothing is dropped out, as the teacher drops nothing when it is asked, but in adapters, which say how much."""
+    for name, part in network.named_modules():
+        if isinstance(part, DROPOUTS) and "lora_dropout" not in name:
+            part.p = 0.0
+        elif isinstance(part, nn.MultiheadAttention):
+            part.dropout = 0.0
+    return network
 
 
 def layer_of(module: nn.Module) -> nn.Module:
@@ -88,12 +151,15 @@ def layer_of(module: nn.Module) -> nn.Module:
     return layers[-1]
 
 
-def _channels(layer: nn.Module) -> int:
+def channels_of(layer: nn.Module) -> int:
+    """How many channels a linear layer or a convolution puts out."""
     return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]
 
 
 def bottleneck(network: nn.Module) -> str:
     """The name of the module in the middle of a network: of a U-Net the coarsest level, else the middle one of the longest list of blocks.
+
+    Modules are known by the last part of their names: a pipeline's network has its model's within it.
 
     Raises:
         ValueError: if there is nothing of that kind.
@@ -104,9 +170,8 @@ def bottleneck(network: nn.Module) -> str:
         'blocks.1'
     """
     named = dict(network.named_modules())
-    for name in BOTTLENECKS:
-        if name in named:
-            return name
+    for name in called(named, BOTTLENECKS):
+        return name
     lists = {
         name: len(module) for name, module in named.items() if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module)
     }
@@ -115,6 +180,12 @@ def bottleneck(network: nn.Module) -> str:
     longest = max(lists, key=lambda name: lists[name])
     children = [name for name, _ in named[longest].named_children()]
     return ".".join(filter(None, (longest, children[lists[longest] // 2])))
+
+
+def called(named: Mapping[str, nn.Module], known: Sequence[str]) -> list[str]:
+    """Names whose last part is among those that are known: by the order of these, and of each the outermost first."""
+    found = [name for name in named if name.rpartition(".")[2] in known]
+    return sorted(found, key=lambda name: (known.index(name.rpartition(".")[2]), name.count(".")))
 
 
 class Features:
@@ -150,115 +221,6 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
-class Told(nn.Module):
-    r"""A network that is told one more number in about [0, 1]: ``network(x, time, told=number, **cond)``.
-
-    The number d is embedded as $(\cos \omega_k d, \sin \omega_k d)$ with low angular frequencies, from 1 to `highest`: so the output is
-    smooth in d, and can be differentiated by it. Two layers, the second of which begins at zero, turn that into as many channels as a
-    module of the network puts out, and are added there: the network begins as it was.
-
-    Args:
-        network: any network.
-        at: name of the module to whose output it is added. Left out: the last layer of what embeds the time, if that has a usual name,
-            else the first linear layer or convolution.
-        default: the number where none is given.
-        highest: the highest angular frequency.
-        size: number of cosines and sines, and half the width of the branch.
-
-    Raises:
-        ValueError: if there is no such module, or nothing to add to.
-
-    Example:
-        >>> network = Told(nn.Sequential(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 2)), at="0")
-        >>> network.network.forward = lambda x, time: network.network[2](network.network[1](network.network[0](x)))
-        >>> x, time = torch.ones(3, 2), torch.ones(3)
-        >>> bool((network(x, time, told=0.3) == network(x, time, told=0.7)).all())
-        True
-    """
-
-    omega: Tensor
-
-    def __init__(self, network: nn.Module, at: str | None = None, *, default: float = 1.0, highest: float = 10.0, size: int = 32):
-        super().__init__()
-        self.network, self.at, self.default = network, _place(network) if at is None else at, float(default)
-        self.highest, self.size = float(highest), int(size)
-        found = dict(network.named_modules())
-        if self.at not in found:
-            raise ValueError(
-                f"there is no module {self.at!r} in {type(network).__name__}; it has {', '.join(list(found)[1:9])}, ..."
-            )
-        layer = layer_of(found[self.at])
-        self.behind = isinstance(layer, nn.Linear)  # whether channels are the last dimension
-        last = nn.Linear(2 * size, _channels(layer))
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.branch = nn.Sequential(nn.Linear(size, 2 * size), nn.SiLU(), last)
-        weight = next(network.parameters())
-        self.branch.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-        exponents = torch.linspace(0.0, 1.0, size // 2, dtype=torch.float64, device="cpu")
-        self.register_buffer("omega", (highest**exponents).to(weight.device), persistent=False)
-
-    def forward(self, x: Tensor, time: Tensor, *, told: float | Tensor | None = None, **cond: Any) -> Tensor:
-        """The network's output.
-
-        Args:
-            x, time, **cond: what the network takes.
-            told: the number, or one a sample ``"batch"``.
-        """
-        number, like = self.default if told is None else told, next(self.branch.parameters())
-        numbers = number if isinstance(number, Tensor) else like.new_full((len(x),), number)
-        angle = numbers.to(like.dtype)[:, None] * self.omega.to(like.dtype)
-        added = self.branch(torch.cat([angle.cos(), angle.sin()], 1))
-
-        used: list[bool] = []
-
-        def add(module: nn.Module, inputs: Any, output: Any) -> Any:
-            used.append(True)
-            if isinstance(output, (tuple, list)):
-                return type(output)((self._added(output[0], added), *output[1:]))
-            return self._added(output, added)
-
-        handle = self.network.get_submodule(self.at).register_forward_hook(add)
-        try:
-            output = self.network(x, time, **cond)
-        finally:
-            handle.remove()
-        if not used:
-            raise ValueError(
-                f"module {self.at!r} of {type(self.network).__name__} is not called as such; name a layer in it: at=..."
-            )
-        return output
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What makes such a network of another, as JSON values."""
-        return {"at": self.at, "default": self.default, "highest": self.highest, "size": self.size}
-
-    def _added(self, output: Tensor, added: Tensor) -> Tensor:
-        if len(output) != len(added):
-            if len(output) > 1 and len(output) % len(added):
-                raise ValueError(f"module {self.at!r} puts out {len(output)} rows for {len(added)} samples; name another: at=...")
-            added = added.repeat(len(output) // len(added), 1) if len(output) > 1 else added
-        inner = [1] * (output.ndim - 2)
-        shape = (len(added), *inner, added.shape[1]) if self.behind else (len(added), added.shape[1], *inner)
-        return output + added.to(output.dtype).reshape(shape)
-
-
-def _place(network: nn.Module) -> str:
-    """Where a network takes in its time."""
-    named = dict(network.named_modules())
-    for name in TIME_EMBEDDINGS:
-        inside = [inner for inner, module in named.items() if isinstance(module, LAYERS) and f"{inner}.".startswith(f"{name}.")]
-        if inside:
-            return inside[-1]
-    for name, module in named.items():
-        if isinstance(module, LAYERS):
-            return name
-    raise ValueError(
-        f"{type(network).__name__} has no linear layer and no convolution that a number could be added to. Name a module: at=..."
-    )
-
-
 class Head(nn.Module):
     """Logits ``"batch"`` from features of a network: maps ``"batch channels height width"`` or anything with channels in one place.
 
@@ -272,7 +234,7 @@ class Head(nn.Module):
 
     def __init__(self, layer: nn.Module, channels: int | None = None):
         super().__init__()
-        self.channels = _channels(layer) if channels is None else channels
+        self.channels = channels_of(layer) if channels is None else channels
         self.maps, self.behind = isinstance(layer, nn.Conv2d), isinstance(layer, nn.Linear)
         c, groups = self.channels, math.gcd(32, self.channels)
         if self.maps:

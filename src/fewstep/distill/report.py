@@ -2,10 +2,15 @@
 
 Everything is judged by one distance of distributions, from samples of the teacher in many calls; the *floor* is the distance of two such
 sets. Samples of both have the same conditions.
+
+A student pays if it needs fewer network evaluations than the cheapest plan that is as good, untuned or tuned; a guided teacher needs two a
+call, and a student of it one. It has paid after so many samples as these take to save what the training took. Where a tuned plan of no more
+calls is as good, that is said, and no number of samples.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -61,25 +66,49 @@ class Comparison:
     seed: int = 0
     block: int = 256
 
+    def __post_init__(self) -> None:
+        make_distances(self.distance)  # raises for an unknown name, before anything is trained
+
     def told(self, report: Mapping[str, Any]) -> list[str]:
         """The report in lines for people, one for every number of calls."""
         return [_line(nfe, found, report) for nfe, found in report["calls"].items()]
 
 
 def _line(nfe: str, found: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    tuned = "" if found["tuned"] is None else f", tuned {found['tuned']['distance']:.3g}"
-    equal = found["equal"]
-    if equal is None:
-        worth = f"no untuned plan of up to {LADDER[-1]} calls is as good"
-    elif equal <= int(nfe):
-        worth = "an untuned plan of no more calls is as good: the student does not pay"
-    else:
-        paid = "" if found["break_even"] is None else f"; pays after {found['break_even']:,} samples"
-        worth = f"an untuned plan needs {equal} calls to be as good{paid}"
+    tuned = "" if found["tuned"] is None else f", tuned {_told(found['tuned']['distance'])}"
     return (
-        f"{nfe} calls: distance {found['student']:.3g} (floor {report['floor']:.3g}); for the teacher itself the best untuned plan "
-        f"{found['untuned']['distance']:.3g}{tuned}; {worth}"
+        f"{nfe} calls: distance {_told(found['student'])} (floor {_told(report['floor'])}); for the teacher itself the best untuned plan "
+        f"{_told(found['untuned']['distance'])}{tuned}; {_worth(int(nfe), found)}"
     )
+
+
+def _worth(nfe: int, found: Mapping[str, Any]) -> str:
+    """Whether the student pays, in words."""
+    equal, equal_tuned, saved = found["equal"], found["equal_tuned"], found["saved"]
+    if found["student"] is None:
+        return "the student's samples are not finite: it does not pay"
+    if equal_tuned is not None and equal_tuned <= nfe:
+        told = f"a tuned plan of {equal_tuned} calls is as good"
+        return f"{told}: the student does not pay" if saved <= 0 else f"{told}, but calls the network {saved} times more a sample"
+    if saved is not None and saved <= 0:
+        return f"an untuned plan of {equal} calls, and no more network evaluations, is as good: the student does not pay"
+    tuned = "" if equal_tuned is None else f", a tuned one {equal_tuned},"
+    if equal is None:
+        told = f"no untuned plan of up to {LADDER[-1]} calls is as good" + (
+            "" if equal_tuned is None else f", a tuned one of {equal_tuned} is"
+        )
+    else:
+        told = f"an untuned plan needs {equal} calls{tuned} to be as good"
+    return told + ("" if found["break_even"] is None else f"; pays after {found['break_even']:,} samples")
+
+
+def _told(distance: float | None) -> str:
+    return "not finite" if distance is None else f"{distance:.3g}"
+
+
+def _finite(distance: float) -> float | None:
+    """As JSON values are: None for what is not finite."""
+    return distance if math.isfinite(distance) else None
 
 
 @torch.no_grad()
@@ -96,19 +125,37 @@ def compare_student(student: Student, how: Comparison, data: Any, cost: int | No
     calls: dict[str, Any] = {}
     tuned = judge.tuned(sorted(student.plans))
     for nfe in sorted(student.plans):
-        own = judge.distance(student.sample(judge.seeds, nfe=nfe, cond=judge.cond))
+        own = judge.distance(judge.sampled(student, nfe))
         name, best, _ = judge.untuned(nfe)
-        equal = judge.equal(own)
-        saved = None if equal is None else equal * judge.rows_a_call - nfe
+        plans = {
+            "equal": judge.equal(own),
+            "equal_tuned": next((n for n in sorted(tuned) if tuned[n]["distance"] <= max(own, judge.floor)), None),
+        }
         calls[str(nfe)] = {
-            "student": own,
-            "untuned": {"name": name, "distance": best},
-            "tuned": tuned.get(nfe),
-            "equal": equal,
-            "break_even": round(cost / saved) if cost is not None and saved is not None and saved > 0 else None,
+            "student": _finite(own),
+            "untuned": {"name": name, "distance": _finite(best)},
+            "tuned": {**tuned[nfe], "distance": _finite(tuned[nfe]["distance"])} if nfe in tuned else None,
+            **plans,
+            **_saved(nfe, plans, judge.rows_a_call, cost),
         }
     told = {"count": how.count, "distance": how.distance, "reference_calls": how.reference_calls, "seed": how.seed}
-    return {**told, "floor": judge.floor, "evaluations": cost, "evaluations_a_call": judge.rows_a_call, "calls": calls}
+    return {**told, "floor": _finite(judge.floor), "evaluations": cost, "evaluations_a_call": judge.rows_a_call, "calls": calls}
+
+
+def _saved(nfe: int, plans: Mapping[str, int | None], rows_a_call: int, cost: int | None) -> dict[str, int | None]:
+    """Network evaluations that a sample saves beside the cheapest plan that is as good, and after how many samples that pays.
+
+    Example:
+        >>> _saved(4, {"equal": 4, "equal_tuned": None}, 2, 5000)
+        {'saved': 4, 'break_even': 1250}
+        >>> _saved(4, {"equal": 6, "equal_tuned": 4}, 1, 5000)
+        {'saved': 0, 'break_even': None}
+    """
+    known = [calls for calls in plans.values() if calls is not None]
+    saved = min(known) * rows_a_call - nfe if known else None
+    tuned = plans["equal_tuned"]
+    pays = cost is not None and saved is not None and saved > 0 and (tuned is None or tuned > nfe)
+    return {"saved": saved, "break_even": round(cost / saved) if pays else None}  # type: ignore[operator]
 
 
 class _Judge:
@@ -144,6 +191,12 @@ class _Judge:
             cond = {name: value[rows] for name, value in self.cond.items()}
             parts.append(sample(self.teacher, self.noise(plan, seeds[rows]), plan, cond=cond, seeds=seeds[rows], check=False))
         return torch.cat(parts)
+
+    def sampled(self, student: Student, nfe: int) -> Tensor:
+        """Samples of the student, finite or not."""
+        plan = student.plan(nfe)
+        noise = self.noise(plan, self.seeds)
+        return sample(student.denoiser_of(nfe), noise, plan, cond=self.cond, seeds=self.seeds, check=False)
 
     def _seen(self, samples: Tensor) -> Any:
         return (self.how.features or pixels)(samples)

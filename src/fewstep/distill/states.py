@@ -1,7 +1,8 @@
 r"""States that distillation trains on: where they start, at which times they stand, how they are noised. All in alpha and sigma.
 
 Times are drawn by a fraction u in [0, 1] of the way from `t_end` to `t_start`, along the schedule's own time; along $\sigma^{1/7}$ where
-the time is sigma itself (EDM), as the published code does. `call_times` are the times of a student of K calls: u = 1, (K-1)/K, ..., 1/K.
+the time is sigma itself (EDM), as the published code does. `call_times` are the times of a student of K calls: u = 1, (K-1)/K, ..., 1/K;
+of a table, those of whole indices, rounded down as published: 999, 749, 499, 249.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from fewstep.denoisers import innermost
 from fewstep.distill.method import RESERVED
-from fewstep.schedules import EDM, NoiseSchedule
+from fewstep.schedules import EDM, FromAlphasCumprod, FromBetas, NoiseSchedule
 
-__all__ = ["call_times", "column", "conditions", "draw_fractions", "noised", "randn", "start_noise", "time_of"]
+__all__ = ["call_times", "column", "conditions", "draw_fractions", "noised", "randn", "start_noise", "time_of", "whole_times"]
 
 Floats = NDArray[np.float64]
 RHO = 7.0
+SLACK = 1e-6
+"""What is missing from a whole index by rounding."""
 
 
 def time_of(schedule: NoiseSchedule, u: Any) -> Floats:
@@ -40,8 +43,24 @@ def time_of(schedule: NoiseSchedule, u: Any) -> Floats:
 
 
 def call_times(schedule: NoiseSchedule, calls: int) -> tuple[float, ...]:
-    """The times at which a student of so many calls is called, noisiest first."""
-    return tuple(time_of(schedule, np.arange(calls, 0, -1) / calls).tolist())
+    """The times at which a student of so many calls is called, noisiest first.
+
+    Example:
+        >>> from fewstep.schedules import FromBetas
+        >>> table = FromBetas([0.01] * 1000)
+        >>> table.network_time(np.array(call_times(table, 4))).tolist()
+        [999.0, 749.0, 499.0, 249.0]
+    """
+    return whole_times(schedule, time_of(schedule, np.arange(calls, 0, -1) / calls))
+
+
+def whole_times(schedule: NoiseSchedule, times: Any) -> tuple[float, ...]:
+    """The times of whole indices, rounded down, of a table; of other schedules the times as they are."""
+    times = np.asarray(times, np.float64)
+    if isinstance(schedule, (FromBetas, FromAlphasCumprod)):
+        count = len(schedule.betas if isinstance(schedule, FromBetas) else schedule.alphas_cumprod)
+        times = (np.maximum(np.floor(times * count - 1.0 + SLACK), 0.0) + 1.0) / count
+    return tuple(times.tolist())
 
 
 def conditions(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

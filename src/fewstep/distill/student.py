@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -27,12 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.adapt.lora import FILE, load_adapter, save_adapter
+from fewstep.adapt.lora import FILE, FORMATS, bare, load_adapter, save_adapter
 from fewstep.artefacts import json_value, write_atomically
 from fewstep.denoisers import innermost
-from fewstep.distill.networks import read_as
-from fewstep.distill.student_network import WRAPPERS, AdaptedNetwork, GuidanceEmbedded, core, part_of
-from fewstep.errors import ArtefactError, PlanError
+from fewstep.distill.in_pipeline import put_into, scheduler_of
+from fewstep.distill.networks import device_of, in_single_precision, read_as
+from fewstep.distill.student_network import WRAPPERS, AdaptedNetwork, core, part_of
+from fewstep.distill.told import Telling
+from fewstep.errors import ArtefactError, PlanError, UnknownNameError
 from fewstep.guidance import Distilled
 from fewstep.identity import identity
 from fewstep.loading import load
@@ -40,12 +43,26 @@ from fewstep.noise import check_seeds, draw_noise
 from fewstep.plan import Plan
 from fewstep.sampler import sample
 
-__all__ = ["CARD", "Student"]
+__all__ = ["CARD", "Student", "denoiser_of"]
 
 CARD, WEIGHTS, PROBE, README = "student.json", "student.safetensors", "probe.safetensors", "README.md"
+SCHEDULER = "scheduler"
 LARGEST_DIFFERENCE = 1e-5
 """Between what a student said when it was saved and says when it is loaded, relative to the largest value if that is above 1."""
 FORMAT = 1
+
+
+def denoiser_of(teacher: Any, network: nn.Module, number: float | None = None, guidance_scale: float | None = None) -> Any:
+    """The denoiser of a student's network.
+
+    Args:
+        teacher: as whose network the student's is called and read.
+        network: the student's.
+        number: the number that it is told beside the time, for a student that knows its number of calls; None: nothing more.
+        guidance_scale: the scale that it is told, for a student that takes one; None: none.
+    """
+    made = read_as(teacher, network if number is None else Telling(network, number))
+    return made if guidance_scale is None else Distilled(made, guidance_scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,14 +105,30 @@ class Student:
 
     @functools.cached_property
     def denoiser(self) -> Any:
-        """Its data prediction, for `fewstep.sample` and the tuners."""
-        return self._denoiser(self.guidance_scale)
+        """Its data prediction, for `fewstep.sample` and the tuners; of a student that is told the number of calls, for the most of them."""
+        return self.denoiser_of()
 
-    def _denoiser(self, guidance_scale: float | None) -> Any:
-        made = read_as(self.teacher, self.network.eval())
-        told = hashlib.sha256(f"{identity(self.teacher)['fingerprint']} {identity(made)['fingerprint']}".encode()).hexdigest()
-        made.info = dataclasses.replace(made.info, name=f"student of {made.info.name}", fingerprint=told)
-        return made if guidance_scale is None else Distilled(made, guidance_scale)
+    def denoiser_of(self, nfe: int | None = None, guidance_scale: float | None = None) -> Any:
+        """Its data prediction where so many calls are made, of those that it has plans for.
+
+        Args:
+            nfe: number of calls, which some students are told; as of `plan`.
+            guidance_scale: for a student that is told the scale.
+
+        Raises:
+            PlanError: for a number of calls that it is not made for.
+        """
+        calls = self.plan(nfe).nfe
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        made = denoiser_of(self.teacher, self.network.eval(), self.told_number(calls), scale)
+        inner: Any = made.denoiser if isinstance(made, Distilled) else made
+        told = hashlib.sha256(f"{identity(self.teacher)['fingerprint']} {identity(inner)['fingerprint']}".encode()).hexdigest()
+        inner.info = dataclasses.replace(inner.info, name=f"student of {inner.info.name}", fingerprint=told)
+        return made
+
+    def told_number(self, nfe: int) -> float | None:
+        """What the network is told beside the time when so many calls are made; None for a network that is told nothing more."""
+        return self.card.get("told_number", {}).get(str(nfe))
 
     def plan(self, nfe: int | None = None) -> Plan:
         """The plan of so many calls; of the most it is made for, if nothing is said.
@@ -133,10 +166,11 @@ class Student:
         plan, seeds = self.plan(nfe), check_seeds(seeds)
         if guidance_scale is not None and self.guidance_scale is None:
             raise ValueError("this student is not told the guidance scale; it has the one that it was taught under. Leave it out.")
-        denoiser = self.denoiser if guidance_scale is None else self._denoiser(guidance_scale)
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        denoiser = denoiser_of(self.teacher, self.network.eval(), self.told_number(plan.nfe), scale)
         if noise is None:
             like = self.probe["x"]
-            noise = draw_noise(like.shape[1:], seeds, plan, dtype=like.dtype, device=_device(self.network))
+            noise = draw_noise(like.shape[1:], seeds, plan, dtype=like.dtype, device=device_of(denoiser))
         return sample(denoiser, noise, plan, cond=cond, seeds=seeds)
 
     # ---- files ---------------------------------------------------------------------------------------------------------------------
@@ -145,41 +179,51 @@ class Student:
         """Write the folder; what it holds is compared with the student before it is done.
 
         Args:
-            folder: where; made if needed.
+            folder: where; made if needed. A student that is there is replaced when the new one is written and compared; if that is
+                refused, the old one stays. Other files stay.
             form: of an adapter's file, see `fewstep.adapt.save_adapter`.
 
         Raises:
             ArtefactError: if what was written is not the student.
+            UnknownNameError, ValueError: for a form that does not exist, or one of an adapter for a student without.
         """
+        place = Path(folder)
+        self._check_form(form)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as beside:
+            made = Path(beside)
+            try:
+                self._write(made, form)
+                Student.load(made, self.teacher, network=self._blank())
+            except ArtefactError as error:
+                raise ArtefactError(f"nothing was saved in {place}: {str(error).replace(str(made), str(place))}") from error
+            _move(made, place)
+        return place
+
+    def _check_form(self, form: str) -> None:
+        if form not in FORMATS:
+            raise UnknownNameError("form of an adapter's file", form, FORMATS)
+        if form != "peft" and not isinstance(self.network, AdaptedNetwork):
+            raise ValueError(f"form={form!r} is one of an adapter's file, and this student is a whole network: leave form out.")
+
+    def _write(self, place: Path, form: str) -> None:
+        """The files, into a new folder."""
         from safetensors.torch import save
 
-        place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
-        (place / CARD).unlink(missing_ok=True)  # comes last: a folder with a card is whole
-        answers = self._answers()
         if isinstance(self.network, AdaptedNetwork):
-            part = part_of(self.network)
-            save_adapter(core(self.network), place, ask=functools.partial(self._ask_core), part=part, form=form)
-            (place / WEIGHTS).unlink(missing_ok=True)
+            save_adapter(core(self.network), place, ask=self._ask_core, part=part_of(self.network), form=form)
         else:
             state = {name: value.detach().cpu().clone().contiguous() for name, value in self.network.state_dict().items()}
             write_atomically(place / WEIGHTS, save(state, metadata={"format": "pt"}))
-            (place / FILE).unlink(missing_ok=True)
-        for old in place.glob("plan-*.safetensors"):
-            old.unlink()
         for nfe, plan in self.plans.items():
             plan.save(place / f"plan-{nfe}.safetensors")
-        told = {name: value.detach().cpu().contiguous() for name, value in {**self.probe, "said": answers}.items()}
+        told = {name: value.detach().cpu().contiguous() for name, value in {**self.probe, "said": self._answers()}.items()}
         write_atomically(place / PROBE, save(told))
-        self._save_scheduler(place)
+        pipeline = innermost(self.teacher, "pipeline")
+        if pipeline is not None:
+            scheduler_of(self.plan(), pipeline).save_pretrained(place / SCHEDULER)
         write_atomically(place / README, self._readme().encode())
         write_atomically(place / CARD, (json.dumps(json_value(self.card), indent=2, allow_nan=False) + "\n").encode())
-        try:
-            Student.load(place, self.teacher, network=self._blank())
-        except ArtefactError:
-            (place / CARD).unlink()
-            raise
-        return place
 
     @classmethod
     def load(
@@ -197,7 +241,7 @@ class Student:
             folder: where it is.
             base: the teacher: a denoiser, guided or not, or whatever `fewstep.load` takes. Left out, it is loaded by the card's name.
             other_base: take an adapter to another model than it was made for, such as a fine-tuned one; nothing is compared then.
-            network: what the weights go into, for a student whose network is not the teacher's.
+            network: what the weights go into, for a student whose network is not the teacher's; without what the method has around it.
             **options: of `fewstep.load`, where that loads the base: ``device``, ``dtype``.
 
         Raises:
@@ -210,6 +254,8 @@ class Student:
         teacher = source if hasattr(source, "schedule") else load(source, **options)
         if not other_base:
             _check_base(card, teacher, place)
+        if card.get("own_network") and network is None:
+            raise TypeError(f"{place} is a student with a network of its own, a {card['own_network']}: pass network=, one like it.")
         student_network = _read_network(place, card, innermost(teacher, "network") if network is None else network)
         tensors = _read_tensors(place / PROBE)
         said = tensors.pop("said")
@@ -223,12 +269,16 @@ class Student:
         return student
 
     def _blank(self) -> nn.Module | None:
-        """A copy of a network that is not the teacher's, for the weights to go into."""
-        return copy.deepcopy(self.network) if innermost(self.teacher, "network") is None else None
+        """A copy of a network that is not the teacher's, for the weights to go into, without what the student has around it."""
+        if innermost(self.teacher, "network") is not None and not self.card.get("own_network"):
+            return None
+        if isinstance(self.network, AdaptedNetwork):
+            return bare(self.network.network)
+        return copy.deepcopy(self.network.network if self.card["wrapped"] else self.network)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _ask(self, network: nn.Module) -> Tensor:
-        device = _device(network)
+        device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
         dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
         given = {name: value.to(device) for name, value in self.probe.items()}
         x, time = given.pop("x").to(dtype), given.pop("time")
@@ -253,16 +303,6 @@ class Student:
             return self._ask(whole)  # type: ignore[arg-type]
         finally:
             holder.model = own
-
-    def _save_scheduler(self, place: Path) -> None:
-        pipeline = innermost(self.teacher, "pipeline")
-        if pipeline is not None:
-            self._scheduler(pipeline, None).save_pretrained(place / "scheduler")
-
-    def _scheduler(self, pipeline: Any, nfe: int | None) -> Any:
-        from fewstep.diffusers import PlanScheduler
-
-        return PlanScheduler.from_plan(self.plan(nfe), pipeline.scheduler.config)
 
     def _readme(self) -> str:
         card, base = self.card, self.card["base"]
@@ -289,34 +329,22 @@ class Student:
             name: of the adapter. Weights beside other adapters: ``base.set_adapters(["style", name], [0.8, 1.0])``.
 
         Raises:
-            TypeError: for a student of a network that is no pipeline's.
+            TypeError: for a student of a network that is no pipeline's, or one that is told what no network of diffusers can be told.
         """
-        part = part_of(self.network)
-        if part is None:
-            raise TypeError(f"the student's network is a {type(self.network).__name__}, not a part of a diffusers pipeline.")
-        base.scheduler = self._scheduler(base, nfe)
-        if isinstance(self.network, AdaptedNetwork):
-            with tempfile.TemporaryDirectory() as folder:
-                save_adapter(core(self.network), folder, ask=self._ask_core, part=part)
-                base.load_lora_weights(folder, adapter_name=name, weight_name=FILE)
-        else:
-            setattr(base, part, self._model(getattr(base, part)))
+        calls = self.plan(nfe).nfe
+        put_into(base, self.network, self.plan(calls), self._ask_core, self.told_number(calls), name)
         return base
 
-    def _model(self, like: Any) -> Any:
-        """A model of diffusers with the student's weights; with a projection of the guidance scale, if it is told that."""
-        state, options = dict(core(self.network).state_dict()), {}
-        if isinstance(self.network, GuidanceEmbedded):
-            state = dict(core(self.network.network).state_dict())
-            options = {"time_cond_proj_dim": self.network.project.in_features}
-            state["time_embedding.cond_proj.weight"] = self.network.project.weight
-        made = type(like).from_config(like.config, **options)
-        made.load_state_dict(state)
-        return made.to(_device(like), like.dtype).eval()
 
-
-def _device(network: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+def _move(made: Path, place: Path) -> None:
+    """Files of a new student into a folder, in the place of an old one's. The card comes last: a folder with a card is whole."""
+    place.mkdir(exist_ok=True)
+    (place / CARD).unlink(missing_ok=True)
+    for old in (place / WEIGHTS, place / FILE, *place.glob("plan-*.safetensors")):
+        old.unlink(missing_ok=True)
+    shutil.rmtree(place / SCHEDULER, ignore_errors=True)
+    for file in sorted(made.iterdir(), key=lambda file: file.name == CARD):
+        file.replace(place / file.name)
 
 
 def _read_card(place: Path) -> dict[str, Any]:
@@ -359,7 +387,7 @@ def _read_network(place: Path, card: Mapping[str, Any], inner: Any) -> nn.Module
         raise TypeError("the base has no network, as an exact denoiser has none: pass network=, one like the student's.")
     if card["adapter"] is not None:
         return AdaptedNetwork(inner, lambda part: load_adapter(part, place)).eval()
-    network: nn.Module = copy.deepcopy(inner)
+    network: nn.Module = in_single_precision(copy.deepcopy(inner))
     if card["wrapped"] is not None:
         network = WRAPPERS[card["wrapped"]["kind"]](network, **card["wrapped"]["options"])
     try:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from fewstep.adapt import adapted_network as adapt
 from fewstep.adapt.adapted_network import AdaptedNetwork, part_of
 from fewstep.adapt.lora import LoraOptions, add_adapter
-from fewstep.distill.networks import Told
+from fewstep.distill.networks import trainable, without_dropout
+from fewstep.distill.told import Told
 from fewstep.errors import FewstepError
 
 __all__ = [
@@ -128,22 +129,16 @@ def guidance_embedding(w: Tensor, size: int = EMBEDDING) -> Tensor:
 def student_network(network: nn.Module, adapter: Any = None, *, seed: int = 0) -> nn.Module:
     """The network that a student begins with: a trainable copy of the teacher's, or that with an adapter. It drops nothing out.
 
+    A copy of a network in half precision is in single precision; with an adapter, only the adapter is.
+
     Args:
         network: the teacher's.
         adapter: `LoraOptions` or a ``peft.LoraConfig``; None for a copy, all of which is trained.
         seed: of the adapter.
     """
     if adapter is None:
-        made = copy.deepcopy(network).requires_grad_(True)
-        for parameter in made.parameters():
-            if not parameter.is_floating_point():
-                parameter.requires_grad_(False)
-    else:
-        made = AdaptedNetwork(network, lambda inner: add_adapter(inner, adapter, seed=seed))
-    for name, part in made.named_modules():
-        if isinstance(part, nn.Dropout) and "lora_dropout" not in name:
-            part.p = 0.0  # the teacher, which it learns from, drops nothing either
-    return made
+        return trainable(network)
+    return without_dropout(AdaptedNetwork(network, lambda inner: add_adapter(inner, adapter, seed=seed)))
 
 
 def told_adapter(adapter: Any) -> dict[str, Any] | None:
