@@ -30,12 +30,13 @@ from typing import Any
 import distill_teacher
 import numpy as np
 import torch
-from distill_teacher import labels_of, sampled
+from distill_teacher import labels_of, sampled, write_json
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fewstep as fs
 from fewstep.distill import DMD2, TDM, Adversary, FreeFlow, HighFrequencyLoss, HiPA, read_as, teacher_pairs
+from fewstep.distill.cost import counting
 from fewstep.evaluate.features import CLASSIFIER
 from fewstep.models import read_classifier
 from fewstep.train import stabilize
@@ -49,6 +50,8 @@ SOLVERS, GRIDS = ("ddim", "dpmpp_2m", "unipc", "auto"), ("auto", "time", "quadra
 FINALISTS = 2
 REFERENCE_SEED, FLOOR_SEED, SCREEN_SEED, STUDENT_SEED, PAIR_SEED = 0, 1_000_000, 2_000_000, 3_000_000, 4_000_000
 EMA = 0.99
+COST, OLD_PAY_OFF = "evaluations_of_training", "pays_off_after"
+"""Names in the file. Seeds that have `evaluations` were counted without backward passes; for these no number of samples is told."""
 
 
 @dataclass(frozen=True)
@@ -208,20 +211,16 @@ def student_of(part: Part, judge: Judge, seed: int, folder: Path | None = None) 
     network = copy.deepcopy(teacher.network).requires_grad_(True)
     student = method.wrapped(network) if hasattr(method, "wrapped") else network
     training = method.training(teacher, student)
-    evaluations = [0]
-    for module in [teacher.network, *training.modules.values()]:
-        inside = getattr(module, "network", module)
-        if isinstance(inside, distill_teacher.DigitsNetwork):
-            inside.register_forward_pre_hook(lambda module, inputs: evaluations.__setitem__(0, evaluations[0] + len(inputs[0])))
     data, began = data_of(part, teacher, seed), time.process_time()
     options = {"steps": part.steps, "batch_size": part.batch_size, "learning_rate": part.learning_rate, "warmup": 50, "ema": EMA}
-    result = fs.fit(
-        training.stages, dict(training.modules), data, **options, seed=seed, divergence=None, log_every=max(1, part.steps // 20)
-    )
-    seconds, spent = time.process_time() - began, evaluations[0]
+    with counting(teacher, training) as spent:
+        result = fs.fit(
+            training.stages, dict(training.modules), data, **options, seed=seed, divergence=None, log_every=max(1, part.steps // 20)
+        )
+    seconds = time.process_time() - began
     student.load_state_dict(result.averages[EMA]["student"])
     student.eval()
-    found: dict[str, Any] = {"seed": seed, "cpu_seconds": round(seconds, 1), "evaluations": spent, "calls": {}}
+    found: dict[str, Any] = {"seed": seed, "cpu_seconds": round(seconds, 1), COST: spent.evaluations, "calls": {}}
     for n in part.nfe:
         plan = method.plan(teacher, n)
         sampler = method.sampled(student, n) if hasattr(method, "sampled") else student
@@ -229,22 +228,45 @@ def student_of(part: Part, judge: Judge, seed: int, folder: Path | None = None) 
         row = judge(samples) | {"top_octave_db": judge.top_octave(samples)}
         if all(line.noise is None for line in plan.rows):
             row["path_error"] = judge.path_error(samples)
-        found["calls"][str(n)] = row | {"pays_off_after": round(spent / (8 - n))}
+        found["calls"][str(n)] = row
     found["log"] = (
         [{k: v for k, v in record.items() if "logit" in k} for record in result.log[-4:]] if "adversary" in repr(method) else []
     )
     return found
 
 
+def pays_off_after(n: int, fd: float, best: dict[int, float], cost: float) -> int | None:
+    """Samples after which a student of n calls has saved what its training took, beside the sampler of fewest calls that is as good.
+
+    Args:
+        n: calls of the student.
+        fd: its distance.
+        best: calls -> the least distance without a student.
+        cost: network evaluations of the training, a backward pass counted as two.
+
+    Returns:
+        None if a sampler of no more calls is as good, or none of those that were tried.
+    """
+    equal = next((calls for calls in sorted(best) if best[calls] <= fd), None)
+    return None if equal is None or equal <= n else round(cost / (equal - n))
+
+
 def summary(report: dict[str, Any]) -> dict[str, Any]:
     """Medians over seeds, and the bars."""
-    rows = {}
+    best = {int(n): row["fd"] for n, row in report.get("baselines", {}).get("calls", {}).items()}
+    rows: dict[str, dict[str, Any]] = {}
     for name, part in report["parts"].items():
         for n in part["seeds"][0]["calls"]:
             cells = [seed["calls"][n] for seed in part["seeds"]]
-            rows[f"{name}: {n}"] = {key: round(statistics.median(cell[key] for cell in cells), 4) for key in cells[0]}
+            rows[f"{name}: {n}"] = {
+                key: round(statistics.median(cell[key] for cell in cells), 4) for key in cells[0] if key != OLD_PAY_OFF
+            }
+            costs = [seed[COST] for seed in part["seeds"] if COST in seed]
+            if costs and best:
+                rows[f"{name}: {n}"]["pays_off_after"] = pays_off_after(
+                    int(n), rows[f"{name}: {n}"]["fd"], best, statistics.median(costs)
+                )
     floor = report["floor"]["fd"]
-    best = {int(n): row["fd"] for n, row in report.get("baselines", {}).get("calls", {}).items()}
     fd = {name: row["fd"] for name, row in rows.items()}
     bars: dict[str, Any] = {}
 
@@ -302,7 +324,7 @@ def main() -> int:
         if name == "baselines":
             if "baselines" not in report or options.parts:
                 report["baselines"] = baselines(judge, options.tuning)
-                write(report, options)
+                write(report, options, "baselines")
             continue
         part = dataclasses.replace(PARTS[name], steps=max(1, round(options.steps * PARTS[name].steps)))
         try:
@@ -316,21 +338,26 @@ def main() -> int:
         for seed in range(len(cells), options.seeds):
             cells = [*cells, student_of(part, judge, seed)]
             report["parts"][name] = {**told, "seeds": cells}
-            write(report, options)
+            write(report, options, name)
             print(name, cells[-1]["calls"], cells[-1]["cpu_seconds"], flush=True)
     print(json.dumps(report["summary"]["bars"] if "summary" in report else report["floor"], indent=1))
     return 0
 
 
-def write(report: dict[str, Any], options: argparse.Namespace) -> None:
-    if options.out.exists():  # another process may have written other parts meanwhile
-        now = json.loads(options.out.read_text())
-        report["parts"] = {**now["parts"], **report["parts"]}
-        if "baselines" in now:
-            report.setdefault("baselines", now["baselines"])
-    report |= {"command": "python benchmarks/distill.py", "machine": "one core of a 2-core machine", "count": options.count}
-    report["summary"] = summary(report)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+def write(report: dict[str, Any], options: argparse.Namespace, made: str) -> None:
+    """Bring what this process made, a part or the baselines, into the file; the rest is as the file has it now, also in `report`."""
+
+    def merged(now: dict[str, Any]) -> dict[str, Any]:
+        now.setdefault("parts", {})
+        if made == "baselines":
+            now["baselines"] = report["baselines"]
+        else:
+            now["parts"][made] = report["parts"][made]
+        now |= {name: value for name, value in report.items() if name not in ("parts", "baselines", "summary")}
+        now |= {"command": "python benchmarks/distill.py", "machine": "one core of a 2-core machine", "count": options.count}
+        return now | {"summary": summary(now)}
+
+    report |= write_json(options.out, merged)
 
 
 if __name__ == "__main__":

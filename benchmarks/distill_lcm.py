@@ -17,7 +17,7 @@ from typing import Any
 
 import distill_teacher
 import torch
-from distill_teacher import labels_of, sampled
+from distill_teacher import labels_of, sampled, write_json
 from torch import Tensor, nn
 
 import fewstep as fs
@@ -104,6 +104,23 @@ def show(report: dict[str, Any]) -> None:
         )
 
 
+def read(out: Path) -> dict[str, Any]:
+    """What is in the file so far."""
+    return json.loads(out.read_text()) if out.exists() else {"students": {}}
+
+
+def write(out: Path, told: dict[str, Any], students: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Bring what was made into the file, and leave what others have written meanwhile; returns what it holds then."""
+
+    def merged(report: dict[str, Any]) -> dict[str, Any]:
+        report = {"students": {}} | report | told
+        for name, seeds in students.items():
+            report["students"].setdefault(name, {}).update(seeds)
+        return report
+
+    return write_json(out, merged)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Distill the digits into students of 1, 2 and 4 calls.")
     parser.add_argument("--parts", default=";".join(["baselines", *PARTS]), help="separated by semicolons")
@@ -113,16 +130,15 @@ def main() -> int:
     torch.set_num_threads(1)
     teacher = distill_teacher.load()
     judge = Judge(teacher)
-    report = json.loads(options.out.read_text()) if options.out.exists() else {"students": {}}
-    report |= {"command": "python benchmarks/distill_lcm.py", "machine": "one core of a 2-core machine", "count": COUNT}
-    report |= {"training": TRAINING, "floor": judge.floor}
+    report = read(options.out)
+    told = {"command": "python benchmarks/distill_lcm.py", "machine": "one core of a 2-core machine", "count": COUNT}
+    told |= {"training": TRAINING, "floor": judge.floor}
     for name in options.parts.split(";"):
         if name == "baselines":
-            report["baselines"] = baselines(teacher, judge)
+            report = write(options.out, {**told, "baselines": baselines(teacher, judge)}, {})
         for seed in range(options.seeds if name in PARTS else 0):
-            if str(seed) not in report["students"].setdefault(name, {}):
-                report["students"][name][str(seed)] = student_of(teacher, judge, name, seed)
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
+            if str(seed) not in report["students"].get(name, {}):
+                report = write(options.out, told, {name: {str(seed): student_of(teacher, judge, name, seed)}})
     show(report)
     return 0
 

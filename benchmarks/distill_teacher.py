@@ -10,8 +10,11 @@ gated by an embedding of time and label; rectified flow, ten percent of the labe
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +106,27 @@ def sampled(denoiser: Any, plan: fs.Plan, count: int, seed: int, block: int = 50
         cond = {"label": labels_of(count)[first : first + block]}
         parts.append(fs.sample(denoiser, fs.draw_noise(SHAPE, seeds, plan), plan, cond=cond, seeds=seeds))
     return torch.cat(parts)
+
+
+def write_json(out: Path, merged: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Change a file of results that several processes write: one at a time, each from what the file holds then.
+
+    Args:
+        out: the file.
+        merged: from what it holds, ``{}`` if it is not there, to what it shall hold.
+
+    Returns:
+        what it holds then.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = Path(tempfile.gettempdir()) / f"{out.resolve().as_posix().replace('/', '_')}.lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        made = merged(json.loads(out.read_text()) if out.exists() else {})
+        written = out.with_name(f".{out.name}.new")
+        written.write_text(json.dumps(made, indent=1) + "\n")
+        written.replace(out)
+    return made
 
 
 def main() -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -86,3 +88,53 @@ def test_every_solver_has_a_row_with_an_order_to_measure(orders):
     row = orders.our_row("Mixed, recipe of 2M", rows["Mixed, recipe of 2M"], {"midway": problem})
     assert row["observed"]["midway"] == pytest.approx(2.0, abs=0.05)
     assert row["holds"]
+
+
+@pytest.fixture
+def distillation(monkeypatch):
+    pytest.importorskip("fcntl")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    names = ("distill", "distill_teacher", "distill_lcm")
+    yield {name: importlib.import_module(name) for name in names}
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_processes_that_write_one_file_of_results_keep_what_others_wrote(distillation, tmp_path):
+    """Two begin with the same file; each brings what it made."""
+    bench, options = distillation["distill"], argparse.Namespace(out=tmp_path / "r.json", count=1)
+
+    def cell(seed):
+        return {"seed": seed, "calls": {"1": {"fd": 1.0}}}
+
+    def begun():
+        return {"parts": {"tdm": {"seeds": [cell(0)]}}, "floor": {"fd": 1.0}}
+
+    first, second = begun(), begun()
+    first["parts"]["tdm"]["seeds"].append(cell(1))
+    bench.write(first, options, "tdm")
+    second["parts"]["dmd2"] = {"seeds": [cell(0)]}
+    bench.write(second, options, "dmd2")
+    second["baselines"] = {"calls": {"1": {"fd": 2.0}, "3": {"fd": 0.5}}}
+    bench.write(second, options, "baselines")
+    found = json.loads(options.out.read_text())
+    assert {name: len(part["seeds"]) for name, part in found["parts"].items()} == {"tdm": 2, "dmd2": 1}
+    assert second["parts"] == found["parts"]
+    lcm, out = distillation["distill_lcm"], tmp_path / "lcm.json"
+    for seed in ("0", "1"):
+        lcm.write(out, {"count": 1}, {"lcm": {seed: {}}})
+    assert json.loads(out.read_text()) == {"students": {"lcm": {"0": {}, "1": {}}}, "count": 1}
+
+
+def test_a_student_pays_beside_the_sampler_of_fewest_calls_that_is_as_good(distillation):
+    pays = distillation["distill"].pays_off_after
+    best = {1: 0.8, 2: 0.25, 4: 0.03, 8: 0.01}
+    assert pays(1, 0.3, best, 1000) == 1000
+    assert pays(1, 0.1, best, 900) == 300
+    assert pays(4, 0.03, best, 900) is None
+    assert pays(1, 0.001, best, 900) is None
+    report = {"floor": {"fd": 0.01}, "baselines": {"calls": {"1": {"fd": 0.8}, "3": {"fd": 0.2}}}}
+    old, new = {"evaluations": 10}, {distillation["distill"].COST: 600}
+    for told, wanted in ((old, None), (new, 300)):
+        parts = {"dmd2": {"seeds": [{**told, "calls": {"1": {"fd": 0.3, "pays_off_after": 7}}}]}}
+        assert distillation["distill"].summary({**report, "parts": parts})["medians"]["dmd2: 1"].get("pays_off_after") == wanted

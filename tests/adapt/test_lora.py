@@ -205,6 +205,8 @@ def test_a_file_names_layers_by_their_whole_names(tmp_path):
         def forward(self, x):
             return self.b["a"](self.a(x))
 
+    import peft
+
     network = Network()
     add_adapter(network, peft.LoraConfig(r=2, target_modules="^a$"))
     fresh = bare(network)

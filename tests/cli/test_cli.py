@@ -610,8 +610,6 @@ def test_distill_writes_a_student_that_sample_takes(tiny, tmp_path, capsys):
     options = [
         "--method",
         "lcm-lora",
-        "--adapter",
-        2,
         "--drawn",
         8,
         "--count",
@@ -625,6 +623,41 @@ def test_distill_writes_a_student_that_sample_takes(tiny, tmp_path, capsys):
     assert (status, error) == (0, "")
     assert "pytorch_lora_weights.safetensors" in {p.name for p in out.iterdir()}
     assert "student.safetensors" not in {p.name for p in out.iterdir()}
+    card = json.loads((out / "student.json").read_text())
+    assert card["method"]["name"] == "lcm-lora"
+    assert "solver_steps=10" in card["method"]["options"]
+
+
+def test_sample_tells_a_student_its_number_of_calls(tiny, tmp_path, capsys):
+    """One student of several numbers, each sampled as in Python."""
+    from fewstep.distill import Student
+
+    out, common = tmp_path / "student", ["--iterations", 1, "--batch", 2, "--count", 0, "--quiet"]
+    status, _, error = run(capsys, "distill", tiny, "--method", "tdm", "--steps", "1,2", "--out", out, *common)
+    assert (status, error) == (0, "")
+    student = Student.load(out)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.nn.init.normal_(student.network.branch[2].weight, std=300.0)
+    student.save(out)
+    for nfe in (1, 2):
+        asked = ("--plan", out, "--nfe", nfe, "--count", 3, "--label", "each", "--out", tmp_path / "samples", "--quiet")
+        status, _, error = run(capsys, "sample", out, *asked)
+        assert (status, error) == (0, "")
+        mine = student.sample(range(3), nfe=nfe, cond={"label": torch.arange(3)})
+        np.testing.assert_allclose(np.load(tmp_path / "samples" / "samples.npz")["samples"], mine.numpy(), atol=1e-6)
+    other = fs.sample(student.denoiser_of(1), fs.draw_noise((1, 8, 8), range(3)), student.plan(2), cond={"label": torch.arange(3)})
+    assert (other - mine).abs().max() > 1e-4
+
+
+def test_an_adversary_and_pairs_are_within_reach(tiny, tmp_path, capsys):
+    common = ["--iterations", 1, "--batch", 2, "--count", 0, "--drawn", 8, "--steps", 1, "--quiet"]
+    for number, asked in enumerate((["--method", "dmd2", "--adversary"], ["--method", "hipa", "--options", "pair_calls=2"])):
+        out = tmp_path / str(number)
+        status, _, error = run(capsys, "distill", tiny, *asked, *common, "--out", out)
+        assert (status, error) == (0, "")
+        card = json.loads((out / "student.json").read_text())
+        assert ("Adversary(" if number == 0 else "pairs=8, pair_calls=2") in card["method"]["options"]
 
 
 @pytest.mark.parametrize(
@@ -637,6 +670,12 @@ def test_distill_writes_a_student_that_sample_takes(tiny, tmp_path, capsys):
         (["--steps", 51, "--iterations", 1, "--count", 0, "--drawn", 2], "1 to 50 calls"),
         (["--data", "a.npz", "--drawn", 2], "give one of --data and --drawn"),
         (["--dtype", "float64"], "trained in float32"),
+        (["--method", "tdm", "--data", "a.npz"], "leave --data out"),
+        (["--method", "freeflow", "--steps", 1, "--drawn", 2], "leave --drawn out"),
+        (["--adversary"], "--adversary is one of dmd2"),
+        (["--method", "dmd2", "--steps", 1, "--options", "adversary=True"], "on the command line, --adversary"),
+        (["--options", "solver_steps=a"], "a whole number of solver_steps"),
+        (["--options", "guidance=3"], "guidance is a range"),
     ],
 )
 def test_distill_refuses_what_makes_no_sense(tiny, tmp_path, capsys, arguments, message):
