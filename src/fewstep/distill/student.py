@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,12 +27,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.adapt.lora import FILE, FORMATS, bare, load_adapter, save_adapter
+from fewstep.adapt.lora import FORMATS, bare, save_adapter
 from fewstep.artefacts import json_value, write_atomically
 from fewstep.denoisers import innermost
 from fewstep.distill.in_pipeline import put_into, scheduler_of
-from fewstep.distill.networks import device_of, in_single_precision, read_as
-from fewstep.distill.student_network import WRAPPERS, AdaptedNetwork, core, part_of
+from fewstep.distill.networks import device_of, read_as
+from fewstep.distill.student_folder import (
+    CARD,
+    FORMAT,
+    PROBE,
+    README,
+    SCHEDULER,
+    WEIGHTS,
+    check_base,
+    move,
+    read_card,
+    read_network,
+    read_tensors,
+)
+from fewstep.distill.student_network import AdaptedNetwork, core, part_of
 from fewstep.distill.told import Telling
 from fewstep.errors import ArtefactError, PlanError, UnknownNameError
 from fewstep.guidance import Distilled
@@ -43,13 +55,10 @@ from fewstep.noise import check_seeds, draw_noise
 from fewstep.plan import Plan
 from fewstep.sampler import sample
 
-__all__ = ["CARD", "Student", "denoiser_of"]
+__all__ = ["CARD", "FORMAT", "Student", "denoiser_of"]
 
-CARD, WEIGHTS, PROBE, README = "student.json", "student.safetensors", "probe.safetensors", "README.md"
-SCHEDULER = "scheduler"
 LARGEST_DIFFERENCE = 1e-5
 """Between what a student said when it was saved and says when it is loaded, relative to the largest value if that is above 1."""
-FORMAT = 1
 
 
 def denoiser_of(teacher: Any, network: nn.Module, number: float | None = None, guidance_scale: float | None = None) -> Any:
@@ -197,7 +206,7 @@ class Student:
                 Student.load(made, self.teacher, network=self._blank())
             except ArtefactError as error:
                 raise ArtefactError(f"nothing was saved in {place}: {str(error).replace(str(made), str(place))}") from error
-            _move(made, place)
+            move(made, place)
         return place
 
     def _check_form(self, form: str) -> None:
@@ -249,15 +258,15 @@ class Student:
             FileNotFoundError: if there is none.
         """
         place = Path(folder)
-        card = _read_card(place)
+        card = read_card(place)
         source = card["base"].get("source", card["base"]["name"]) if base is None else base
         teacher = source if hasattr(source, "schedule") else load(source, **options)
         if not other_base:
-            _check_base(card, teacher, place)
+            check_base(card, teacher, place)
         if card.get("own_network") and network is None:
             raise TypeError(f"{place} is a student with a network of its own, a {card['own_network']}: pass network=, one like it.")
-        student_network = _read_network(place, card, innermost(teacher, "network") if network is None else network)
-        tensors = _read_tensors(place / PROBE)
+        student_network = read_network(place, card, innermost(teacher, "network") if network is None else network)
+        tensors = read_tensors(place / PROBE)
         said = tensors.pop("said")
         plans = {int(nfe): Plan.load(place / f"plan-{nfe}.safetensors") for nfe in card["calls"]}
         student = cls(student_network, teacher, plans, card, tensors, card["guidance_scale"])
@@ -334,64 +343,3 @@ class Student:
         calls = self.plan(nfe).nfe
         put_into(base, self.network, self.plan(calls), self._ask_core, self.told_number(calls), name)
         return base
-
-
-def _move(made: Path, place: Path) -> None:
-    """Files of a new student into a folder, in the place of an old one's. The card comes last: a folder with a card is whole."""
-    place.mkdir(exist_ok=True)
-    (place / CARD).unlink(missing_ok=True)
-    for old in (place / WEIGHTS, place / FILE, *place.glob("plan-*.safetensors")):
-        old.unlink(missing_ok=True)
-    shutil.rmtree(place / SCHEDULER, ignore_errors=True)
-    for file in sorted(made.iterdir(), key=lambda file: file.name == CARD):
-        file.replace(place / file.name)
-
-
-def _read_card(place: Path) -> dict[str, Any]:
-    path = place / CARD
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no student in {place}: it has no {CARD}.")
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-        known = isinstance(card, dict) and card["format"] <= FORMAT and {"base", "calls", "guidance_scale", "method"} <= card.keys()
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(f"{path} is damaged: {str(error)[:200]}") from error
-    if not known:
-        raise ArtefactError(f"{path} is not what this fewstep writes, or of a newer format. Upgrade fewstep.")
-    return card
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no {path}.") from None
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{path} cannot be read: {str(error)[:200]}. It is truncated, damaged or foreign.") from error
-
-
-def _check_base(card: Mapping[str, Any], teacher: Any, place: Path) -> None:
-    wanted, found = card["base"]["fingerprint"], identity(teacher)["fingerprint"]
-    if wanted != found:
-        hint = " Its adapter may serve other weights of the same layers: pass other_base=True." if card["adapter"] else ""
-        raise ArtefactError(
-            f"{place} was made for {card['base']['name']} ({str(wanted)[:12]}), but the base has other weights ({str(found)[:12]}).{hint}"
-        )
-
-
-def _read_network(place: Path, card: Mapping[str, Any], inner: Any) -> nn.Module:
-    if not isinstance(inner, nn.Module):
-        raise TypeError("the base has no network, as an exact denoiser has none: pass network=, one like the student's.")
-    if card["adapter"] is not None:
-        return AdaptedNetwork(inner, lambda part: load_adapter(part, place)).eval()
-    network: nn.Module = in_single_precision(copy.deepcopy(inner))
-    if card["wrapped"] is not None:
-        network = WRAPPERS[card["wrapped"]["kind"]](network, **card["wrapped"]["options"])
-    try:
-        network.load_state_dict(_read_tensors(place / WEIGHTS))
-    except RuntimeError as error:
-        raise ArtefactError(f"{place / WEIGHTS} does not fit the base: {str(error).splitlines()[-1].strip()[:200]}") from error
-    return network.eval().requires_grad_(False)
