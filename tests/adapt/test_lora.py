@@ -8,7 +8,7 @@ from torch import nn
 
 from fewstep.errors import ArtefactError, FewstepError, UnknownNameError
 
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
 from fewstep.adapt import LoraOptions, add_adapter, fuse, load_adapter, save_adapter, set_adapters, sum_adapters, unfuse
 from fewstep.adapt.lora import FILE, METADATA, adapters_of, bare, disabled
@@ -205,10 +205,8 @@ def test_a_file_names_layers_by_their_whole_names(tmp_path):
         def forward(self, x):
             return self.b["a"](self.a(x))
 
-    import peft
-
     network = Network()
-    add_adapter(network, peft.LoraConfig(r=2, target_modules="^a$"))
+    add_adapter(network, pytest.importorskip("peft").LoraConfig(r=2, target_modules="^a$"))
     fresh = bare(network)
     load_adapter(fresh, save_adapter(network, tmp_path, ask=lambda network: network(torch.ones(3, 2))))
     layers = [{name for name, _ in each.named_modules() if name.endswith("lora_A")} for each in (network, fresh)]

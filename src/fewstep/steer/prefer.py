@@ -358,8 +358,6 @@ def _judge(
     deviation = found[0].std(0).clamp(min=1e-12)
     gain = ((found[1].mean(0) - found[0].mean(0)) / deviation).mean()
     names = ("before", "after")
-    report["reward"] = {
-        n: {"mean": float(r.mean()), "deviation": float(r.std(0).mean())} for n, r in zip(names, found, strict=True)
-    }
-    report["reward"]["gain"] = float(gain)
+    levels = {n: {"mean": float(r.mean()), "deviation": float(r.std(0).mean())} for n, r in zip(names, found, strict=True)}
+    report["reward"] = {**levels, "gain": float(gain)}
     return report
