@@ -85,6 +85,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON goes")
     parser.add_argument("--problems", default="", help="parts of names of problems to run, by semicolons; left out: all")
     parser.add_argument("--seed", type=int, default=700, help="of mixtures, noise and tuning")
+    parser.add_argument("--checkpoints", type=Path, default=None, help="a folder, from which tuning that was stopped goes on")
     parser.add_argument("--threads", type=int, default=1, help="of the processor")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -93,7 +94,8 @@ def main() -> int:
     for problem in problems(options):
         began = time.perf_counter()
         noise, cond = tuning_noise(problem, options.seed)
-        tuned = fs.tune(problem.denoiser, nfe=CALLS, noise=noise, cond=cond, seed=options.seed)
+        kept = options.checkpoints / problem.name if options.checkpoints else None
+        tuned = fs.tune(problem.denoiser, nfe=CALLS, noise=noise, cond=cond, seed=options.seed, checkpoint=kept)
         costs[problem.name] = {"date": f"{date.today()}"} | {
             k: tuned.report[k] for k in ("evaluations", "seconds", "effort", "reference_error")
         }
@@ -158,6 +160,8 @@ def make_problem(told: str, name: str, scale: float, seed: int) -> Problem:
             cond = {}
     else:
         denoiser = fs.load(name)
+        if name == "photos":  # as the mixtures, from where alpha is not 0
+            denoiser = fs.Denoiser(denoiser.network, SCHEDULES["Flow"], denoiser.predicts, info=denoiser.info)
         schedule, shape, dtype = denoiser.schedule, denoiser.info.shape, torch.float32
         count, few = (256, 32) if name == "digits" else (48, 8)
         known = denoiser.info.conditions.get("label")
