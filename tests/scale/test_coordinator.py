@@ -41,7 +41,7 @@ def test_a_block_survives_any_number_of_deaths_of_workers_that_had_it_waiting():
     assert work.done
 
 
-def test_last_blocks_are_stolen_and_slow_ones_repeated_after_the_patience_and_no_sooner():
+def test_last_blocks_are_stolen_and_slow_ones_repeated_after_the_patience():
     work = Coordinator(range(5), depth=2, copies=2, patience=2.0)
     work.joined("fast")
     work.joined("slow")
@@ -50,13 +50,12 @@ def test_last_blocks_are_stolen_and_slow_ones_repeated_after_the_patience_and_no
         assert work.finished("fast", block, time)
         work.assign(time)
     assert work.finished("fast", 4, 3.0)
-    assert work.assign(3.0) == [("fast", 1)] or work.assign(3.0) == []  # 3 was taken over at once
-    assert work.repeated >= 1
-    assert work.finished("fast", 3, 4.0)
-    given = work.assign(4.0)
-    assert given == [("fast", 1)] or work.wake(4.0) is not None
+    assert work.assign(3.0) == [("fast", 3)]  # that slow has not begun
+    assert (work.repeated, work.wake(3.0)) == (1, None)
+    assert work.finished("fast", 3, 3.5)
+    assert work.assign(3.5) == [("fast", 1)]  # begun at 0, with a median of 1
     assert work.finished("fast", 1, 5.0)
-    assert work.done
+    assert (work.done, work.repeated) == (True, 2)
     assert not work.finished("slow", 1, 9.0)  # the second result does not count
 
 

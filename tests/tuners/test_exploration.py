@@ -64,6 +64,32 @@ def test_rounding_keeps_the_sum_and_the_variance():
         rounded(design, support - 1)
 
 
+@pytest.mark.parametrize(("count", "noise"), [(3, 0.12), (4, 0.1), (8, 0.1)])
+def test_rounding_takes_nothing_off_the_confidence(count, noise):
+    """In the first phase the variance of every difference is at most what the confidence asks for; few arms, few measurements."""
+    asked = []
+
+    def task(k, number):
+        asked.append((k, number))
+        return np.full(number, 2.0 * (k == 0))
+
+    assert pick(np.eye(count), [task], "single-design", confidence=0.95, noise=noise).best == (0,)
+    counts = np.bincount([k for k, _ in asked], [number for _, number in asked])
+    assert len(asked) == count  # one phase
+    variance = noise**2 * max(1 / counts[i] + 1 / counts[j] for i in range(count) for j in range(i))
+    union = count**2 * 2 / 0.05
+    assert 2.0 * variance * math.log(union) <= 0.25
+
+
+def test_every_arm_is_measured_at_least_as_often_as_the_rounding_promises():
+    chance = np.random.default_rng(3)
+    for _ in range(200):
+        design = chance.dirichlet(np.full(12, 0.3))
+        arms = int((design > 1e-6).sum())
+        count = int(chance.integers(arms, 200))
+        assert (rounded(design, count) >= (count - arms) * np.where(design > 1e-6, design, 0.0) - 1e-9).all()
+
+
 def test_features_that_do_not_span_are_refused():
     with pytest.raises(ValueError, match="span 1 of 2"):
         e_design(np.ones((3, 2)))

@@ -17,11 +17,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["e_design", "g_design", "information", "rounded", "variances"]
+__all__ = ["e_design", "g_design", "information", "rounded", "support", "variances"]
 
 Floats = NDArray[np.float64]
 LARGEST_POWER = 1 << 14
 TINY = 1e-12
+LEAST_WEIGHT = 1e-6
+"""Arms of less weight are not measured."""
 
 
 def information(arms: Floats, design: Floats) -> Floats:
@@ -131,10 +133,21 @@ def g_design(arms: Floats, directions: Floats, *, iterations: int = 1000, tol: f
     return best, least
 
 
-def rounded(design: Floats, count: int) -> NDArray[np.int64]:
-    """How often each arm is measured, `count` in all: the efficient rounding of Pukelsheim and Rieder (Biometrika 79, 1992).
+def support(design: Floats) -> int:
+    """How many arms a design measures.
 
-    Every arm of the design has at least one; arms of weight below 1e-6 have none.
+    Example:
+        >>> support(np.array([0.5, 0.5, 0.0]))
+        2
+    """
+    return int((design > LEAST_WEIGHT).sum())
+
+
+def rounded(design: Floats, count: int) -> NDArray[np.int64]:
+    r"""How often each arm is measured, `count` in all: the efficient rounding of Pukelsheim and Rieder (Biometrika 79, 1992).
+
+    Every arm of the design has at least one; arms of weight below 1e-6 have none. An arm of weight $\lambda_x$ has at least
+    $(N - p) \lambda_x$ of N measurements where p arms have any, so N + p of them have no greater variance than the design says for N.
 
     Raises:
         ValueError: if there are fewer measurements than arms in the design.
@@ -143,16 +156,16 @@ def rounded(design: Floats, count: int) -> NDArray[np.int64]:
         >>> rounded(np.array([0.5, 0.3, 0.2]), 4).tolist()
         [2, 1, 1]
     """
-    support = np.flatnonzero(design > 1e-6)
-    if count < len(support):
-        raise ValueError(f"{count} measurements are fewer than the {len(support)} arms of the design.")
-    weights = design[support] / design[support].sum()
-    counts = np.maximum(1, np.ceil((count - 0.5 * len(support)) * weights)).astype(np.int64)
+    rows = np.flatnonzero(design > LEAST_WEIGHT)
+    if count < len(rows):
+        raise ValueError(f"{count} measurements are fewer than the {len(rows)} arms of the design.")
+    weights = design[rows] / design[rows].sum()
+    counts = np.maximum(1, np.ceil((count - 0.5 * len(rows)) * weights)).astype(np.int64)
     while counts.sum() > count:
         over = np.where(counts > 1, (counts - 1) / weights, -np.inf)
         counts[int(np.argmax(over))] -= 1
     while counts.sum() < count:
         counts[int(np.argmin(counts / weights))] += 1
     result = np.zeros(len(design), np.int64)
-    result[support] = counts
+    result[rows] = counts
     return result

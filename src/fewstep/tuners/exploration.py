@@ -10,7 +10,7 @@ Two stop by themselves with a given *confidence*, and take the reward of configu
 
 - ``"single-design"``: every phase t measures by the design that is best for the differences of what is left, until differences of
   $2^{-t}$ are seen, and drops what is worse by more (Fiez, Jain, Jamieson and Ratliff, "Sequential experimental design for transductive
-  linear bandits", arXiv 1906.08399).
+  linear bandits", arXiv 1906.08399). It measures once more for every arm of the design, which is the most that rounding can cost.
 - ``"double-design"``: DouExpDes (Du, Huang and Sun, "Multi-task representation learning for pure exploration in linear bandits",
   arXiv 2302.04441). The tasks share $\theta_m = B w_m$ with B of few columns. Every phase first measures by an E-optimal design in all
   tasks and takes B as the leading eigenvectors of $Z = \frac{1}{M T} \sum_{m,j} \hat\theta_{m,j} \hat\theta_{m,j}^T - \sigma^2 X^+
@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fewstep.errors import UnknownNameError
-from fewstep.tuners.designs import e_design, g_design, rounded
+from fewstep.tuners.designs import e_design, g_design, rounded, support
 
 __all__ = ["EXPLORATIONS", "Picked", "halvings", "leading_subspace", "pick"]
 
@@ -224,7 +224,7 @@ class _Elimination:
         design, worst = g_design(seen, pairs, iterations=DESIGN_STEPS)
         union = len(self.arms) ** 2 * len(self.tasks) * phase * (phase + 1) / self.risk
         count = math.ceil(2.0 * self.noise**2 * worst * math.log(union) / gap**2)
-        return _Measurement(seen, design, max(count, int((design > 1e-6).sum())))
+        return _Measurement(seen, design, count + support(design))  # so many more that rounding takes nothing off
 
     def _estimates(self, task: Task, planned: _Measurement) -> Floats:
         """Estimated rewards of all configurations by least squares."""
@@ -244,7 +244,7 @@ class _Shared:
         self.parent, self.rank, self.sample_scale = parent, rank, sample_scale
         arms = parent.arms
         design = e_design(arms)
-        self.counts = rounded(design, max(BATCH_SHARE * arms.shape[1], int((design > 1e-6).sum())))
+        self.counts = rounded(design, max(BATCH_SHARE * arms.shape[1], support(design)))
         self.rows = np.flatnonzero(self.counts)
         weights = np.sqrt(self.counts[self.rows].astype(np.float64))
         self.inverse = np.linalg.pinv(weights[:, None] * arms[self.rows])  # d rows, of averages times weights
