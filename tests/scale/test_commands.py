@@ -3,8 +3,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+import fewstep as fs
 from fewstep.cli import main
+from fewstep.distill.student import Student
 from fewstep.scale import read_shards
 
 DRAW = ["sample", "digits", "--nfe", "1", "--solver", "ddim", "--count", "10", "--batch", "4", "--label", "each", "--shards"]
@@ -38,6 +41,30 @@ def test_shards_hold_what_sample_writes_with_the_same_batch(tmp_path):
     assert main([*DRAW, "--quiet", "--out", str(tmp_path / "s")]) == 0
     assert main([*DRAW[:-1], "--quiet", "--out", str(tmp_path / "n")]) == 0
     assert np.array_equal(read_shards(tmp_path / "s")[0], np.load(tmp_path / "n" / "samples.npz")["samples"])
+
+
+class Told(torch.nn.Module):
+    """A network that is told its number of calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x, time, told=0.0):
+        return self.weight * torch.tanh(x) + told
+
+
+def test_shards_of_a_student_that_is_told_its_number_of_calls_are_those_of_that_number(tmp_path, monkeypatch):
+    schedule = fs.schedules.Flow()
+    teacher = fs.Denoiser(Told(), schedule, "flow", info=fs.ModelInfo(name="toy", shape=(1, 4, 4), data_range=(-1.0, 1.0)))
+    plans = {nfe: fs.make_plan("ddim", schedule, nfe, final="zero", grid="time") for nfe in (1, 4)}
+    student = Student(Told(), teacher, plans, {"told_number": {"1": 1.0, "4": 0.25}}, {"x": torch.zeros(1, 1, 4, 4)})
+    monkeypatch.setattr("fewstep.cli.setup.open_model", lambda name, options, nfe=None: student.denoiser_of(nfe))
+    for nfe in (1, 4):
+        out = str(tmp_path / str(nfe))
+        draw = ["sample", "student", "--nfe", str(nfe), "--solver", "ddim", "--grid", "time", "--count", "3", "--quiet", "--shards"]
+        assert main([*draw, "--out", out]) == 0
+        assert torch.equal(torch.from_numpy(read_shards(out)[0]), student.sample(range(3), nfe=nfe))
 
 
 def test_evaluate_reads_shards(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import fewstep as fs
+from fewstep.errors import FewstepError
 from fewstep.evaluate.comparison import Judge, candidates, compare_solvers
 from fewstep.evaluate.distances import make_distances
 from fewstep.scale import RayMap
@@ -90,6 +92,73 @@ def test_ray_maps_in_order_and_tells_errors_as_their_own(ray_here):
     here, there = test_trials.comparison(), test_trials.comparison(map=RayMap(2))
     assert here.records() == there.records()
     cloudpickle.unregister_pickle_by_value(test_trials)
+
+
+class Cluster:
+    """What `RayMap` asks of Ray, with machines of so many cores; the last has gone."""
+
+    class exceptions:
+        RayTaskError = RuntimeError
+
+    def __init__(self, cores):
+        self.cores, self.asked, self.waiting, self.most_waiting = cores, set(), 0, 0
+
+    def cluster_resources(self):
+        return {"CPU": float(sum(self.cores))}
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": {"CPU": float(c)}} for c in self.cores] + [
+            {"Alive": False, "Resources": {"CPU": 999.0}}
+        ]
+
+    def remote(self, function):
+        cluster = self
+
+        class Remote:
+            def options(self, *, num_cpus, max_retries):
+                cluster.asked.add(num_cpus)
+                return self
+
+            def remote(self, *given):
+                cluster.waiting += 1
+                cluster.most_waiting = max(cluster.waiting, cluster.most_waiting)
+                return function(*given)
+
+        return Remote()
+
+    def put(self, value):
+        return value
+
+    def get(self, value):
+        self.waiting -= 1
+        return value
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "reserved", "most_waiting"),
+    [([16] * 4, 2, 16, 2), ([16], 2, 8, 4), ([16, 4], 5, 4, 10), ([8, 8], 0, 1, 20), ([4], 9, 1, 8)],
+)
+def test_a_call_reserves_no_more_cores_than_a_machine_has(monkeypatch, one_thread, cores, workers, reserved, most_waiting):
+    cluster = Cluster(cores)
+    monkeypatch.setattr("fewstep.scale.trials.ray_session", lambda address, wanted: contextlib.nullcontext(cluster))
+    assert list(RayMap(workers, "auto")(square, range(-20, 0))) == [k * k for k in range(-20, 0)]
+    assert (cluster.asked, cluster.most_waiting) == ({reserved}, most_waiting)
+
+
+def test_a_cluster_without_room_for_a_call_is_refused(monkeypatch, one_thread):
+    cluster = Cluster([1, 1])
+    torch.set_num_threads(2)
+    monkeypatch.setattr("fewstep.scale.trials.ray_session", lambda address, wanted: contextlib.nullcontext(cluster))
+    with pytest.raises(FewstepError, match="no worker with 2 processor cores"):
+        list(RayMap(0, "auto")(square, [1]))
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_fewer_than_no_workers_are_refused():

@@ -112,7 +112,7 @@ def opened(options: SampleOptions, plan: Any) -> Any:
     from fewstep.cli.setup import open_model
     from fewstep.scale import Opened
 
-    denoiser = open_model(options.model, options)
+    denoiser = open_model(options.model, options, plan.nfe)
     prompts = prompts_of(options)
 
     def conditions_of(rows: range) -> dict[str, Any]:

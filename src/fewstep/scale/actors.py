@@ -18,7 +18,7 @@ from fewstep.scale.coordinator import Coordinator
 from fewstep.scale.job import Drawer, Job
 from fewstep.scale.run import Tally
 
-__all__ = ["RayEngine", "import_ray", "ray_session"]
+__all__ = ["RayEngine", "cores_of_nodes", "import_ray", "ray_session"]
 
 MOST_STILLBORN = 20
 """Workers that may die one after the other before any of them has opened the model."""
@@ -64,6 +64,18 @@ def ray_session(address: str | None, cores: int) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def cores_of_nodes(ray: Any, threads: int) -> list[int]:
+    """The processor cores of every machine of the cluster.
+
+    Raises:
+        FewstepError: if none of them has as many as a worker has threads.
+    """
+    cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    if max(cores, default=0) < threads:
+        raise FewstepError(f"the cluster has no worker with {threads} processor cores: give fewer threads.")
+    return cores
 
 
 def _start_here(ray: Any, **options: Any) -> None:
@@ -132,10 +144,8 @@ class RayEngine:
             FewstepError: if the cluster has no room for a worker, or workers die before they have opened the model.
         """
         with ray_session(self.address, self.workers * job.threads) as ray:
-            cores = int(ray.cluster_resources().get("CPU", 0)) // job.threads
-            workers = min(self.workers or cores, len(blocks))
-            if cores < 1:
-                raise FewstepError(f"the cluster has no worker with {job.threads} processor cores: give fewer threads.")
+            room = sum(cores // job.threads for cores in cores_of_nodes(ray, job.threads))
+            workers = min(self.workers or room, len(blocks))
             work = Coordinator(blocks, depth=self.depth, copies=self.copies, patience=self.patience, most_deaths=self.most_deaths)
             company = _Company(ray, ray.put(job), job, self.told)
             try:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fewstep.scale.actors import ray_session
+from fewstep.scale.actors import cores_of_nodes, ray_session
 
-__all__ = ["RayMap"]
+__all__ = ["RayMap", "reserved"]
 
 AHEAD = 2
 """Calls a worker that are handed out at a time."""
@@ -31,6 +31,7 @@ class RayMap:
 
     Raises:
         ValueError: for a negative number of workers.
+        FewstepError: when it is called, if no machine has as many cores as this process has threads.
     """
 
     workers: int = 0
@@ -45,9 +46,10 @@ class RayMap:
         """Like ``map(function, *arguments)``. An error of the function is raised where its result would be."""
         threads = torch.get_num_threads()
         with ray_session(self.address, self.workers * threads) as ray:
-            cores = int(ray.cluster_resources().get("CPU", 0)) // threads
-            limit = AHEAD * max(1, self.workers or cores)
-            cpus = threads if not self.workers else max(threads, cores * threads // self.workers)
+            nodes = cores_of_nodes(ray, threads)
+            cpus = reserved(nodes, self.workers, threads)
+            room = sum(cores // cpus for cores in nodes)
+            limit = self.workers if 0 < self.workers < room else AHEAD * room
             run = ray.remote(_trial).options(num_cpus=cpus, max_retries=self.retries)
             shared, waiting = ray.put(function), deque()
             for given in zip(*arguments, strict=False):
@@ -56,6 +58,23 @@ class RayMap:
                     yield _result(ray, waiting.popleft())
             while waiting:
                 yield _result(ray, waiting.popleft())
+
+
+def reserved(nodes: Sequence[int], workers: int, threads: int) -> int:
+    """Processor cores that a call reserves, so that no more than so many run at a time: the most that leave room for all of them.
+
+    Args:
+        nodes: the cores of every machine; a call runs on one.
+        workers: how many at a time; 0: as many as there is room for.
+        threads: cores that a call needs.
+
+    Example:
+        >>> reserved([16], 2, 1), reserved([16, 16, 16, 16], 2, 1), reserved([16, 4], 2, 1), reserved([2], 9, 1)
+        (8, 16, 8, 1)
+    """
+    if not workers:
+        return threads
+    return next((cpus for cpus in range(max(nodes), threads, -1) if sum(cores // cpus for cores in nodes) >= workers), threads)
 
 
 def _trial(function: Callable[..., Any], threads: int, *given: Any) -> Any:
