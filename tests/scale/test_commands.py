@@ -76,6 +76,14 @@ def test_evaluate_reads_shards(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["distances"][0]["sizes"] == [10, 20]
 
 
+def test_evaluate_refuses_a_set_that_is_not_complete(tmp_path, refused):
+    out = tmp_path / "s"
+    assert main([*DRAW, "--quiet", "--shard-size", "4", "--out", str(out)]) == 0
+    document = json.loads((out / "shards.json").read_text())
+    (out / "shards.json").write_text(json.dumps({**document, "complete": False, "shards": document["shards"][:2]}))
+    assert "is not complete: it has 8 of 10 samples, the first 8 without a gap" in refused("evaluate", str(out), "digits")
+
+
 def test_what_would_do_nothing_or_something_else_is_refused(tmp_path, refused):
     assert "--workers does nothing without --shards" in refused("sample", "--workers", "2")
     assert "--workers does nothing without --engine ray" in refused(*DRAW, "--workers", "2")

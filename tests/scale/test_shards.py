@@ -18,7 +18,7 @@ from scale.toy import MIXTURE, PLAN, SCHEDULE, Toy, toy
 
 import fewstep as fs
 from fewstep.errors import ArtefactError
-from fewstep.scale import Job, LocalEngine, Opened, read_shards, sample_shards
+from fewstep.scale import Job, LocalEngine, Opened, read_shards, sample_shards, shards
 from fewstep.scale.members import Drawn, encoded
 from fewstep.scale.run import Tally
 
@@ -56,7 +56,7 @@ def test_samples_are_those_of_fewstep_sample_block_by_block(tmp_path):
     assert (summary.samples, summary.drawn, list(summary.checksums)) == (50, 50, [f"samples-00000{k}.tar" for k in range(3)])
     for name, digest in summary.checksums.items():
         assert hashlib.sha256((tmp_path / "a" / name).read_bytes()).hexdigest() == digest
-    assert sorted(content(tmp_path / "a")) == ["plan.safetensors", *summary.checksums, "shards.json"]
+    assert sorted(content(tmp_path / "a")) == [".lock", "plan.safetensors", *summary.checksums, "shards.json"]
 
 
 def test_a_stochastic_plan_depends_on_the_seed_of_a_sample_alone(tmp_path):
@@ -115,6 +115,100 @@ def test_damaged_shards_and_blocks_are_made_again(tmp_path):
     assert content(tmp_path / "a") == content(tmp_path / "b")
 
 
+class Elsewhere:
+    """A machine that rounds otherwise: a bit of every sample differs."""
+
+    def run(self, job, drawer, blocks, keep):
+        for block in blocks:
+            drawn = bytearray(drawer(block))
+            drawn[drawn.find(b"NUMPY") + 128] ^= 1
+            keep(block, bytes(drawn))
+        return Tally()
+
+
+def test_a_damaged_shard_is_made_again_as_it_was_or_not_at_all(tmp_path):
+    job, folder = toy(50, block=8), tmp_path / "a"
+    whole = sample_shards(job, folder, blocks_per_shard=3)
+    before = content(folder)
+    path = folder / "samples-000001.tar"
+    path.write_bytes(path.read_bytes()[:-600] + b"x" * 600)
+    damaged = path.read_bytes()
+    for _ in range(2):
+        with pytest.raises(ArtefactError, match=r"samples-000001\.tar was made again and is not what"):
+            sample_shards(job, folder, blocks_per_shard=3, engine=Elsewhere())
+        assert path.read_bytes() == damaged
+        assert not list((folder / ".blocks").iterdir())
+        with pytest.raises(ArtefactError, match=r"not complete: it has 26 of 50 samples, the first 24 without a gap"):
+            read_shards(folder)
+    mended = sample_shards(job, folder, blocks_per_shard=3)
+    assert (mended.damaged, mended.drawn, mended.checksums) == (("samples-000001.tar",), 24, whole.checksums)
+    assert content(folder) == before
+
+
+def test_a_damaged_shard_that_was_put_back_is_taken_as_it_is(tmp_path):
+    job, path = toy(50, block=8), tmp_path / "a" / "samples-000001.tar"
+    sample_shards(job, tmp_path / "a", blocks_per_shard=3)
+    whole = path.read_bytes()
+    path.unlink()
+    with pytest.raises(ArtefactError, match="was made again"):
+        sample_shards(job, tmp_path / "a", blocks_per_shard=3, engine=Elsewhere())
+    path.write_bytes(whole)
+    assert sample_shards(job, tmp_path / "a", blocks_per_shard=3).drawn == 0
+
+
+def test_the_plan_beside_the_samples_is_theirs(tmp_path):
+    path = tmp_path / "a" / "plan.safetensors"
+    sample_shards(toy(), tmp_path / "a")
+    whole = path.read_bytes()
+    for wrong in (lambda: path.write_bytes(b"x"), lambda: fs.make_plan("ddim", SCHEDULE, 3).save(path), path.unlink):
+        wrong()
+        sample_shards(toy(), tmp_path / "a")
+        assert path.read_bytes() == whole
+
+
+def test_what_a_killed_run_was_writing_goes_and_nothing_else(tmp_path):
+    with pytest.raises(Stopped):
+        sample_shards(toy(), tmp_path / "a", engine=Stopping(lambda b: b, 3))
+    rest = [
+        ".samples-000000.tar.12.0123abcd.tmp",
+        ".shards.json.12.0123abcd.tmp",
+        f".blocks/.000000004-{'0' * 64}.tar.12.0123abcd.tmp",
+    ]
+    for name in (*rest, ".mine.tmp"):
+        (tmp_path / "a" / name).write_bytes(b"x")
+    with pytest.raises(Stopped):
+        sample_shards(toy(), tmp_path / "a", engine=Stopping(lambda b: b, 0))
+    assert [name for name in (*rest, ".mine.tmp") if (tmp_path / "a" / name).exists()] == [".mine.tmp"]
+
+
+def test_seeds_of_any_size_are_kept_apart(tmp_path):
+    for k, seeds in enumerate(([2**63], [2**63, 5], [2**64 + 5, 5])):
+        sample_shards(toy(seeds=seeds), tmp_path / f"{k}")
+        samples, about = read_shards(tmp_path / f"{k}")
+        assert [told["seed"] for told in about] == seeds
+        assert len(np.unique(samples[:, 0])) == len(seeds)
+    with pytest.raises(ArtefactError, match="with seeds sha256"):
+        sample_shards(toy(seeds=[2**63, 6]), tmp_path / "1")
+
+
+def test_a_set_that_is_not_complete_is_read_only_if_that_is_asked_for(tmp_path):
+    folder = tmp_path / "a"
+    with pytest.raises(Stopped):
+        sample_shards(toy(50), folder, blocks_per_shard=2, engine=Stopping(lambda b: b, 2))  # the first of four
+    with pytest.raises(ArtefactError, match=r"it has 16 of 50 samples, the first 16 without a gap\. Repeat .* count of at most 16"):
+        read_shards(folder)
+    with pytest.raises(ArtefactError, match="not complete"):
+        read_shards(folder, 17)
+    assert len(read_shards(folder, 16)[0]) == len(read_shards(folder, partial=True)[0]) == 16
+    with pytest.raises(Stopped):
+        sample_shards(toy(50), tmp_path / "b", blocks_per_shard=2, engine=Stopping(lambda b: -b, 3))  # the last two
+    with pytest.raises(ArtefactError, match="it has 18 of 50 samples, the first 0 without a gap"):
+        read_shards(tmp_path / "b", 1)
+    assert [told["index"] for told in read_shards(tmp_path / "b", 2, partial=True)[1]] == [32, 33]
+    with pytest.raises(ValueError, match="count must be at least 1"):
+        read_shards(folder, 0)
+
+
 def test_a_set_of_something_else_is_refused_with_both_named(tmp_path):
     sample_shards(toy(20), tmp_path / "a")
     other = fs.make_plan("ddim", SCHEDULE, 5)
@@ -149,6 +243,62 @@ def test_foreign_folders_and_manifests_are_refused(tmp_path):
         (tmp_path / "a" / "shards.json").write_text(text)
         with pytest.raises(ArtefactError, match=r"shards\.json"):
             sample_shards(toy(), tmp_path / "a")
+
+
+def test_shards_that_are_missing_or_misnamed_are_told_as_such(tmp_path):
+    folder = tmp_path / "a"
+    sample_shards(toy(50), folder, blocks_per_shard=3)
+    (folder / "samples-000001.tar").unlink()
+    with pytest.raises(ArtefactError, match=r"samples-000001\.tar is missing: repeat the command"):
+        read_shards(folder)
+    document = json.loads((folder / "shards.json").read_text())
+    first = document["shards"][0]
+    others = [{**first, "name": name} for name in ("samples-x.tar", "../samples-000000.tar", "samples-000099.tar", 7)]
+    for wrong in (*others, {**first, "sha256": None}, document["shards"][1]):
+        (folder / "shards.json").write_text(json.dumps({**document, "shards": [wrong, *document["shards"][1:]]}))
+        with pytest.raises(ArtefactError, match=r"shards\.json"):
+            sample_shards(toy(50), folder, blocks_per_shard=3)
+    (folder / "shards.json").write_text(json.dumps({**document, "shards": [*document["shards"], others[2]]}))
+    with pytest.raises(ArtefactError, match="lists more than the 3 shards"):
+        sample_shards(toy(50), folder, blocks_per_shard=3)
+
+
+def test_a_run_that_starts_in_the_middle_of_a_shard_of_another_changes_nothing(tmp_path):
+    pytest.importorskip("fcntl")
+    folder = tmp_path / "a"
+
+    def files():
+        return {path: (path.stat().st_ino, path.stat().st_size) for path in folder.rglob("*")}
+
+    class Nested:
+        def run(self, job, drawer, blocks, keep):
+            for block in blocks:
+                before = files()
+                with pytest.raises(ArtefactError, match="another run writes into"):
+                    sample_shards(job, folder, blocks_per_shard=3)
+                assert files() == before
+                keep(block, drawer(block))
+            return Tally()
+
+    summary = sample_shards(toy(50), folder, blocks_per_shard=3, engine=Nested())
+    assert sample_shards(toy(50), tmp_path / "b", blocks_per_shard=3).checksums == summary.checksums
+
+
+def test_a_run_that_starts_while_another_joins_a_shard_takes_no_blocks_from_it(tmp_path, monkeypatch):
+    pytest.importorskip("fcntl")
+    joined, tried = shards._joined, []
+
+    def joining(*given):
+        if not tried:
+            tried.append(given)
+            with pytest.raises(ArtefactError, match="another run writes into"):
+                sample_shards(toy(50), tmp_path / "a", blocks_per_shard=3)
+        return joined(*given)
+
+    monkeypatch.setattr(shards, "_joined", joining)
+    assert sample_shards(toy(50), tmp_path / "a", blocks_per_shard=3).drawn == 50
+    assert len(read_shards(tmp_path / "a")[0]) == 50
+    assert tried
 
 
 def test_two_runs_do_not_write_into_one_folder_at_a_time(tmp_path):

@@ -3,8 +3,8 @@
 from fewstep.scale.actors import RayEngine
 from fewstep.scale.coordinator import BlockError, Coordinator
 from fewstep.scale.job import Job, Opened
+from fewstep.scale.reading import read_shards
 from fewstep.scale.run import LocalEngine, Summary, sample_shards
-from fewstep.scale.shards import read_shards
 from fewstep.scale.trials import RayMap
 
 __all__ = [

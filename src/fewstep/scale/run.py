@@ -84,8 +84,9 @@ def sample_shards(
 ) -> Summary:
     """Draw the samples of a job into a folder of checksummed WebDataset shards.
 
-    Samples are the same to the bit whatever engine and however many workers draw them, on the same hardware, after any number of workers
-    that died. A run that was stopped goes on where it was when it is called again; memory does not grow with the number of samples.
+    Samples are the same to the bit whatever engine and however many workers draw them, on the same hardware, and whichever of them died
+    and were replaced; only a block on which one after the other died ends the run. A run that was stopped goes on where it was when it is
+    called again; memory does not grow with the number of samples.
 
     Args:
         job: what is drawn.
@@ -95,8 +96,9 @@ def sample_shards(
         after: called with how many samples are there, at first with those of earlier runs.
 
     Raises:
-        ArtefactError: if the folder holds samples of another plan, model, seeds or anything else that decides them.
-        BlockError: if one worker after the other dies on the same block.
+        ArtefactError: if the folder holds samples of another plan, model, seeds or anything else that decides them; if another run writes
+            there; if a damaged shard that is made again is not what it was.
+        BlockError: if one worker after the other dies on the same block, as many as the engine allows (`RayEngine(most_deaths=3)`).
 
     Example:
         >>> import tempfile
@@ -112,8 +114,7 @@ def sample_shards(
         (2, (10, 2), 9)
     """
     drawer = Drawer(job)
-    shards = ShardSet(out, job, identity(drawer.opened.denoiser), blocks_per_shard=blocks_per_shard)
-    with shards.locked():
+    with ShardSet(out, job, identity(drawer.opened.denoiser), blocks_per_shard=blocks_per_shard) as shards:
         missing = list(shards.missing)
         drawn = sum(len(job.rows(block)) for block in missing)
         there = len(job.seeds) - drawn
@@ -129,5 +130,4 @@ def sample_shards(
 
         tally = (engine or LocalEngine()).run(job, drawer, missing, keep) if missing else Tally(workers=0)
         assert shards.complete, "an engine left blocks out"
-        shards.close()
     return Summary(shards.checksums, len(job.seeds), drawn, tuple(shards.damaged), tally)
