@@ -99,7 +99,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path):
     class Stopping:
         def __call__(self, x):
             asked.append(1)
-            if len(asked) == 5:
+            if len(asked) == 6:
                 raise Stopped
             return target(x)
 
@@ -153,3 +153,14 @@ def test_what_makes_no_sense_is_refused():
         optimize_noise(denoiser, lambda x: x[:, 0], noise, plan_of(1), fs.solvers.DDIM().plan(FLOW, 3, start=0.7))
     with pytest.raises(ValueError, match="refined"):
         optimize_noise(denoiser, lambda x: x[:, 0], noise, plan_of(1), refined=71)
+
+
+@pytest.mark.parametrize("other", [{"shell": False}, {"surrogate": lambda x, t, **cond: fs.load("digits")(0.5 * x, t, **cond)}])
+def test_a_checkpoint_of_another_shell_or_surrogate_is_refused(tmp_path, other):
+    model = fs.load("digits")
+    plan = fs.make_plan("ddim", model.schedule, 1, final="zero")
+    noise = fs.draw_noise((1, 8, 8), range(2), plan)
+    options = {"cond": {"label": torch.tensor([1, 2])}, "iterations": 2, "checkpoint_every": 1, "folder": tmp_path}
+    optimize_noise(model, ClassTarget(3), noise, plan, **options)
+    with pytest.raises(ArtefactError, match="other settings"):
+        optimize_noise(model, ClassTarget(3), noise, plan, **options, **other)

@@ -1,5 +1,6 @@
 """PSO and SPO where the answer is known, and what they share: labels, clipping, the network that is trained, resumption."""
 
+import copy
 import math
 
 import pytest
@@ -23,6 +24,7 @@ from fewstep.steer import (
     scored_by,
     uniform,
 )
+from fewstep.steer.method import clipped
 from fewstep.steer.policy import trained_copy, with_network
 
 FLOW = fs.schedules.Flow(t_end=0.5)
@@ -101,6 +103,13 @@ def test_the_loss_begins_at_log_2_and_the_sign_of_beta_is_the_direction():
         (slope,) = torch.autograd.grad(loss, student.network.value)
         assert float(slope) * sign > 0.0
         assert float(info["ties"]) == float(info["clipped"]) == 0.0
+
+
+def test_the_clip_has_finite_gradients_however_far_the_ratio_is():
+    log_r = torch.tensor([-200.0, -0.2, 0.05, 89.0, 100.0], requires_grad=True)
+    kept = clipped(log_r, 0.1)
+    torch.testing.assert_close(kept.detach().exp(), torch.tensor([0.9, 0.9, math.exp(0.05), 1.1, 1.1]))
+    assert torch.autograd.grad(kept.sum(), log_r)[0].tolist() == [0.0, 0.0, 1.0, 0.0, 0.0]
 
 
 def test_beyond_the_clip_there_is_no_gradient():
@@ -296,6 +305,59 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path):
     again = prefer(model, plan, reward=make_reward("ink"), folder=tmp_path, **options)
     assert all(torch.equal(a, b) for a, b in zip(whole.network.parameters(), again.network.parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(whole.network.parameters(), model.network.parameters(), strict=True))
+
+
+def scaled(model, factor):
+    """The same denoiser with other weights."""
+    network = copy.deepcopy(model.network)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(factor)
+    return with_network(model, network)
+
+
+def test_a_checkpoint_of_another_plan_model_or_of_other_labels_is_refused(tmp_path):
+    model, plan = digits_plan(2)
+    options = {"reward": make_reward("ink"), "judged": None, "steps": 1, "batch_size": 2, "folder": tmp_path, "checkpoint_every": 1}
+    prefer(model, plan, cond=LABELS, **options)
+    others = [
+        (model, digits_plan(3)[1], LABELS),
+        (scaled(model, 0.5), plan, LABELS),
+        (model, plan, {"label": torch.full((10,), 7)}),
+    ]
+    for student, other, cond in others:
+        with pytest.raises(ArtefactError, match="other settings"):
+            prefer(student, other, cond=cond, **options)
+
+
+def test_scores_and_pairs_are_told_apart(tmp_path):
+    ink, contrast = make_reward("ink"), make_reward("contrast")
+    told = [scored_by(ink), scored_by(ink, 9.0), scored_by(contrast), StepPreference(1, width=8), StepPreference(1, width=8)]
+    assert len({repr(SPO(score)) for score in told}) == len(told)
+    model, x = digits_plan()[0], torch.linspace(-1, 1, 8 * 64).reshape(8, 1, 8, 8)
+    options = {"steps": 1, "batch_size": 2, "folder": tmp_path}
+    fit_preference(StepPreference(1, width=8), model, {"better": x, "worse": -x, "label": torch.arange(8)}, **options)
+    for student, better in ((model, -x), (scaled(model, 0.5), x)):
+        with pytest.raises(ArtefactError, match="other settings"):
+            fit_preference(
+                StepPreference(1, width=8), student, {"better": better, "worse": -better, "label": torch.arange(8)}, **options
+            )
+
+
+def test_what_is_trained_drops_nothing_out_and_is_in_single_precision():
+    network = nn.Sequential(nn.Dropout2d(0.3), nn.Linear(2, 2, dtype=torch.bfloat16))
+    network.attention = nn.MultiheadAttention(2, 1, dropout=0.4)
+    made = trained_copy(network)
+    assert (made[0].p, made[1].weight.dtype, made.attention.dropout) == (0.0, torch.float32, 0.0)
+    assert (network[0].p, network[1].weight.dtype, network.attention.dropout) == (0.3, torch.bfloat16, 0.4)
+
+
+def test_a_model_in_half_precision_learns_and_begins_as_its_reference():
+    model, plan = fs.load("digits", dtype=torch.bfloat16), digits_plan()[1]
+    made = prefer(model, plan, reward=make_reward("ink"), judged=None, log_every=1, ema=0, **LITTLE)
+    assert made.log[0]["margin"] == 0.0
+    pairs = zip(made.network.parameters(), model.network.parameters(), strict=True)
+    assert all(new.dtype == torch.float32 and not torch.equal(new, old.float()) for new, old in pairs if old.numel() > 1000)
 
 
 def test_the_report_and_the_pictures(tmp_path):

@@ -57,6 +57,8 @@ def test_prefer_writes_a_student_that_sample_and_prefer_and_control_take(tiny, t
         "class",
         "--wanted",
         3,
+        "--label",
+        3,
         "--count",
         2,
         "--iterations",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fewstep.cli.setup import parse_labels, parse_size
 from fewstep.denoisers import Denoiser
 from fewstep.guidance import ClassifierFree
 
-__all__ = ["check_prompted", "conditions", "guided", "prompts_of", "told_prompts"]
+__all__ = ["check_null", "check_prompted", "conditions", "guided", "learnt_null", "prompts_of", "told_prompts"]
 
 
 def prompts_of(options: Prompted) -> list[str]:
@@ -77,6 +78,23 @@ def conditions(denoiser: Denoiser, options: Prompted, count: int, label: str | N
         raise ValueError(f"{name} takes no prompts; leave --prompt, --prompt-file and --negative out.")
     labels = parse_labels(label, denoiser, count, first=first)
     return {} if labels is None else {"label": labels.to(options.device)}
+
+
+def learnt_null(denoiser: Denoiser, data: Any) -> bool:
+    """Whether a student learnt from samples without a class, too, of a model that knows such; for its card."""
+    known = denoiser.info.conditions.get("label", {})
+    labels = data.get("label") if isinstance(data, Mapping) else None
+    return "null" in known and labels is not None and bool((labels == known["null"]).any())
+
+
+def check_null(student: Any, name: str, label: str | None) -> None:
+    """Refuse to ask a student without a class, if it was not taught to do without.
+
+    Raises:
+        ValueError: if so.
+    """
+    if label is None and student.denoiser.info.conditions.get("label") and not student.card.get("null_label"):
+        raise ValueError(f"{name} is a student that learnt from samples with a class alone: give --label.")
 
 
 def guided(denoiser: Denoiser, scale: float, options: Prompted) -> Any:

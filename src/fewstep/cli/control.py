@@ -53,15 +53,15 @@ OWN_FILES = r"samples\.(png|npz)|samples-\d+\.png|index\.html|results\.json"
 def run(options: ControlOptions) -> int:
     """Optimise the noise, write samples and the page."""
     from fewstep.cli.conditions import check_prompted, conditions
-    from fewstep.cli.distill import _told_how_to_go_on
     from fewstep.cli.setup import new_folder, parse_seeds, state_dtype
+    from fewstep.cli.training import told_how_to_go_on
     from fewstep.noise import draw_noise
     from fewstep.steer import optimize_noise
 
     _check(options)
     check_prompted(options)
     seeds = parse_seeds(options.seed, options.count)
-    model, surrogate, decode = _model(options)
+    model, through, surrogate, decode = _model(options)
     shape = _picture_shape(model, options)
     loss = _loss(options, shape, model.info.data_range or (-1.0, 1.0))
     cond = conditions(model, options, len(seeds), options.label)
@@ -69,7 +69,7 @@ def run(options: ControlOptions) -> int:
     unfinished = Path(f"{options.out}.unfinished")
     if options.fresh:
         shutil.rmtree(unfinished, ignore_errors=True)
-    with new_folder(options.out, OWN_FILES) as folder, _told_how_to_go_on(unfinished):
+    with new_folder(options.out, OWN_FILES) as folder, told_how_to_go_on(unfinished):
         found = optimize_noise(
             _guided(model, options),
             loss,
@@ -81,6 +81,7 @@ def run(options: ControlOptions) -> int:
             learning_rate=options.learning_rate,
             cond=cond,
             seeds=seeds,
+            surrogate=through,
             folder=unfinished,
             checkpoint_every=10,
             progress=not options.quiet,
@@ -108,23 +109,25 @@ def _check(options: ControlOptions) -> None:
         raise ValueError("intensity needs one of --image and --curve.")
 
 
-def _model(options: ControlOptions) -> tuple[Any, Any, Any]:
-    """The denoiser, the plan that is optimised through, and the one that decodes."""
-    from fewstep.cli.setup import open_model
-    from fewstep.distill.student import Student
+def _model(options: ControlOptions) -> tuple[Any, Any, Any, Any]:
+    """The denoiser that decodes, another that is optimised through (None: the same), and the plans of the latter and of the former."""
+    from fewstep.cli.conditions import check_null
+    from fewstep.cli.setup import open_model, open_student
     from fewstep.solvers import TCD, make_plan
 
     if not (Path(options.model) / "student.json").is_file():
         model, nfe = open_model(options.model, options), options.nfe or 8
         decode = make_plan("auto", model.schedule, nfe, final="zero")
         other = options.surrogate not in (0, nfe)
-        return model, make_plan("auto", model.schedule, options.surrogate, final="zero") if other else decode, decode
-    student = Student.load(options.model, device=options.device)
+        return model, None, make_plan("auto", model.schedule, options.surrogate, final="zero") if other else decode, decode
+    student = open_student(options.model, options)
+    check_null(student, options.model, options.label)
     if options.guidance != 1.0:
         raise ValueError(f"{options.model} is a student, which has its guidance within: leave --guidance out.")
     plans = [student.plan(calls or None) for calls in (options.surrogate or min(student.plans), options.nfe)]
     quiet = [TCD(gamma=0.0).plan(plan.schedule, grid=plan.grid) if plan.stochastic else plan for plan in plans]
-    return student.denoiser, quiet[0], quiet[1]
+    told = [student.denoiser_of(plan.nfe) for plan in plans]
+    return told[1], told[0], quiet[0], quiet[1]
 
 
 def _guided(model: Any, options: ControlOptions) -> Any:
@@ -242,6 +245,7 @@ def _write(
     import torch
 
     from fewstep.artefacts import write_atomically
+    from fewstep.cli.training import student_sheets
     from fewstep.evaluate.report import Report, image_grid
     from fewstep.sampler import sample
 
@@ -279,8 +283,7 @@ def _write(
             )
         ]
     )
-    sheets = sorted(unfinished.glob("samples-*.png"))
-    if sheets:
+    if sheets := student_sheets(unfinished, "iteration"):
         page.heading("On the way")
-        page.pictures([(sheet.name, f"iteration {int(sheet.stem.split('-')[1])}", sheet.read_bytes()) for sheet in sheets])
+        page.pictures(sheets)
     page.write(folder)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,19 +44,15 @@ class DistillOptions(Prompted):
 
 
 OPTIONS = {"distill": DistillOptions}
-OWN_FILES = (
-    r"plan-\d+\.safetensors|student\.(json|safetensors)|pytorch_lora_weights\.safetensors|probe\.safetensors|README\.md|scheduler"
-    r"|scheduler_config\.json|plan\.safetensors|index\.html|results\.json|samples-.*\.png"
-)
-"""Names of the files and folders that the command writes."""
 DRAWN, SHOWN = 1024, 8
 
 
 def run(options: DistillOptions) -> int:
     """Distill, write the student and the page."""
     from fewstep.adapt.lora import LoraOptions
-    from fewstep.cli.conditions import check_prompted, conditions, guided
+    from fewstep.cli.conditions import check_prompted, conditions, guided, learnt_null
     from fewstep.cli.setup import new_folder, open_model, parse_numbers
+    from fewstep.cli.training import STUDENT_FILES, drawable, features_of, told_how_to_go_on
     from fewstep.distill import Comparison, distill
     from fewstep.distill.run import ADAPTED
     from fewstep.tuners import Effort
@@ -80,8 +73,10 @@ def run(options: DistillOptions) -> int:
     unfinished = Path(f"{options.out}.unfinished")
     if options.fresh:
         shutil.rmtree(unfinished, ignore_errors=True)
-    compared = Comparison(options.count, features=_features(model), seed=options.seed, tuned=None if options.untuned else Effort())
-    with new_folder(options.out, OWN_FILES) as folder, _told_how_to_go_on(unfinished):
+    compared = Comparison(
+        options.count, features=features_of(model), seed=options.seed, tuned=None if options.untuned else Effort()
+    )
+    with new_folder(options.out, STUDENT_FILES) as folder, told_how_to_go_on(unfinished):
         student = distill(
             teacher,
             method=method,
@@ -96,11 +91,12 @@ def run(options: DistillOptions) -> int:
             folder=unfinished,
             checkpoint_every=200,
             progress=not options.quiet,
-            sheets=max(1, options.iterations // 4) if _drawable(model) else 0,
+            sheets=max(1, options.iterations // 4) if drawable(model) else 0,
             compare=compared if options.count else None,
         )
         place = Path(options.model)
         student.card["base"]["source"] = str(place.resolve()) if place.exists() else options.model
+        student.card["null_label"] = learnt_null(model, told if data is None else data)
         student.save(folder)
         _page(student, options, unfinished).write(folder)
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -115,6 +111,7 @@ def run(options: DistillOptions) -> int:
 
 def _method(options: DistillOptions, calls: list[int]) -> Any:
     """The method with its options."""
+    from fewstep.cli.training import parse_options
     from fewstep.distill import Adversary, make_method
     from fewstep.distill.run import own_steps
 
@@ -142,33 +139,6 @@ def _takes_data(method: Any, options: DistillOptions) -> bool:
             f"{options.method} learns without data, from conditions alone: leave {given} out; --label says which conditions."
         )
     return method.needs_data
-
-
-def parse_options(text: str) -> dict[str, Any]:
-    """Options of a method from ``"loss=l2,guidance=(1,5)"``: Python's literals, and words.
-
-    Raises:
-        ValueError: for anything else.
-
-    Example:
-        >>> parse_options("loss=l2,guidance=(1,5),embedded=True")
-        {'loss': 'l2', 'guidance': (1, 5), 'embedded': True}
-    """
-    if not text:
-        return {}
-    try:
-        call = ast.parse(f"f({text})", mode="eval").body
-        assert isinstance(call, ast.Call)
-        given = {word.arg: _literal(word.value) for word in call.keywords}
-        if call.args or None in given:
-            raise ValueError
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"--options takes name=value, separated by commas, not {text!r}.") from error
-    return {str(name): value for name, value in given.items()}
-
-
-def _literal(node: ast.expr) -> Any:
-    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
 
 
 def _data(model: Any, teacher: Any, options: DistillOptions) -> Any:
@@ -205,22 +175,9 @@ def _label(model: Any, options: DistillOptions) -> str | None:
     return options.label or None if model.info.conditions else None
 
 
-def _features(model: Any) -> Any:
-    """What samples are compared in: those of the classifier of digits where they fit."""
-    from fewstep.evaluate.features import make_features, resolved_features
-
-    if hasattr(model, "decode"):
-        return None
-    return make_features(resolved_features("auto", tuple(model.info.shape)), tuple(model.info.shape))
-
-
-def _drawable(model: Any) -> bool:
-    shape = model.info.shape
-    return len(shape) == 3 and (hasattr(model, "decode") or shape[0] in (1, 3))
-
-
 def _page(student: Any, options: DistillOptions, unfinished: Path) -> Any:
     from fewstep.cli.setup import machine
+    from fewstep.cli.training import student_sheets
     from fewstep.evaluate.report import Report
 
     card = student.card
@@ -262,23 +219,11 @@ def _page(student: Any, options: DistillOptions, unfinished: Path) -> Any:
         page.table(head, rows, text=())
         for line in card["told"]:
             page.text(line[0].upper() + line[1:] + ".")
-    sheets = sorted(unfinished.glob("samples-*.png"))
-    if sheets:
+    if sheets := student_sheets(unfinished):
         page.heading("Samples while it was trained")
-        page.pictures([(sheet.name, f"step {int(sheet.stem.split('-')[1])}", sheet.read_bytes()) for sheet in sheets])
+        page.pictures(sheets)
     return page
 
 
 def _number(distance: float | None) -> str:
     return "not finite" if distance is None else f"{distance:.3g}"
-
-
-@contextmanager
-def _told_how_to_go_on(unfinished: Path) -> Iterator[None]:
-    """When the run is stopped within."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if unfinished.is_dir():
-            print(f"\nstopped: the training is kept in {unfinished}, and the same command goes on from there.", file=sys.stderr)
-        raise

@@ -26,10 +26,11 @@ class PreferOptions(Prompted):
     method: str = option("pso", "pso: pairs of runs; spo: pairs of steps; offline-pso: targets in --data", choices=METHODS)
     options: str = option("", "options of the method: beta=50,clip=0.1; for spo candidates=4,threshold=0.3")
     nfe: int = option(0, "network calls a sample; 0: the most that a student is made for, 4 for other models")
-    solver: str = option("ddpm", "for models that are no students: a solver that draws noise")
+    solver: str = option("", "for models that are no students: a solver that draws noise, for offline-pso any; left out: ddpm")
     label: str = option("each", 'labels to learn from: a class, a list like 0,1,2, or "each"; "" for without condition')
     data: str = option(
-        "", "targets for offline-pso, a .npz file with x, label for models with classes, and worse if there are such samples"
+        "",
+        "targets for offline-pso, a .npz file with x (or samples), label (or labels) for models with classes, and worse if there are such",
     )
     pairs: int = option(512, "for spo: pairs to train its preference model on; 0: the reward itself scores predictions")
     adapter: int = option(0, "train an adapter of this rank; 0: the whole network, or the adapter that a student is")
@@ -50,23 +51,26 @@ def run(options: PreferOptions) -> int:
     """Tune, write the student and the page."""
     from fewstep.adapt.lora import LoraOptions
     from fewstep.cli.conditions import check_prompted, conditions
-    from fewstep.cli.distill import OWN_FILES, _told_how_to_go_on
     from fewstep.cli.setup import new_folder
+    from fewstep.cli.training import STUDENT_FILES, drawable, features_of, told_how_to_go_on
     from fewstep.steer import Judged, make_reward, prefer
+    from fewstep.train.watched import Spent
 
     _check(options)
     check_prompted(options)
     reward = make_reward(options.reward) if options.reward else None
     base, plan = _base(options)
-    model = base.denoiser if hasattr(base, "plans") else base
+    model = base.denoiser_of(plan.nfe) if hasattr(base, "plans") else base
+    reward = _Decoded(model, reward) if reward is not None and hasattr(model, "decode") else reward
     label = options.label or None if model.info.conditions else None
     data = _targets(options, model) if options.method == "offline-pso" else None
     cond = None if data is not None else conditions(model, options, SHOWN, label)
     unfinished = Path(f"{options.out}.unfinished")
     if options.fresh:
         shutil.rmtree(unfinished, ignore_errors=True)
-    with new_folder(options.out, OWN_FILES) as folder, _told_how_to_go_on(unfinished):
-        method = _method(options, model, plan, reward, cond, unfinished)
+    with new_folder(options.out, STUDENT_FILES) as folder, told_how_to_go_on(unfinished):
+        scoring = Spent()
+        method = _method(options, model, plan, reward, cond, unfinished, scoring)
         made = prefer(
             model,
             plan,
@@ -82,10 +86,11 @@ def run(options: PreferOptions) -> int:
             folder=unfinished,
             checkpoint_every=50,
             progress=not options.quiet,
-            sheets=max(1, options.iterations // 4) if _drawable(model) else 0,
-            judged=Judged(options.count, features=_features(model)) if options.count else None,
+            sheets=max(1, options.iterations // 4) if drawable(model) else 0,
+            judged=Judged(options.count, features=features_of(model)) if options.count else None,
         )
-        student = _student(base, made, plan, cond or {}, options)
+        made = _with_scoring(made, scoring.evaluations)
+        student = _student(base, made, plan, cond or data or {}, options)
         student.save(folder)
         _page(student, made, options, unfinished).write(folder)
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -96,6 +101,28 @@ def run(options: PreferOptions) -> int:
             print(line)
         print(f"written to {options.out}; sample with: fewstep sample {options.out} --plan {options.out} --nfe {plan.nfe}")
     return 0
+
+
+class _Decoded:
+    """A reward of the pictures that a model's latents decode to."""
+
+    def __init__(self, model: Any, reward: Any):
+        from fewstep.steer.method import told_of
+
+        self.model, self.reward, self.told = model, reward, f"{told_of(reward)} of pictures"
+
+    def __repr__(self) -> str:
+        return self.told
+
+    def __call__(self, x: Any, **cond: Any) -> Any:
+        return self.reward(self.model.decode(x), **cond)
+
+
+def _with_scoring(made: Any, evaluations: int) -> Any:
+    """What was made, with the network evaluations that the score took on its report."""
+    import dataclasses
+
+    return dataclasses.replace(made, report={**made.report, "score_evaluations": evaluations}) if evaluations else made
 
 
 def _check(options: PreferOptions) -> None:
@@ -118,22 +145,27 @@ def _check(options: PreferOptions) -> None:
 
 def _base(options: PreferOptions) -> tuple[Any, Any]:
     """A student or a denoiser, and the plan."""
-    from fewstep.cli.setup import check_plannable, open_model
-    from fewstep.distill.student import Student
+    from fewstep.cli.conditions import check_null
+    from fewstep.cli.setup import check_plannable, open_model, open_student
     from fewstep.solvers import make_plan
 
     if (Path(options.model) / "student.json").is_file():
-        student = Student.load(options.model, device=options.device)
         if options.adapter:
             raise ValueError(f"{options.model} is a student, which is tuned as it is, network or adapter: leave --adapter out.")
+        if options.solver:
+            raise ValueError(f"{options.model} is a student, which is sampled by its own plans: leave --solver out.")
+        student = open_student(options.model, options)
+        if options.method != "offline-pso":
+            check_null(student, options.model, options.label or None)
         return student, student.plan(options.nfe or None)
-    check_plannable(options.solver, "auto", options.nfe or 4)
+    solver = options.solver or "ddpm"
+    check_plannable(solver, "auto", options.nfe or 4)
     model = open_model(options.model, options)
-    return model, make_plan(options.solver, model.schedule, options.nfe or 4, final="zero")
+    return model, make_plan(solver, model.schedule, options.nfe or 4, final="zero")
 
 
-def _method(options: PreferOptions, model: Any, plan: Any, reward: Any, cond: Any, unfinished: Path) -> Any:
-    from fewstep.cli.distill import parse_options
+def _method(options: PreferOptions, model: Any, plan: Any, reward: Any, cond: Any, unfinished: Path, scoring: Any) -> Any:
+    from fewstep.cli.training import parse_options
     from fewstep.steer import PSO, SPO, OfflinePSO
 
     given = parse_options(options.options)
@@ -141,28 +173,32 @@ def _method(options: PreferOptions, model: Any, plan: Any, reward: Any, cond: An
     known = [name for name in made.__dataclass_fields__ if name not in ("score", "choose", "labels")]
     if unknown := [name for name in given if name not in known]:
         raise ValueError(f"{options.method} has no option {unknown[0]!r} on the command line; it has {', '.join(known)}.")
-    score = {"score": _score(options, model, plan, reward, cond, unfinished)} if options.method == "spo" else {}
+    score = {"score": _score(options, model, plan, reward, cond, unfinished, scoring)} if options.method == "spo" else {}
     return made(**score, **given)
 
 
-def _score(options: PreferOptions, model: Any, plan: Any, reward: Any, cond: Any, unfinished: Path) -> Any:
+def _score(options: PreferOptions, model: Any, plan: Any, reward: Any, cond: Any, unfinished: Path, scoring: Any) -> Any:
     """What SPO tells candidates apart by: a preference model of pairs of the model's own samples, or the reward, in its deviations."""
     import torch
 
+    from fewstep.denoisers import innermost
     from fewstep.noise import draw_noise
     from fewstep.sampler import sample
     from fewstep.steer import StepPreference, fit_preference, scored_by
+    from fewstep.steer.method import checked
+    from fewstep.train.watched import Spent, counted
 
     count = options.pairs or SHOWN
     rows = torch.arange(count) % SHOWN
     told = {name: value[rows] for name, value in cond.items()}
-    with torch.no_grad():
+    with torch.no_grad(), counted([innermost(model, "network")]) as drawing:
         seeds = [range(2_000_000 + k * count, 2_000_000 + (k + 1) * count) for k in (0, 1)]
         noises = [draw_noise(model.info.shape, each, plan, device=options.device) for each in seeds]
         first, second = (sample(model, n, plan, cond=told, seeds=s) for n, s in zip(noises, seeds, strict=True))
-        rewards = reward(first, **told), reward(second, **told)
+        rewards = [checked(reward(x, **told), count, "a reward") for x in (first, second)]
+    scoring.evaluations = drawing.evaluations
     if not options.pairs:
-        return scored_by(reward, 1.0 / max(1e-12, float(torch.cat(rewards).std())))
+        return scored_by(reward, 1.0 / max(1e-12, float(torch.cat([*rewards]).std())))
     if len(model.info.shape) != 3 or not set(cond) <= {"label"}:
         raise ValueError(
             f"the preference model sees pictures of pixels, with labels at most; for {model.info.name} give --pairs 0."
@@ -183,17 +219,25 @@ def _score(options: PreferOptions, model: Any, plan: Any, reward: Any, cond: Any
         seed=options.seed,
         folder=unfinished / "preference",
         progress=not options.quiet,
+        spent=(learning := Spent()),
     )
+    scoring.evaluations += learning.evaluations
     return network
 
 
 def _targets(options: PreferOptions, model: Any) -> dict[str, Any]:
-    """Targets with their conditions."""
+    """Targets with their conditions: as named here, or as `fewstep sample` names them."""
     import torch
 
     from fewstep.cli.setup import read_arrays
 
     arrays = {name: torch.from_numpy(array) for name, array in read_arrays(options.data, "x").items()}
+    arrays.pop("seeds", None)  # of the samples' noise: no condition
+    written = "latents" if "latents" in arrays else "samples"
+    for name, other in (("x", written), ("label", "labels")):
+        if name not in arrays and other in arrays:
+            arrays[name] = arrays.pop(other)
+    arrays.pop("samples", None)  # pictures beside their latents
     wrong = [n for n in ("x", "worse") if n in arrays and tuple(arrays[n].shape[1:]) != tuple(model.info.shape)]
     needed = {"x", *model.info.conditions}
     if wrong or not needed <= set(arrays):
@@ -206,14 +250,24 @@ def _student(base: Any, made: Any, plan: Any, cond: dict[str, Any], options: Pre
     """The tuned model as a student: of a student, that with other weights; of another model, one with one plan."""
     import dataclasses
 
+    from fewstep.cli.conditions import learnt_null
+    from fewstep.distill.networks import asked_of
     from fewstep.distill.student import Student
+    from fewstep.distill.told import Telling
+    from fewstep.noise import draw_noise
+    from fewstep.steer.method import RESERVED
 
     told = {"name": f"prefer, {options.method}", "options": made.report["method"], "reward": options.reward}
     if isinstance(base, Student):
+        network = made.network.network if isinstance(made.network, Telling) else made.network
         card = {**base.card, "method": {**told, "of": base.card["method"]}, "preferred": made.report, "told": made.told}
         card.pop("report", None)
-        return dataclasses.replace(base, network=made.network, card=card)
-    return Student(made.network, base, {plan.nfe: plan}, _card(base, made, plan, told, options), _probe(base, plan, cond))
+        card["calls"] = {str(plan.nfe): base.card["calls"][str(plan.nfe)]}  # the others' were not tuned
+        return dataclasses.replace(base, network=network, card=card, plans={plan.nfe: plan})
+    card = _card(base, made, plan, told, options) | {"null_label": learnt_null(base, cond)}
+    few = {name: value[:PROBED].cpu() for name, value in cond.items() if name not in RESERVED}
+    asked = asked_of(base, draw_noise(base.info.shape, range(PROBED), plan), float(plan.tau[0]), few)
+    return Student(made.network, base, {plan.nfe: plan}, card, asked)
 
 
 def _card(model: Any, made: Any, plan: Any, told: dict[str, Any], options: PreferOptions) -> dict[str, Any]:
@@ -241,36 +295,9 @@ def _card(model: Any, made: Any, plan: Any, told: dict[str, Any], options: Prefe
     }
 
 
-def _probe(model: Any, plan: Any, cond: dict[str, Any]) -> dict[str, Any]:
-    """What the network is asked on two samples at the plan's first time."""
-    from fewstep.distill.networks import read_as
-    from fewstep.noise import draw_noise
-
-    asked: dict[str, Any] = {}
-
-    def network(x: Any, time: Any, **told: Any) -> Any:
-        asked.update({"x": x, "time": time, **told})
-        return x
-
-    few = {name: value[:PROBED].cpu() for name, value in cond.items()}
-    read_as(model, network)(draw_noise(model.info.shape, range(PROBED), plan), float(plan.tau[0]), **few)
-    return asked
-
-
-def _features(model: Any) -> Any:
-    from fewstep.cli.distill import _features
-
-    return _features(model)
-
-
-def _drawable(model: Any) -> bool:
-    from fewstep.cli.distill import _drawable
-
-    return _drawable(model)
-
-
 def _page(student: Any, made: Any, options: PreferOptions, unfinished: Path) -> Any:
     from fewstep.cli.setup import machine
+    from fewstep.cli.training import student_sheets
     from fewstep.evaluate.report import Report
 
     results = {"command": "fewstep prefer", "machine": machine(), **made.report, "log": made.log}
@@ -283,8 +310,7 @@ def _page(student: Any, made: Any, options: PreferOptions, unfinished: Path) -> 
     names = [name for name in made.log[-1] if name not in ("step", "learning_rate", "gradient_norm")]
     page.heading("Training")
     page.table(["step", *names], [[str(r["step"]), *(f"{r[n]:.4g}" for n in names)] for r in made.log[-12:]], text=())
-    sheets = sorted(unfinished.glob("samples-*.png"))
-    if sheets:
+    if sheets := student_sheets(unfinished):
         page.heading("Samples: before in the first row, now in the second")
-        page.pictures([(sheet.name, f"step {int(sheet.stem.split('-')[1])}", sheet.read_bytes()) for sheet in sheets])
+        page.pictures(sheets)
     return page

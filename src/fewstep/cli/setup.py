@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import re
@@ -32,6 +33,7 @@ __all__ = [
     "machine",
     "new_folder",
     "open_model",
+    "open_student",
     "parse_labels",
     "parse_numbers",
     "parse_seeds",
@@ -51,6 +53,32 @@ SMALL = 5_000_000
 
 def open_model(name: str, options: Common, nfe: int | None = None) -> Denoiser:
     """The model on its device, in its precision; of a student that is told its number of calls, for that many."""
+    device = _device(options)
+    dtype = None if options.dtype == "float32" else getattr(torch, options.dtype)
+    denoiser = _load(name, device, dtype, nfe)
+    _few_threads(denoiser.network, options)
+    size = getattr(options, "size", "")
+    return _sized(denoiser, name, size) if size else denoiser
+
+
+def open_student(name: str, options: Common) -> Any:
+    """The student of a folder, on its device, in its precision and size.
+
+    Raises:
+        ValueError: as of `open_model`.
+    """
+    from fewstep.distill.student import Student
+
+    device = _device(options)
+    dtype = None if options.dtype == "float32" else getattr(torch, options.dtype)
+    student = Student.load(name, device=device, dtype=dtype)
+    _few_threads(student.network, options)
+    size = getattr(options, "size", "")
+    return dataclasses.replace(student, teacher=_sized(student.teacher, name, size)) if size else student
+
+
+def _device(options: Common) -> torch.device:
+    """The device, if it can be used; the number of threads is set."""
     if options.threads < 0:
         raise ValueError(f"--threads must be at least 0, got {options.threads}.")
     if options.threads:
@@ -60,18 +88,20 @@ def open_model(name: str, options: Common, nfe: int | None = None) -> Denoiser:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    dtype = None if options.dtype == "float32" else getattr(torch, options.dtype)
-    denoiser = _load(name, device, dtype, nfe)
-    network = denoiser.network
+    return device
+
+
+def _few_threads(network: Any, options: Common) -> None:
+    """One thread for a small network, if nothing was said."""
     parameters = sum(p.numel() for p in network.parameters()) if isinstance(network, torch.nn.Module) else 0
-    if not options.threads and device.type == "cpu" and parameters < SMALL:
+    if not options.threads and torch.device(options.device).type == "cpu" and parameters < SMALL:
         torch.set_num_threads(1)
-    size = getattr(options, "size", "")
-    if not size:
-        return denoiser
+
+
+def _sized(denoiser: Any, name: str, size: str) -> Any:
     if not isinstance(getattr(denoiser, "size", None), tuple):
         raise ValueError(f"{name} has one size; leave --size out.")
-    return denoiser.with_size(parse_size(size))  # type: ignore[attr-defined]
+    return denoiser.with_size(parse_size(size))
 
 
 def _load(name: str, device: torch.device, dtype: torch.dtype | None, nfe: int | None) -> Denoiser:

@@ -2,9 +2,6 @@
 
 `read_as` makes a denoiser of any network by the teacher's conventions; `copy_of` gives the network that a fake score begins as;
 `bottleneck` and `Head` are for an adversary that looks into a network.
-
-Copies that are trained drop nothing out, and are in single precision where the teacher is in half: the updates of an optimizer are smaller
-than the steps of a number in half precision.
 """
 
 from __future__ import annotations
@@ -19,30 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.adapt.trained import trainable
 from fewstep.denoisers import Denoiser, innermost
 from fewstep.schedules import NoiseSchedule
 
 __all__ = [
     "Features",
     "Head",
+    "asked_of",
     "bottleneck",
     "called",
     "channels_of",
     "copy_of",
     "device_of",
-    "in_single_precision",
     "layer_of",
     "read_as",
     "schedule_of",
-    "trainable",
-    "without_dropout",
 ]
 
 BOTTLENECKS = ("mid_block", "middle_block", "bottleneck", "bottom")
 """How networks call the middle of a U-Net."""
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-HALF = (torch.float16, torch.bfloat16)
 
 
 def schedule_of(teacher: object) -> NoiseSchedule:
@@ -87,6 +81,24 @@ def read_as(teacher: object, network: Callable[..., Tensor]) -> Denoiser:
     return other
 
 
+def asked_of(teacher: object, x: Tensor, time: float, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a denoiser asks its network about states at a time: ``{"x", "time", **cond}``.
+
+    Example:
+        >>> from fewstep.schedules import Flow
+        >>> asked_of(Denoiser(lambda x, time: x, Flow(), "flow"), torch.ones(1, 1), 0.25, {})["time"].tolist()
+        [0.25]
+    """
+    asked: dict[str, Tensor] = {}
+
+    def network(x: Tensor, time: Tensor, **told: Tensor) -> Tensor:
+        asked.update({"x": x, "time": time, **told})
+        return x
+
+    read_as(teacher, network)(x, time, **cond)
+    return asked
+
+
 def device_of(teacher: object) -> torch.device:
     """Where the network of a denoiser is; the CPU for one without weights.
 
@@ -104,39 +116,6 @@ def copy_of(teacher: object, student: nn.Module) -> nn.Module:
     """A copy of the teacher's network, all of it to be trained; of the student if the teacher's network is a function without weights."""
     network = innermost(teacher, "network")
     return trainable(network if isinstance(network, nn.Module) else student)
-
-
-def trainable(network: nn.Module) -> nn.Module:
-    """A copy, all of whose weights are to be trained: in single precision if they are in half, and without dropout.
-
-    Example:
-        >>> made = trainable(nn.Sequential(nn.Linear(2, 2, dtype=torch.bfloat16), nn.Dropout(0.5)))
-        >>> made[0].weight.dtype, made[1].p
-        (torch.float32, 0.0)
-    """
-    made = without_dropout(in_single_precision(copy.deepcopy(network)))
-    for parameter in made.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-    return made
-
-
-def in_single_precision(network: nn.Module) -> nn.Module:
-    """The network, in place, with what is in half precision in single precision."""
-    with torch.no_grad():
-        for tensor in (*network.parameters(), *network.buffers()):
-            if tensor.dtype in HALF:
-                tensor.data = tensor.data.float()
-    return network
-
-
-def without_dropout(network: nn.Module) -> nn.Module:
-    """The network, in place: nothing is dropped out, as the teacher drops nothing when it is asked, but in adapters, which say how much."""
-    for name, part in network.named_modules():
-        if isinstance(part, DROPOUTS) and "lora_dropout" not in name:
-            part.p = 0.0
-        elif isinstance(part, nn.MultiheadAttention):
-            part.dropout = 0.0
-    return network
 
 
 def layer_of(module: nn.Module) -> nn.Module:

@@ -26,10 +26,10 @@ from fewstep.distill.distribution import DMD2
 from fewstep.distill.flow_map import FreeFlow
 from fewstep.distill.high_frequency import HiPA
 from fewstep.distill.method import STUDENT, Method
-from fewstep.distill.networks import read_as
+from fewstep.distill.networks import asked_of, read_as
 from fewstep.distill.report import Comparison, compare_student
 from fewstep.distill.sheets import SHOWN, Sheets, check_drawable
-from fewstep.distill.sources import made_for, shape_of, source_of, teacher_samples
+from fewstep.distill.sources import shape_of, source_of, teacher_samples
 from fewstep.distill.states import conditions as conditions_of
 from fewstep.distill.student import FORMAT, Student, denoiser_of
 from fewstep.distill.student_network import WRAPPERS, AdaptedNetwork, GuidanceEmbedded, student_network, told_adapter
@@ -40,6 +40,7 @@ from fewstep.noise import draw_noise
 from fewstep.plan import Plan
 from fewstep.train.batches import Batches
 from fewstep.train.trainer import fit
+from fewstep.train.watched import made_for
 from fewstep.version import __version__
 
 __all__ = ["ADAPTED", "METHODS", "Comparison", "distill", "make_method", "own_steps", "teacher_samples"]
@@ -270,23 +271,12 @@ def _scale(method: Method, teacher: Any, student: nn.Module) -> float | None:
     return min(max(teacher.guidance_scale, low), high)
 
 
-class _Recorder:
-    """A network that remembers what it was asked."""
-
-    def __call__(self, x: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
-        self.asked = {"x": x, "time": time, **cond}
-        return x
-
-
 def _probe(teacher: Any, source: Any, plan: Plan, seed: int) -> dict[str, Tensor]:
     """What the student is asked on two samples at the plan's first time."""
     batch = Batches(source, PROBED, seed).piece(1, 0, PROBED)
     like = next((batch[name] for name in ("x", "noise") if name in batch), None)
     x = draw_noise(shape_of(teacher) if like is None else like.shape[1:], range(PROBED), plan)
-    recorder = _Recorder()
-    cond = {name: value.cpu() for name, value in conditions_of(batch).items()}
-    read_as(teacher, recorder)(x, float(plan.tau[0]), **cond)  # type: ignore[arg-type]
-    return recorder.asked
+    return asked_of(teacher, x, float(plan.tau[0]), {name: value.cpu() for name, value in conditions_of(batch).items()})
 
 
 def _reader(teacher: Any, card: Mapping[str, Any]) -> Callable[[nn.Module, int], Any]:

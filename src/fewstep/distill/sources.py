@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fewstep.denoisers import innermost
 from fewstep.distill.high_frequency import teacher_pairs
 from fewstep.distill.method import Method
 from fewstep.distill.networks import device_of
-from fewstep.identity import digest_of, identity
+from fewstep.identity import digest_of
 from fewstep.noise import draw_noise
 from fewstep.sampler import sample
 from fewstep.solvers import DPMSolverPP
 
-__all__ = ["made_for", "shape_of", "source_of", "teacher_samples"]
+__all__ = ["shape_of", "source_of", "teacher_samples"]
 
 PAIR_SEED = 2**32
 """Seeds of pairs that are drawn begin here: no others do."""
@@ -96,22 +94,6 @@ def _pairs(teacher: Any, count: int, calls: int, cond: dict[str, Tensor], seed: 
     chosen = {name: value[torch.arange(count, device=value.device) % len(value)] for name, value in cond.items()}
     first = PAIR_SEED + seed * count
     return teacher_pairs(teacher, range(first, first + count), plan, cond=chosen, shape=shape_of(teacher))
-
-
-def made_for(teacher: Any, source: Any, others: Any) -> str:
-    """What a checkpoint of the training must have been made for: digests of the teacher, with its guidance and limits, and of the data.
-
-    Args:
-        teacher: the denoiser. Its weights are looked at, whatever it says of itself.
-        source: what batches are drawn from; of a function, its name is compared elsewhere.
-        others: anything else that has a repr.
-    """
-    model, network = identity(teacher), innermost(teacher, "network")
-    weights = {} if not isinstance(network, nn.Module) else network.state_dict()
-    told = digest_of({name: value for name, value in weights.items() if isinstance(value, Tensor)}) if weights else ""
-    hasher = hashlib.sha256(f"{model} {told} {others!r}".encode())
-    data = f", data {digest_of(dict(source))[:12]}" if isinstance(source, Mapping) else ""
-    return f"{model['name']} {hasher.hexdigest()[:12]}{data}"
 
 
 @torch.no_grad()

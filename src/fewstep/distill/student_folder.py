@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewstep.adapt.lora import FILE, load_adapter
-from fewstep.distill.networks import in_single_precision
+from fewstep.adapt.trained import in_single_precision
 from fewstep.distill.student_network import WRAPPERS, AdaptedNetwork
 from fewstep.errors import ArtefactError
 from fewstep.identity import identity

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fewstep.adapt import adapted_network as adapt
 from fewstep.adapt.adapted_network import AdaptedNetwork, part_of
 from fewstep.adapt.lora import LoraOptions, add_adapter
-from fewstep.distill.networks import trainable, without_dropout
+from fewstep.adapt.trained import trainable, without_dropout
 from fewstep.distill.told import Told
 from fewstep.errors import FewstepError
 

@@ -44,7 +44,9 @@ from fewstep.errors import PlanError
 from fewstep.noise import check_seeds
 from fewstep.plan import Plan
 from fewstep.sampler import sample
+from fewstep.steer.method import told_of
 from fewstep.train.trainer import fit
+from fewstep.train.watched import made_for, watch
 
 __all__ = ["Optimised", "optimize_noise"]
 
@@ -150,9 +152,11 @@ def optimize_noise(
         place = None if folder is None else Path(folder)
         ways = ((inner, surrogate_plan, iterations - refined), (denoiser, decode_plan, refined))
         objective = _Surrogate(run, ways, loss, scale, place if sheets else None, sheets)
-        objective.__qualname__ += f" from {_digest(noise, initial)}"  # so that no other noise or target goes on from its checkpoint
+        with torch.no_grad():
+            first = loss(run(inner, noise, surrogate_plan)) if (inner, surrogate_plan) != (denoiser, decode_plan) else initial
+        told_apart = f"from {_digest(noise, initial, first)}, shell={shell}, surrogate {made_for(inner, None)}"
         result = fit(
-            objective,
+            watch(objective, f"{made_for(denoiser, None)} {told_apart}"),
             model,
             {"row": torch.arange(1)},
             steps=iterations,
@@ -170,9 +174,9 @@ def optimize_noise(
     return Optimised(found, samples, errors[0], errors[1], initial, calls, result.log)
 
 
-def _digest(noise: Tensor, errors: Tensor) -> str:
-    """Of the noise, and of what the loss says of its samples, to four digits."""
-    told = [f"{error:.3e}" for error in errors.tolist()]
+def _digest(noise: Tensor, *errors: Tensor) -> str:
+    """Of the noise, and of what the loss says of its samples and of the surrogate's, to four digits."""
+    told = [f"{error:.3e}" for error in torch.cat(errors).tolist()]
     return hashlib.sha256(noise.detach().cpu().double().numpy().tobytes() + " ".join(told).encode()).hexdigest()[:16]
 
 
@@ -247,7 +251,10 @@ class _Surrogate:
         self.run, self.ways, self.loss, self.scale, self.folder, self.sheets = run, ways, loss, scale, folder, sheets
         self.samples: Tensor | None = None
         through = ", ".join(f"{count} through {plan.digest[:12]}" for _, plan, count in ways if count)
-        self.__qualname__ = f"DITTO-2: {through}, by {getattr(loss, '__qualname__', None) or repr(loss)}"
+        self.told = f"DITTO-2: {through}, by {told_of(loss)}"
+
+    def __repr__(self) -> str:
+        return self.told
 
     def __call__(self, model: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         first, then = self.ways

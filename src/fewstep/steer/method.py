@@ -7,15 +7,18 @@ number a sample, ``"batch"``, larger for better ones; or several, ``"batch k"``,
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fewstep.plan import Plan
+from fewstep.train.watched import weights_of
 
 __all__ = [
     "RESERVED",
@@ -25,9 +28,11 @@ __all__ = [
     "Policy",
     "PreferenceMethod",
     "Reward",
+    "checked",
     "clipped",
     "conditions_of",
     "pair_loss",
+    "told_of",
 ]
 
 Denoiser = Callable[..., Tensor]
@@ -140,7 +145,36 @@ def clipped(log_r: Tensor, clip: float | None) -> Tensor:
         >>> clipped(torch.tensor([0.05, 1.0]), 0.1).exp().round(decimals=3).tolist()
         [1.0509999990463257, 1.100000023841858]
     """
-    return log_r if clip is None else log_r.exp().clamp(1.0 - clip, 1.0 + clip).log()
+    return log_r if clip is None else log_r.clamp(math.log1p(-clip), math.log1p(clip))
+
+
+def checked(found: Any, count: int, what: str) -> Tensor:
+    """What a reward or a score gave, if it is finite floating-point numbers, one a sample or several a sample.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    wanted = f"{what} must give one floating-point number a sample, a tensor of shape ({count},)"
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        kind = str(found.dtype) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"{wanted}; this one gave {kind}. Cast it: .float().")
+    if found.ndim not in (1, 2) or len(found) != count:
+        raise ValueError(f"{wanted}; this one gave shape {tuple(found.shape)}. Take the mean over all but the first dimension.")
+    if not bool(found.isfinite().all()):
+        raise ValueError(f"{wanted}; {int((~found.isfinite()).sum())} of {found.numel()} were not finite.")
+    return found
+
+
+def told_of(function: Any) -> str:
+    """What a checkpoint calls a function, a reward or a score: its name or its repr; of a network the digest of its weights as well.
+
+    Example:
+        >>> told_of(pair_loss), told_of(nn.Linear(1, 1).requires_grad_(False))[:7]
+        ('pair_loss', 'Linear ')
+    """
+    if isinstance(function, nn.Module):
+        return f"{type(function).__name__} {weights_of(function)[:12]}"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(getattr(function, "__qualname__", None) or repr(function)))
 
 
 def pair_loss(margin: Tensor, beta: float) -> Tensor:
@@ -160,7 +194,7 @@ def check_pair_options(beta: float, clip: float | None) -> None:
 
 def beyond(log_r: Tensor, clip: float | None) -> Tensor:
     """The share of ratios that are clipped, and so have no gradient."""
-    return log_r.new_zeros(()) if clip is None else share((log_r.detach().exp() - 1.0).abs() > clip)
+    return log_r.new_zeros(()) if clip is None else share(clipped(log_r.detach(), clip) != log_r.detach())
 
 
 def share(mask: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from fewstep.adapt.adapted_network import AdaptedNetwork
 from fewstep.adapt.lora import add_adapter
+from fewstep.adapt.trained import HALF, in_single_precision, trainable, without_dropout
 from fewstep.denoisers import Denoiser, innermost
 
-__all__ = ["network_of", "trained_copy", "with_network"]
+__all__ = ["network_of", "reference_of", "trained_copy", "with_network"]
 
 
 def network_of(denoiser: object) -> nn.Module:
@@ -41,6 +42,7 @@ def with_network(denoiser: Any, network: nn.Module) -> Any:
     made = copy.copy(denoiser)
     if isinstance(denoiser, Denoiser):
         made.network, made.calls, made._remembered = network, 0, {}
+        made.network_dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
         made.info = replace(denoiser.info, fingerprint=None)
         return made
     if not hasattr(denoiser, "denoiser"):
@@ -50,7 +52,7 @@ def with_network(denoiser: Any, network: nn.Module) -> Any:
 
 
 def trained_copy(network: nn.Module, adapter: Any = None, *, seed: int = 0) -> nn.Module:
-    """What is trained: a copy of a network, or the network with an adapter. It drops nothing out.
+    """What is trained: a copy of a network, or the network with an adapter. It drops nothing out, and is in single precision, not half.
 
     Of a network with an adapter of its own, that keeps the weights of this adapter alone, the adapter is trained further.
 
@@ -65,17 +67,23 @@ def trained_copy(network: nn.Module, adapter: Any = None, *, seed: int = 0) -> n
     if adapter is not None:
         if isinstance(network, AdaptedNetwork):
             raise ValueError("the student is an adapter already, which is trained further as it is: leave adapter out.")
-        made: nn.Module = AdaptedNetwork(network, _put(adapter, seed))
-    else:
-        own = set(network.state_dict())
-        shared = {id(p): p for name, p in network.named_parameters() if name not in own}
-        made = copy.deepcopy(network, shared)
-        for name, parameter in made.named_parameters():
-            parameter.requires_grad_(name in own and parameter.is_floating_point())
-    for name, part in made.named_modules():
-        if isinstance(part, nn.Dropout) and "lora_dropout" not in name:
-            part.p = 0.0
-    return made
+        return without_dropout(AdaptedNetwork(network, _put(adapter, seed)))
+    if not isinstance(network, AdaptedNetwork):
+        return trainable(network)
+    own = set(network.state_dict())
+    shared = {id(p): p for name, p in network.named_parameters() if name not in own}
+    made = in_single_precision(copy.deepcopy(network, shared), own)
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(name in own and parameter.is_floating_point())
+    return without_dropout(made)
+
+
+def reference_of(denoiser: Any, trained: nn.Module) -> Any:
+    """What a policy is compared with: the denoiser it began as, in the precision of what is trained; so at first both say the same."""
+    network = network_of(denoiser)
+    if isinstance(trained, AdaptedNetwork) or not any(p.dtype in HALF for p in network.parameters()):
+        return denoiser
+    return with_network(denoiser, in_single_precision(copy.deepcopy(network)).requires_grad_(False))
 
 
 def _put(adapter: Any, seed: int) -> Callable[[nn.Module], None]:

@@ -6,8 +6,7 @@ out is compared with what it began as on the same noise: the reward, and how far
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -23,16 +22,15 @@ from fewstep.identity import identity
 from fewstep.noise import draw_noise
 from fewstep.plan import Plan
 from fewstep.sampler import check_fit, sample
-from fewstep.steer.method import RESERVED, Policy, PreferenceMethod, Reward
-from fewstep.steer.policy import device_like, network_of, trained_copy, with_network
+from fewstep.steer.method import RESERVED, Policy, PreferenceMethod, Reward, checked, told_of
+from fewstep.steer.policy import device_like, network_of, reference_of, trained_copy, with_network
 from fewstep.steer.pso import PSO
 from fewstep.train.batches import Batches
 from fewstep.train.trainer import fit
+from fewstep.train.watched import Spent, counted, made_for, watch
 
 __all__ = ["Judged", "Preferred", "prefer"]
 
-BACKWARD = 3
-"""A forward and a backward pass cost about so many forward passes."""
 SHOWN, JUDGE_SEED, BLOCK = 16, 1_000_000, 256
 
 
@@ -85,6 +83,8 @@ class Preferred:
             )
         if report["evaluations"]:
             lines.append(f"training took {report['evaluations']:,} network evaluations")
+        if report.get("score_evaluations"):
+            lines.append(f"the pairs and the score that it learnt by took {report['score_evaluations']:,} more")
         return lines
 
 
@@ -111,11 +111,11 @@ def prefer(
     judged: Judged | None = Judged(),
     **options: Any,
 ) -> Preferred:
-    """Tune a model that is sampled by a stochastic plan towards what a reward, a score or targets prefer.
+    """Tune a few-step model towards what a reward, a score or targets prefer.
 
     Args:
         student: ``D(x, t, **cond)`` around a torch module: a distilled student's denoiser, or any other. It stays as it is.
-        plan: how it is sampled, with noise in at least one row: of a student 2 calls or more.
+        plan: how it is sampled, but for `OfflinePSO` with noise in at least one row: of a consistency student 2 calls or more.
         method: `PSO`, `OfflinePSO` or `SPO`.
         reward: ``reward(x, **cond) -> "batch"`` of clean samples, larger for better; several, none of which is traded for another. Methods
             that need none are judged by it.
@@ -159,14 +159,15 @@ def prefer(
     network = trained_copy(network_of(student), adapter, seed=seed)
     denoiser = with_network(student, network)
     like = device_like(network, torch.zeros(1, *size))
-    objective = method.objective(Policy(denoiser, student, plan, size, scored, like))
+    reference, spent = reference_of(student, network), Spent()
+    objective = method.objective(Policy(denoiser, reference, plan, size, scored, like))
     place = None if folder is None else Path(folder)
     rate = learning_rate if learning_rate is not None else 1e-4 if isinstance(network, AdaptedNetwork) else 1e-5
     rows = Batches(source, max(SHOWN, judged.count if judged else 0), seed)
-    with _counted(student, network) as spent:
-        drawn = _Sheets(student, denoiser, plan, rows, size, place, like, spent) if sheets and place is not None else None
+    drawn = _Sheets(student, denoiser, plan, rows, size, place, like, sheets) if sheets and place is not None else None
+    with counted([network_of(reference), network], spent):
         result = fit(
-            _Watched(objective, drawn, sheets, spent, _named(reward)),
+            watch(objective, f"{made_for(student, source, plan.digest)} by {_named(reward)}", spent, drawn),
             network,
             source,
             steps=steps,
@@ -183,7 +184,7 @@ def prefer(
     if ema:
         network.load_state_dict(result.averages[ema])
     network.eval()
-    report = {"method": repr(method), "plan": plan.digest, "model": identity(student)["name"], "evaluations": spent.of(steps)}
+    report = {"method": repr(method), "plan": plan.digest, "model": identity(student)["name"], "evaluations": spent.evaluations}
     report |= {"training": {"steps": steps, "batch_size": batch_size, "learning_rate": rate, "ema": ema, "seed": seed}}
     if judged is not None:
         report |= _judge(student, denoiser, plan, scored, rows, size, judged, like)
@@ -194,17 +195,19 @@ def prefer(
 
 
 def _whole_reward(reward: Reward | Sequence[Reward] | None) -> Reward | None:
-    """One reward of one or several."""
-    if reward is None or callable(reward):
-        return reward
+    """One reward of one or several, whose numbers are checked."""
+    if reward is None:
+        return None
+    if callable(reward):
+        return lambda x, **cond: checked(reward(x, **cond), len(x), "a reward")
     several = list(reward)
-    return lambda x, **cond: torch.stack([each(x, **cond) for each in several], 1)
+    return lambda x, **cond: torch.stack([checked(each(x, **cond), len(x), "a reward") for each in several], 1)
 
 
 def _named(reward: Reward | Sequence[Reward] | None) -> str:
     """What a checkpoint calls the reward."""
     several = [reward] if reward is None or callable(reward) else reward
-    return ", ".join(str(getattr(each, "__qualname__", None) or repr(each)) for each in several)
+    return ", ".join(told_of(each) for each in several)
 
 
 def _source(method: PreferenceMethod, data: Any, cond: Mapping[str, Tensor] | None) -> Any:
@@ -228,52 +231,6 @@ def _shape_of(student: Any, shape: Sequence[int] | None) -> tuple[int, ...]:
 # ---- beside training ---------------------------------------------------------------------------------------------------------------
 
 
-class _Spent:
-    """Network evaluations of training, one sample each; a backward pass counts as two more."""
-
-    def __init__(self) -> None:
-        self.evaluations, self.steps, self.paused = 0, 0, False
-
-    def of(self, steps: int) -> int | None:
-        """Those of so many steps, by those that were done here; None if none were."""
-        return round(self.evaluations / self.steps * steps) if self.steps else None
-
-    def count(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        """A forward hook."""
-        if not self.paused:
-            learning = torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad
-            self.evaluations += (BACKWARD if learning else 1) * len(inputs[0])
-
-
-@contextlib.contextmanager
-def _counted(student: Any, network: nn.Module) -> Iterator[_Spent]:
-    """Within it, calls of both networks are counted."""
-    spent = _Spent()
-    handles = [module.register_forward_hook(spent.count) for module in (network_of(student), network)]
-    try:
-        yield spent
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Watched:
-    """An objective, after whose updates pictures may be drawn."""
-
-    def __init__(self, objective: Any, drawn: Callable[[int], None] | None, every: int, spent: _Spent, reward: str):
-        self.objective, self.drawn, self.every, self.spent = objective, drawn, every, spent
-        self.__qualname__ = f"{objective!r} by {reward}"  # what a checkpoint calls it
-
-    def __call__(self, model: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Mapping[str, Any]]:
-        return self.objective(model, batch, generator)
-
-    def updated(self, model: Any, step: int) -> None:
-        """Called by the loop."""
-        self.spent.steps += 1
-        if self.drawn is not None and step % self.every == 0:
-            self.drawn(step)
-
-
 class _Sheets:
     """Pictures of a few samples: in the first row of the model that training began with."""
 
@@ -286,23 +243,18 @@ class _Sheets:
         shape: tuple[int, ...],
         folder: Path,
         like: Tensor,
-        spent: _Spent,
+        every: int,
     ):
-        self.denoiser, self.plan, self.folder, self.like, self.spent = denoiser, plan, folder, like, spent
+        self.denoiser, self.plan, self.folder, self.like, self.every = denoiser, plan, folder, like, every
         self.shape, self.cond = shape, _conditions(rows, SHOWN)
-        self.first = self._samples(student)
+        self.first = _samples(student, plan, shape, range(SHOWN), self.cond, like)
 
-    def _samples(self, denoiser: Any) -> Tensor:
-        self.spent.paused = True
-        try:
-            return _samples(denoiser, self.plan, self.shape, range(SHOWN), self.cond, self.like)
-        finally:
-            self.spent.paused = False
-
-    def __call__(self, step: int) -> None:
+    def __call__(self, model: Any, step: int) -> None:
+        if step % self.every:
+            return
         from fewstep.evaluate.report import image_grid
 
-        pictures = torch.cat([self.first, self._samples(self.denoiser)])
+        pictures = torch.cat([self.first, _samples(self.denoiser, self.plan, self.shape, range(SHOWN), self.cond, self.like)])
         decode, info = getattr(self.denoiser, "decode", None), getattr(self.denoiser, "info", None)
         pictures = pictures if decode is None else decode(pictures)
         sheet = image_grid(pictures.nan_to_num().cpu(), getattr(info, "data_range", None) or (-1.0, 1.0), columns=SHOWN)

@@ -24,9 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fewstep.denoisers import innermost
 from fewstep.models import TimeFeatures
 from fewstep.schedules import NoiseSchedule
 from fewstep.train.trainer import FitResult, fit
+from fewstep.train.watched import Spent, counted, made_for, watch
 
 __all__ = ["StepPreference", "fit_preference"]
 
@@ -104,6 +106,7 @@ def fit_preference(
     batch_size: int = 64,
     learning_rate: float = 1e-3,
     times: tuple[float, float] | None = None,
+    spent: Spent | None = None,
     **options: Any,
 ) -> FitResult:
     """Train a step-aware preference model, in place.
@@ -114,6 +117,7 @@ def fit_preference(
         pairs: ``{"better": ..., "worse": ..., **cond}``: clean samples ``"pairs *shape"``, the first preferred; where ``"tie"`` holds True,
             neither is.
         times: the least and the most noisy time; left out, from the schedule's end to its start.
+        spent: counts the evaluations of the diffusion model's network; kept in checkpoints.
         steps, batch_size, learning_rate, **options: of `fewstep.train.fit`.
 
     Returns:
@@ -130,7 +134,10 @@ def fit_preference(
         raise TypeError("the preference model sees predictions of a denoiser with a noise schedule; this one has none.")
     low, high = times or (schedule.t_end, schedule.t_start)
     settings = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "warmup": min(50, steps // 10), "ema": ()}
-    result = fit(_PairEntropy(denoiser, schedule, float(low), float(high)), network, dict(pairs), **{**settings, **options})
+    spent = Spent() if spent is None else spent
+    entropy = watch(_PairEntropy(denoiser, schedule, float(low), float(high)), made_for(denoiser, pairs), spent)
+    with counted([innermost(denoiser, "network")], spent):
+        result = fit(entropy, network, dict(pairs), **{**settings, **options})
     network.eval().requires_grad_(False)
     return result
 

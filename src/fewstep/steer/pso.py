@@ -32,8 +32,9 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import PlanError
+from fewstep.sampler import sample
 from fewstep.steer.method import Dominance, Labels, Policy, beyond, check_pair_options, clipped, conditions_of, pair_loss, share
-from fewstep.steer.transitions import GaussianSteps, log_ratio
+from fewstep.steer.transitions import GaussianSteps, log_ratio, starting_noise
 
 __all__ = ["PSO", "OfflinePSO"]
 
@@ -145,7 +146,7 @@ class OfflinePSO:
 
     def objective(self, policy: Policy) -> Any:
         """The objective for `fewstep.train.fit`."""
-        return _Offline(self, policy, GaussianSteps(policy.plan), _noisy_times(policy.plan))
+        return _Offline(self, policy, _noisy_times(policy.plan))
 
 
 def _noisy_times(plan: Any) -> list[float]:
@@ -161,7 +162,6 @@ def _noisy_times(plan: Any) -> list[float]:
 class _Offline:
     method: OfflinePSO
     policy: Policy
-    steps: GaussianSteps
     times: list[float]
 
     def __repr__(self) -> str:
@@ -192,8 +192,11 @@ class _Offline:
 
     def _own(self, better: Tensor, cond: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
         """Samples of the reference."""
-        noise = self.steps.start(len(better), better.shape[1:], generator, like=better)
-        return self.steps.draw(self.policy.reference, noise, generator, cond)[-1]
+        plan, reference = self.policy.plan, self.policy.reference
+        noise = starting_noise(plan, len(better), better.shape[1:], generator, like=better)
+        if plan.stochastic:
+            return GaussianSteps(plan).draw(reference, noise, generator, cond)[-1]
+        return sample(reference, noise, plan, cond=cond, check=False)
 
     @staticmethod
     def _losses(d: Tensor, clean: Tensor, weight: Tensor) -> Tensor:

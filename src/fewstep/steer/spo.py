@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fewstep.sampler import Hooks, sample
-from fewstep.steer.method import Policy, beyond, check_pair_options, clipped, conditions_of, pair_loss
+from fewstep.steer.method import Policy, beyond, check_pair_options, checked, clipped, conditions_of, pair_loss, told_of
 from fewstep.steer.transitions import GaussianSteps, log_ratio
 
 __all__ = ["SPO", "StepScore", "best", "scored_by", "uniform"]
@@ -61,11 +61,19 @@ def scored_by(reward: Callable[..., Tensor], scale: float = 1.0) -> StepScore:
         >>> score(torch.ones(1, 3), 0.7).tolist()
         [2.0]
     """
+    return _Scored(reward, scale)
 
-    def score(d: Tensor, t: float, **cond: Any) -> Tensor:
-        return scale * reward(d, **cond)
 
-    return score
+@dataclass(frozen=True)
+class _Scored:
+    reward: Callable[..., Tensor]
+    scale: float
+
+    def __repr__(self) -> str:
+        return f"scored_by({told_of(self.reward)}, {self.scale!r})"
+
+    def __call__(self, d: Tensor, t: float, **cond: Any) -> Tensor:
+        return self.scale * self.reward(d, **cond)
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ class SPO:
 
     def __repr__(self) -> str:
         told = f"candidates={self.candidates}, beta={self.beta}, clip={self.clip}, threshold={self.threshold}, skip={self.skip}"
-        return f"SPO({getattr(self.score, '__qualname__', type(self.score).__name__)}, {told}, choose={self.choose.__qualname__})"
+        return f"SPO({told_of(self.score)}, {told}, choose={told_of(self.choose)})"
 
     @property
     def needs_reward(self) -> bool:
@@ -180,7 +188,7 @@ class StepPairs:
             time = float(grid[-1]) if last else float(tau[i + 1])
             flat = drawn.flatten(0, 1)
             predicted = flat if last else policy.denoiser(flat, time, **many)
-            scores = self.method.score(predicted, time, **many).reshape(n, -1)
+            scores = checked(self.method.score(predicted, time, **many), len(flat), "a score").reshape(n, -1)
             pairs[i] = _pair(drawn, scores, self.method.threshold)
             chosen, places = self.method.choose(scores, generator), torch.arange(mean.shape[0], device=mean.device)
             if not last:

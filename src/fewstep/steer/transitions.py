@@ -33,9 +33,17 @@ from fewstep.errors import PlanError
 from fewstep.plan import Entry, Plan
 from fewstep.sampler import Hooks, sample
 
-__all__ = ["GaussianSteps", "log_density", "log_ratio"]
+__all__ = ["GaussianSteps", "log_density", "log_ratio", "starting_noise"]
 
 Denoiser = Callable[..., Tensor]
+
+
+def starting_noise(
+    plan: Plan, count: int, shape: Sequence[int], generator: torch.Generator, *, like: Tensor | None = None
+) -> Tensor:
+    """Starting noise at the scale of a plan's start, from a generator: ``"count *shape"``."""
+    noise = torch.randn((count, *shape), generator=generator)
+    return float(plan.schedule.sigma(plan.noise_time)) * (noise if like is None else noise.to(like.device, like.dtype))
 
 
 class GaussianSteps:
@@ -62,8 +70,9 @@ class GaussianSteps:
     def __init__(self, plan: Plan):
         if not plan.stochastic:
             raise PlanError(
-                "preferences are learnt from plans that draw noise, and this one draws none: use a stochastic solver (lcm, ddpm, "
-                "dpmpp_1_sde, ...), of a student one with 2 calls or more."
+                f"PSO and SPO learn from plans that draw noise, and this one, of {plan.nfe} call{'s' * (plan.nfe != 1)}, draws none: use a "
+                "stochastic solver (lcm, ddpm, dpmpp_1_sde, ...), a consistency student with 2 calls or more, or offline PSO, which learns "
+                "from targets by any plan."
             )
         _check_independent(plan)
         self.plan = plan
@@ -79,9 +88,7 @@ class GaussianSteps:
 
     def start(self, count: int, shape: Sequence[int], generator: torch.Generator, *, like: Tensor | None = None) -> Tensor:
         """Starting noise at the scale of the plan's start, from a generator: ``"count *shape"``."""
-        scale = float(self.plan.schedule.sigma(self.plan.noise_time))
-        noise = torch.randn((count, *shape), generator=generator)
-        return scale * (noise if like is None else noise.to(like.device, like.dtype))
+        return starting_noise(self.plan, count, shape, generator, like=like)
 
     def draw(self, denoiser: Denoiser, noise: Tensor, generator: torch.Generator, cond: Mapping[str, Any] | None = None) -> Tensor:
         """All states of a run, ``"N+1 batch *shape"``, with noise from a generator."""
