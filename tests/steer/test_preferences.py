@@ -70,13 +70,27 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def test_the_optimum_is_the_tilted_gaussian(double):
-    """x = alpha c + sigma xi, reward k x, labels of Bradley and Terry: p_ref e^{k x / beta} / Z has its mean k sigma^2 / beta higher."""
+class Constants(nn.Module):
+    """D(x, t) = c, d numbers."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.value = nn.Parameter(torch.full((d,), 0.3, dtype=torch.float64))
+
+    def forward(self, x, time):
+        return self.value.expand_as(x)
+
+
+@pytest.mark.parametrize("d", [1, 4])
+def test_the_optimum_is_the_tilted_gaussian(double, d):
+    """x = alpha c + sigma xi, reward k x_1, labels of Bradley and Terry.
+
+    p_ref e^{d k x_1 / beta} / Z has the mean of x_1 d k sigma^2 / beta higher: log-densities are means over d elements."""
     plan = fs.make_plan("lcm", FLOW, 1, final="t_end")
     alpha, sigma = float(FLOW.alpha(0.5)), float(FLOW.sigma(0.5))
-    k, beta = 2.0, 1.5
+    k, beta = 2.0 / d, 1.5
     method = PSO(beta=beta, clip=None, labels=BradleyTerry())
-    student = one_dimensional(Constant())
+    student = fs.Denoiser(Constants(d), FLOW, "data", info=fs.ModelInfo(shape=(d,)))
     made = prefer(
         student,
         plan,
@@ -89,8 +103,9 @@ def test_the_optimum_is_the_tilted_gaussian(double):
         ema=0.98,
         judged=None,
     )
-    shift = alpha * (made.network.value.item() - 0.3)
-    assert shift == pytest.approx(k * sigma**2 / beta, rel=0.05)
+    shift = alpha * (made.network.value.detach() - 0.3)
+    assert shift[0].item() == pytest.approx(d * k * sigma**2 / beta, rel=0.05)
+    assert shift[1:].abs().max().item() < 0.1 * shift[0].item() if d > 1 else True
 
 
 def test_the_loss_begins_at_log_2_and_the_sign_of_beta_is_the_direction():
@@ -142,17 +157,43 @@ def test_labels():
         BradleyTerry()(torch.zeros(2, 2), torch.zeros(2, 2), torch.Generator())
 
 
-def test_offline_pairs_lead_to_the_targets():
-    """Data predictions begin at 0.3; the targets are 1.0 and the model's own samples are near 0.15."""
+@pytest.mark.parametrize(("push", "low", "high"), [(0.0, 0.99, 1.01), (0.1, 1.04, 1.12), (0.3, 1.2, 1.31)])
+def test_offline_pairs_lead_to_the_targets_and_beyond_by_the_push(push, low, high):
+    """Data predictions, and so the own samples y, are 0.3; targets are 1: (v - 1)^2 - c (v - y)^2 is least at (1 - c y) / (1 - c)."""
     plan = fs.make_plan("lcm", fs.schedules.Flow(), 2, final="zero")
     student = one_dimensional(Constant(), fs.schedules.Flow())
-    data = {"x": torch.full((64, 1), 1.0)}
-    objective = OfflinePSO(beta=2.0).objective(policy_of(student, plan))
-    loss, _ = objective(student.network, data, torch.Generator().manual_seed(0))
+    data, method = {"x": torch.full((64, 1), 1.0)}, OfflinePSO(beta=2.0, push=push)
+    loss, _ = method.objective(policy_of(student, plan))(student.network, data, torch.Generator().manual_seed(0))
     assert loss.item() == pytest.approx(math.log(2.0), rel=1e-9)
-    made = prefer(student, plan, method=OfflinePSO(beta=2.0), data=data, steps=150, batch_size=16, learning_rate=0.02, judged=None)
-    assert 0.9 < made.network.value.item() < 1.3  # the optimum is beyond 1: away from the own samples, by the share `push`
+    made = prefer(student, plan, method=method, data=data, steps=150, batch_size=16, learning_rate=0.02, judged=None)
+    assert low < made.network.value.item() < high
     assert float(student.network.value.detach()) == 0.3
+
+
+def test_offline_pairs_need_no_noise_in_the_plan():
+    schedule = fs.schedules.Flow()
+    student, data = one_dimensional(Constant(), schedule), {"x": torch.full((64, 1), 1.0)}
+    options = {"method": OfflinePSO(beta=2.0), "data": data, "steps": 150, "batch_size": 16, "learning_rate": 0.02, "judged": None}
+    for nfe in (1, 2):
+        made = prefer(student, fs.make_plan("ddim", schedule, nfe, final="zero"), **options)
+        assert made.network.value.item() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda x, **_: x.mean(), r"gave shape \(\)"),
+        (lambda x, **_: x.mean(0), r"gave shape \(1, 8, 8\)"),
+        (lambda x, **_: (x > 0).flatten(1).sum(1), r"gave torch.int64. Cast it"),
+        (lambda x, **_: 1.0, "gave float"),
+        (lambda x, **_: x.flatten(1).mean(1) / 0.0 * 0.0, "not finite"),
+    ],
+)
+def test_a_reward_that_gives_no_number_a_sample_is_refused(reward, message):
+    model, plan = digits_plan(2)
+    for method in (PSO(), SPO(lambda d, t, **cond: reward(d, **cond), candidates=2)):
+        with pytest.raises(ValueError, match=message):
+            prefer(model, plan, method=method, reward=reward, judged=None, **LITTLE)
 
 
 # ---- SPO ---------------------------------------------------------------------------------------------------------------------------

@@ -98,6 +98,8 @@ def test_spo_trains_its_preference_model(tiny, tmp_path, capsys, monkeypatch):
     status, _, error = run(capsys, "prefer", tiny, *options, "--out", tmp_path / "out", *LITTLE)
     assert (status, error) == (0, "")
     assert asked == {"steps": 300, "pairs": 8}
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert report["score_evaluations"] == 2 * 8 * 2 + 2 * 2 * 64  # two samples of 2 calls a pair; 2 steps of 64 pairs
 
 
 @pytest.mark.parametrize("target", ["inpaint", "rows", "curve"])
@@ -137,6 +139,7 @@ def test_control_meets_pictures_and_curves(tiny, tmp_path, capsys, target):
         (["control", "--target", "class", "--wanted", "12"], "classes 0 to 9"),
         (["control", "--target", "class", "--refined", "100"], "--refined"),
         (["control", "--target", "class", "--guidance", "2"], "--guidance needs --label"),
+        (["prefer", "--reward", "ink", "--size", "8"], "one size"),
     ],
 )
 def test_what_makes_no_sense_is_refused(tiny, tmp_path, capsys, arguments, message):
@@ -144,3 +147,82 @@ def test_what_makes_no_sense_is_refused(tiny, tmp_path, capsys, arguments, messa
     assert status == 2
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def several(tiny, tmp_path_factory):
+    """A student that is told its number of calls, 1 or 2, and says something else each time."""
+    from fewstep.distill import Student, distill
+
+    folder = tmp_path_factory.mktemp("students") / "tdm"
+    labels = {"label": torch.arange(10)}
+    student = distill(
+        fs.load(tiny), method="tdm", steps=(1, 2), conditions=labels, iterations=1, batch_size=4, seed=0, compare=None
+    )
+    torch.manual_seed(3)
+    torch.nn.init.normal_(student.network.branch[2].weight, std=0.3)
+    student.card["base"]["source"] = tiny
+    student.save(folder)
+    return Student.load(folder)
+
+
+def test_control_asks_a_student_for_the_number_of_calls_of_each_plan(several, tmp_path, monkeypatch):
+    from fewstep.cli.control import ControlOptions, _model
+
+    several.save(tmp_path / "tdm")
+    decoder, through, surrogate, decode = _model(
+        ControlOptions(model=str(tmp_path / "tdm"), nfe=2, surrogate=1, label="1", device="cpu")
+    )
+    x, label = torch.randn(2, 1, 8, 8), torch.tensor([1, 2])
+    with torch.no_grad():
+        for denoiser, plan in ((through, surrogate), (decoder, decode)):
+            assert torch.equal(denoiser(x, 1.0, label=label), several.denoiser_of(plan.nfe)(x, 1.0, label=label))
+        assert not torch.allclose(through(x, 1.0, label=label), decoder(x, 1.0, label=label))
+    assert (surrogate.nfe, decode.nfe) == (1, 2)
+
+
+def test_of_a_student_of_several_numbers_of_calls_the_tuned_one_is_kept(several, tmp_path, capsys):
+    folder, out, data = tmp_path / "tdm", tmp_path / "out", tmp_path / "samples.npz"
+    several.save(folder)
+    written = {"samples": np.zeros((4, 1, 8, 8), np.float32), "labels": np.arange(4), "seeds": np.arange(4)}
+    np.savez(data, **written, worse=np.ones((4, 1, 8, 8), np.float32))  # but for worse, as sample writes them
+    options = ("--method", "offline-pso", "--data", data, "--nfe", 2, "--out", out)
+    status, _, error = run(capsys, "prefer", folder, *options, *LITTLE)
+    assert (status, error) == (0, "")
+    made = fs.distill.Student.load(out)
+    assert list(made.plans) == [2]
+    assert sorted(file.name for file in out.glob("plan-*")) == ["plan-2.safetensors"]
+    assert made.told_number(2) == several.told_number(2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prefer", "--reward", "ink", "--solver", "lcm"], "leave --solver out"),
+        (["prefer", "--reward", "ink", "--size", "16"], "one size"),
+        (["prefer", "--reward", "ink", "--threads", "-3"], "--threads must be"),
+        (["prefer", "--reward", "ink", "--label", ""], "give --label"),
+        (["control", "--target", "class", "--wanted", "3"], "give --label"),
+    ],
+)
+def test_what_a_student_cannot_honour_is_refused(several, tmp_path, capsys, arguments, message):
+    several.save(tmp_path / "tdm")
+    status, _, error = run(capsys, arguments[0], tmp_path / "tdm", *arguments[1:], "--out", tmp_path / "out", "--quiet")
+    assert status == 2
+    assert message in error
+
+
+def test_the_reward_of_a_model_of_latents_sees_pictures():
+    from fewstep.cli.prefer import _Decoded
+    from fewstep.steer import make_reward
+    from fewstep.steer.method import told_of
+
+    class Latents:
+        def decode(self, x):
+            return x.repeat_interleave(2, -1)
+
+    seen = []
+    reward = _Decoded(Latents(), lambda x, **cond: seen.append(tuple(x.shape)) or x.flatten(1).mean(1))
+    assert reward(torch.zeros(2, 4, 2, 2)).tolist() == [0.0, 0.0]
+    assert seen == [(2, 4, 2, 4)]
+    assert told_of(_Decoded(Latents(), make_reward("ink"))) == "ink of pictures"

@@ -108,7 +108,8 @@ class Dominance:
 class BradleyTerry:
     r"""Draws the preferred one: the first with probability $1 / (1 + e^{-(R_1 - R_2) / T})$, as people are modelled.
 
-    With such labels the loss of pairs has the optimum $p_\text{ref}\, e^{R / (T \beta)} / Z$; with those of `Dominance`, which are always
+    With such labels the loss of pairs has, for one step, the optimum $p_\text{ref}\, e^{d R / (T \beta)} / Z$, of samples with
+    d elements, for log-densities here are means over them; with those of `Dominance`, which are always
     right, it has none, and only clipping ends the way.
 
     Args:

@@ -1,4 +1,4 @@
-r"""PSO: pairwise sample optimisation of a distilled model itself, which keeps its few steps.
+r"""PSO: pairwise sample optimisation, which tunes a distilled model by pairs and keeps its plan and its few steps.
 
 Source: "Tuning Timestep-Distilled Diffusion Model Using Pairwise Sample Optimization" (arXiv 2410.03190), and its published code.
 
@@ -13,7 +13,8 @@ one of the plan's times, with $L(x) = \sigma^{-2} \langle (D(x_t, t) - x)^2 \ran
 $$ L = -\log \operatorname{sigmoid}\, \beta \Big( \big( L_\text{ref}^w - c L_\text{ref}^l \big) - \big( L_\theta^w - c L_\theta^l
 \big) \Big) . $$
 
-Both are exact for any stochastic plan. Noised data instead of runs, at all times, would be Diffusion-DPO (arXiv 2311.12908).
+Online densities are exact for any stochastic plan; offline any plan serves. Noised data instead of runs, at all times, would be
+Diffusion-DPO (arXiv 2311.12908). The paper's variant for personalisation, with the prior of DreamBooth, is left out.
 
 Note:
     beta belongs to log-densities that are means over elements: 50 is 50 / d for the density proper, with d elements a sample. A
@@ -150,7 +151,7 @@ class OfflinePSO:
 
 
 def _noisy_times(plan: Any) -> list[float]:
-    """The plan's times at which data that are noised are a state of the network: not where alpha is 0, nor where there is no noise."""
+    """The plan's times at which there is noise, the first one included: where alpha is 0 all of the state is noise."""
     times = sorted({float(t) for t in plan.tau}, reverse=True)
     found = [t for t in times if float(plan.schedule.sigma(t)) > 0.0]
     if not found:
