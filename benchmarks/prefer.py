@@ -9,8 +9,9 @@ power beyond half the Nyquist radius, relative to that of the winners.
 - *winners*: from 2,000 pairs of the student's samples the one with more ink. Offline PSO learns from both; "naive" by the denoising loss on
   winners alone, at the plan's times, as many steps. Naive fine-tuning is expected to blur.
 - *SPO* with a step-aware preference model, which is trained on the same pairs, beside the labels of whole runs (PSO's), at equal network
-  calls of the student; the preference model's pairs and training cost more, which is recorded. Of each, the learning rate (and of the latter beta) is the one with the largest gain at an FD of at most LIMIT, on a seed
-  of its own. Ablation: the resampler takes the best candidate.
+  calls of the student; the preference model's pairs and training cost more, which is recorded. Of each, the learning rate (and of the
+  latter beta) is the one with the largest gain at an FD of at most LIMIT, on a seed of its own. Ablation: the resampler takes the best
+  candidate.
 """
 
 from __future__ import annotations
