@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import math
 from typing import Any
 
@@ -26,6 +27,8 @@ BEAT = 10.0
 """Seconds between signs of life in a stream that has nothing to say."""
 GONE = 499
 """Status of an answer that nobody reads, as proxies write it into their logs."""
+
+log = logging.getLogger("fewstep.serve")
 
 
 class Wait:
@@ -149,14 +152,22 @@ class Events(Response):
             wait.close()
         if end == "gone":
             return
+        await _tell(send, *await self._ending(end, running))
+
+    async def _ending(self, end: str, running: Running) -> tuple[str, dict[str, Any]]:
+        """The last event."""
         try:
             if end == "late":
                 raise _late(self.service)
             samples = await run_in_threadpool(self.service.samples, self.claim.own, running)
             pictures = await run_in_threadpool(self.service.pictures, self.claim.own, running, samples)
-            await _tell(send, "done", pictures.model_dump())
         except RefusedError as refusal:
-            await _tell(send, "failed", {"status": refusal.status, "detail": refusal.detail})
+            return "failed", {"status": refusal.status, "detail": refusal.detail}
+        except Exception as error:
+            log.exception("a stream failed; %s", self.claim.own, exc_info=error)
+            told = f"the server failed on this request; its id in the log is {self.claim.own}."
+            return "failed", {"status": 500, "detail": told}
+        return "done", pictures.model_dump()
 
     async def _until_end(self, wait: Wait, latest: asyncio.Queue[dict[str, Any]], send: Any) -> str:
         """Send previews until the samples are done, the client is gone, or it is late."""

@@ -101,6 +101,8 @@ class Batches:
     def _serve(self) -> None:
         flight = Flight(self.clock())
         chosen, flight.choice = self._choose()
+        for piece in set(self.pieces).difference(chosen):
+            piece.let_go()
         chosen = [piece for piece in chosen if self._begun(piece)]
         for pieces, predictions, finite in self._predict(chosen):
             self.calls += 1
@@ -108,7 +110,7 @@ class Batches:
             flight.finite.append(to_host(finite))
             flight.rows += [(piece.job, count, piece.call) for piece, count in rows_of(pieces)]
             for piece, d in zip(pieces, predictions, strict=True):
-                self._advance(piece, d, flight)
+                self._step(piece, d, flight)
         flight.event = None if self._record is None else self._record()
         self._flights.append(flight)
 
@@ -164,6 +166,16 @@ class Batches:
                 return []
         self.retries += 1
         return [found for job in jobs for found in self._predict([piece for piece in pieces if piece.job is job])]
+
+    def _step(self, piece: Piece, d: Tensor, flight: Flight) -> None:
+        """One step of a plan; an error in it is its request's alone."""
+        if piece.job.ticket.done():
+            return
+        call = piece.call
+        try:
+            self._advance(piece, d, flight)
+        except Exception as error:  # noqa: BLE001  for example no room for its noise
+            fail(piece.job, call, f"the step after it raised {type(error).__name__}: {error}".rstrip("."), error)
 
     def _advance(self, piece: Piece, d: Tensor, flight: Flight) -> None:
         x = piece.advance(d)

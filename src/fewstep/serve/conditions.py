@@ -26,7 +26,8 @@ class Rows(NamedTuple):
 
 
 def mark(value: Any, count: int, device: torch.device) -> Any:
-    """The tree with leaves of one row a sample as `Rows`, tensors on the device.
+    """The tree with leaves of one row a sample as `Rows`, tensors on the device. A tensor that is there already stays the same object, by
+    which `key` knows a large one that several requests share.
 
     Example:
         >>> mark({"label": torch.tensor([1, 2]), "scale": 3.0}, 2, torch.device("cpu"))
@@ -37,9 +38,14 @@ def mark(value: Any, count: int, device: torch.device) -> Any:
     if type(value) in (list, tuple):
         return type(value)(mark(item, count, device) for item in value)
     if isinstance(value, (Tensor, np.ndarray)):
-        there = value.detach().to(device) if isinstance(value, Tensor) else value
+        there = _moved(value, device) if isinstance(value, Tensor) else value
         return Rows(there) if value.ndim and len(value) == count else there
     return value
+
+
+def _moved(value: Tensor, device: torch.device) -> Tensor:
+    there = value.device.type == device.type and device.index in (None, value.device.index)
+    return value if there and not value.requires_grad else value.detach().to(device)
 
 
 def key(tree: Any) -> Hashable:

@@ -32,6 +32,8 @@ __all__ = ["Engine"]
 logger = logging.getLogger("fewstep.serve")
 REMEMBERED_PLANS = 64
 """Of so many plans that were used last the steps are kept, their arrays on the device."""
+REMEMBERED_SCALES = 16
+"""With so many scales of guidance a plan is known to fit."""
 REMEMBERED_LATENCIES = 4096
 
 
@@ -118,8 +120,7 @@ class Engine:
         """
         seeds = check_seeds(request.seeds)
         self._check_numbers(request, len(seeds))
-        with self._lock:
-            self._admit(len(seeds))  # before any work is done for it, and again after
+        self.check_room(len(seeds))  # before any work is done for it, and again after
         steps = self._steps(request)
         conditional, free = self._conditions(request, len(seeds))
         ticket = Ticket(request, self._ended)
@@ -131,6 +132,16 @@ class Engine:
             self._unfinished[ticket] = len(seeds)
             self._lock.notify_all()
         return ticket
+
+    def check_room(self, count: int) -> None:
+        """Refuse so many samples now, as `submit` would, before work is done for them.
+
+        Raises:
+            QueueFullError: if too many samples are unfinished.
+            EngineClosedError: after `close`.
+        """
+        with self._lock:
+            self._admit(count)
 
     def close(self, *, drain: bool, timeout: float | None = None) -> bool:
         """Take no more requests, and end the thread.
@@ -196,6 +207,8 @@ class Engine:
             raise ValueError("guidance takes two rows a sample, but the engine has rows=1.")
         if not isinstance(request.previews, int) or request.previews < 0:
             raise ValueError(f"previews is a whole number of calls, 0 for none, got {request.previews!r}.")
+        if request.keep is not None:
+            _at_least("keep", request.keep, 1)
 
     def _admit(self, count: int) -> None:
         if self._broken is not None:
@@ -220,7 +233,8 @@ class Engine:
         transform_start(plan, like)
         steps = prepare(plan, like) if known is None else known[1]
         with self._lock:
-            self._plans[id(plan)] = (plan, steps, {scale} if known is None else known[2] | {scale})
+            scales = set() if known is None or len(known[2]) >= REMEMBERED_SCALES else known[2]
+            self._plans[id(plan)] = (plan, steps, scales | {scale})
             while len(self._plans) > REMEMBERED_PLANS:
                 self._plans.popitem(last=False)
         return steps
@@ -239,8 +253,9 @@ class Engine:
             raise ValueError(f"guidance needs the condition {missing[0]!r}, but got {sorted(cond) or 'no condition'}. Pass it.")
         if request.guidance != 0.0:
             cond |= {name: self._with_batch(name, cond[name], count) for name in self.null}
+            given |= mark({name: cond[name] for name in self.null}, count, self.device)
         nulls = {name: _null(name, null, cond[name], count) for name, null in self.null.items()}
-        given, free = mark(cond, count, self.device), mark({**cond, **nulls}, count, self.device)
+        free = given | mark(nulls, count, self.device)
         if request.guidance == 0.0:
             return None, free
         if key(given) != key(free):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +53,7 @@ def serve(app: Any, listening: socket.socket, *, started: Callable[[], None] | N
 
     Raises:
         MissingExtraError: if uvicorn is not installed.
-        FewstepError: if the server did not start.
+        FewstepError: if the server did not start, or ended by itself.
     """
     try:
         import uvicorn
@@ -67,19 +68,32 @@ def serve(app: Any, listening: socket.socket, *, started: Callable[[], None] | N
         limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=LAST_SECONDS,
         server_header=False,
+        proxy_headers=False,  # an address is that of the connection, not what a header says
     )
     server = uvicorn.Server(config)
     before = {number: signal.signal(number, lambda *_: told.set()) for number in (signal.SIGTERM, signal.SIGINT)}
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="fewstep-http")  # signals stay with us
+    ends: list[BaseException | None] = []
+
+    def run() -> None:
+        try:
+            server.run(sockets=[listening])
+            ends.append(None)
+        except BaseException as error:  # noqa: BLE001  told by the main thread
+            ends.append(error)
+        told.set()
+
+    thread = threading.Thread(target=run, name="fewstep-http")  # signals stay with us
     try:
         thread.start()
         while not server.started:
-            if not thread.is_alive():
-                raise FewstepError("the server did not start; what it wrote says why.")
-            told.wait(0.01)
+            if ends:
+                raise FewstepError("the server did not start; what it wrote says why.") from ends[0]
+            time.sleep(0.01)
         if started is not None:
             started()
         told.wait()
+        if ends:
+            raise FewstepError(f"the server ended by itself, by {type(ends[0]).__name__}: {ends[0]}.") from ends[0]
         told.clear()
         return _drained(service, told)
     finally:

@@ -10,9 +10,9 @@ last W slots, so that rates may drift. The idea is the paper's; the constants he
 - with q the longest backlog, M a slowly forgotten maximum of the services seen, and K the number of queues that are not empty,
   $\eta = \sqrt{\ln K / (K V)} / M$, where $V = \min(\sum_{s \le t} q_s^2,\, W q^2)$ for SoftMW and $V = W q^2$ for SSMW;
 - the probability of queue i is $p_i = (1 - \gamma) x_i + \gamma / K$ with $\gamma = \min(1/2,\, K \eta q M)$, so that the exponents
-  below are at most 1 once $\gamma < 1/2$;
+  below are at most 1 once $\gamma < 1/2$; before that they are cut at 1;
 - the estimated reward of the chosen queue is $g = Q_a S_a / p_a$, and 0 of the others;
-- SoftMW: $x_a \leftarrow x_a e^{\eta g}$, normalised, then a fixed share, $x \leftarrow (1 - 1/W) x + 1/(W K)$;
+- SoftMW: $x_a \leftarrow x_a e^{\eta g}$ with the $\eta$ of its slot, normalised, then a fixed share, $x \leftarrow (1 - 1/W) x + 1/(W K)$;
   SSMW: $x$ is the softmax of $\eta$ times the sums of g over the last W slots.
 
 A share that shrinks as 1/t, which suits rates that do not drift, loses queues whose rates do. An empty queue has reward 0 for
@@ -52,11 +52,13 @@ class Choice(NamedTuple):
         kind: name of the queue.
         backlog: Q then.
         probability: with which it was chosen.
+        scale: eta M of the slot.
     """
 
     kind: str
     backlog: float
     probability: float = 1.0
+    scale: float = 0.0
 
 
 class Policy(abc.ABC):
@@ -172,18 +174,17 @@ class _Soft(Policy):
             draw -= p
             if draw < 0.0:
                 break
-        return Choice(chosen, found[chosen], p)
+        return Choice(chosen, found[chosen], p, scale)
 
     def observe(self, choice: Choice, service: float) -> None:
         if not (math.isfinite(service) and service >= 0.0):
             raise ValueError(f"a service is finite and at least 0, got {service}.")
         self._most = max(service, self._most * (1.0 - 1.0 / self.window))
-        share = service / self._most if service else 0.0
-        self._learn(choice, choice.backlog * share / choice.probability)
+        self._learn(choice, choice.backlog * service / choice.probability)
 
     @abc.abstractmethod
     def _learn(self, choice: Choice, reward: float) -> None:
-        """The estimated reward g, in the unit M."""
+        """The estimated reward g."""
 
     def _forget_the_absent(self) -> None:
         """Queues that were empty for a whole window are as good as new."""
@@ -215,13 +216,11 @@ class SoftMW(_Soft):
         super().__init__(window, seed)
         self.weights: dict[str, float] = {}
         self._squares = 0.0
-        self._now = 0.0  # eta M of the last slot
 
     def _scale(self, found: Mapping[str, float]) -> float:
         longest, K = max(found.values()), len(found)
         self._squares += longest**2
-        self._now = math.sqrt(math.log(K) / (K * min(self._squares, self.window * longest**2)))
-        return self._now
+        return math.sqrt(math.log(K) / (K * min(self._squares, self.window * longest**2)))
 
     def _weights(self, found: Mapping[str, float], scale: float) -> dict[str, float]:
         for kind in found:
@@ -233,7 +232,8 @@ class SoftMW(_Soft):
     def _learn(self, choice: Choice, reward: float) -> None:
         if choice.kind not in self.weights:  # forgotten in the meantime
             return
-        self.weights[choice.kind] *= math.exp(self._now * reward)
+        if reward:
+            self.weights[choice.kind] *= math.exp(min(1.0, choice.scale * reward / self._most))
         total, K = sum(self.weights.values()), len(self.weights)
         keep = (1.0 - 1.0 / self.window) / total
         self.weights = {kind: keep * x + 1.0 / (self.window * K) for kind, x in self.weights.items()}
@@ -272,7 +272,8 @@ class SSMW(_Soft):
         return math.sqrt(math.log(len(found)) / (len(found) * self.window)) / max(found.values())
 
     def _weights(self, found: Mapping[str, float], scale: float) -> dict[str, float]:
-        exponents = {kind: scale * self._sums.get(kind, 0.0) for kind in found}
+        rate = scale / self._most if self._most else 0.0  # eta, with the M of now
+        exponents = {kind: rate * self._sums.get(kind, 0.0) for kind in found}
         highest = max(exponents.values())
         raised = {kind: math.exp(value - highest) for kind, value in exponents.items()}
         total = sum(raised.values())

@@ -10,6 +10,7 @@ import itertools
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ class Request:
             sample (one if it is 0).
         previews: deliver the data prediction after every so many calls; 0 for never.
         kind: the queue in which it waits, for schedulers that have some; left out, made from the number of calls (`kind_of`).
+        keep: how many previews the ticket keeps, the newest; left out, all.
     """
 
     plan: Plan
@@ -55,6 +57,7 @@ class Request:
     guidance: float = 1.0
     previews: int = 0
     kind: str = ""
+    keep: int | None = None
 
 
 class Preview(NamedTuple):
@@ -102,7 +105,8 @@ class Ticket:
         self._state = "waiting"
         self._samples: Tensor | None = None
         self._error: Exception | None = None
-        self._previews: list[Preview] = []
+        self._previews: deque[Preview] = deque(maxlen=request.keep)
+        self._shown = 0
         self._callbacks: list[Callable[[Ticket], Any]] = []
 
     def __repr__(self) -> str:
@@ -143,18 +147,23 @@ class Ticket:
         return self._end("cancelled")
 
     def previews(self, timeout: float | None = None) -> Iterator[Preview]:
-        """The previews from the first on, as they come; ends with the request, however that ends. May be called more than once.
+        """The previews from the first on that is kept, as they come; ends with the request, however that ends. May be called more than
+        once.
 
         Raises:
             TimeoutError: if the next one takes more than `timeout` seconds.
         """
-        for place in itertools.count():
+        place = 0
+        while True:
             with self._changed:
-                if not self._changed.wait_for(lambda: len(self._previews) > place or self.done(), timeout):  # noqa: B023
+                if not self._changed.wait_for(lambda: self._shown > place or self.done(), timeout):  # noqa: B023
                     raise TimeoutError(f"no preview within {timeout:g} s. Wait longer, or cancel.")
-                if len(self._previews) <= place:
+                if self._shown <= place:
                     return
-                preview = self._previews[place]
+                gone = self._shown - len(self._previews)
+                place = max(place, gone)
+                preview = self._previews[place - gone]
+            place += 1
             yield preview
 
     def add_done_callback(self, fn: Callable[[Ticket], Any]) -> None:
@@ -186,6 +195,7 @@ class Ticket:
         with self._changed:
             if not self.done():
                 self._previews.append(preview)
+                self._shown += 1
                 self._changed.notify_all()
 
     def _end(self, state: str, *, samples: Tensor | None = None, error: Exception | None = None) -> bool:

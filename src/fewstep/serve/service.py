@@ -34,6 +34,8 @@ __all__ = ["Claim", "RefusedError", "Running", "Service"]
 NFE, SOLVER, GRID, FINAL = 10, "auto", "auto", "zero"
 LONGEST_PAUSE = 60
 """Seconds that a client is told to wait at most when the queue is full."""
+LATELY = 60.0
+"""Seconds, or the time-out if that is longer: requests that began before say nothing of how fast samples are delivered now."""
 
 log = logging.getLogger("fewstep.serve")
 
@@ -93,6 +95,7 @@ class Service:
         self._delivered: deque[tuple[float, int]] = deque(maxlen=64)
         self._clients: Counter[str] = Counter()
         self._changed = threading.Condition()
+        self._watched = 0
         self._streams = ThreadPoolExecutor(settings.streams, "fewstep-previews")
 
     # ---- what is served --------------------------------------------------------------------------------------------------------------
@@ -168,9 +171,10 @@ class Service:
         """
         plan, seeds = self.plan_of(ask), self._seeds(ask)
         try:
+            self.engine.check_room(len(seeds))  # before a text is encoded
             cond = self.model.conditions(len(seeds), ask.label, ask.prompt, ask.guidance)
             scale = 1.0 if self.model.distilled else ask.guidance
-            ticket = self.engine.submit(Request(plan, seeds, cond, scale, previews))
+            ticket = self.engine.submit(Request(plan, seeds, cond, scale, previews, keep=1))
         except QueueFullError as error:
             raise RefusedError(503, str(error), {"retry-after": str(self.pause())}) from error
         except EngineClosedError as error:
@@ -198,10 +202,11 @@ class Service:
     def pause(self) -> int:
         """Seconds after which a full queue has probably moved: what waits, over what was lately delivered a second."""
         with self._changed:
-            lately = list(self._delivered)
+            oldest = time.monotonic() - max(LATELY, self.settings.timeout)
+            lately = [(began, count) for began, count in self._delivered if began >= oldest]
         if not lately:
             return LONGEST_PAUSE
-        rate = sum(count for _, count in lately) / max(0.1, time.monotonic() - lately[0][0])
+        rate = sum(count for _, count in lately) / max(0.1, time.monotonic() - min(began for began, _ in lately))
         return min(LONGEST_PAUSE, max(1, math.ceil(self.engine.statistics().waiting / rate)))
 
     def cancel(self, own: str) -> bool:
@@ -264,18 +269,33 @@ class Service:
         return Pictures(id=own, seeds=running.seeds, nfe=running.plan.nfe, plan=running.plan.digest, images=images, npy=npy)
 
     def watch(self, running: Running, tell: Callable[[dict[str, Any]], None]) -> None:
-        """Have a thread tell the previews of a request, as they come."""
-        self._streams.submit(self._told_previews, running, tell).add_done_callback(_log_failure)
+        """Have a thread tell the newest preview of a request, as they come. If all threads are taken, it gets none."""
+        with self._changed:
+            if self._watched >= self.settings.streams:
+                return
+            self._watched += 1
+        try:
+            self._streams.submit(self._told_previews, running, tell).add_done_callback(self._unwatch)
+        except RuntimeError:  # after `close`
+            self._unwatch(None)
+
+    def _unwatch(self, told: Future[None] | None) -> None:
+        with self._changed:
+            self._watched -= 1
+        if told is not None and not told.cancelled() and (error := told.exception()) is not None:
+            log.error("previews of a request could not be shown", exc_info=error)
 
     def _told_previews(self, running: Running, tell: Callable[[dict[str, Any]], None]) -> None:
         for preview in running.ticket.previews():
+            if running.ticket.done():  # nobody looks at it any more
+                return
             images = pngs_of(self.model.shown(preview.samples), self.model.data_range) if self.model.pictures else None
             npy = None if images is not None else base64.b64encode(npy_of(preview.samples)).decode()
             tell({"call": preview.call, "nfe": preview.calls, "images": images, "npy": npy})
 
     def close(self) -> None:
         """Take no more previews. The engine is closed by who made it."""
-        self._streams.shutdown(wait=False)
+        self._streams.shutdown(wait=False, cancel_futures=True)
 
     # ---- coming and going, as `fewstep.serve.gate.Watch` -------------------------------------------------------------------------------
 
@@ -307,8 +327,3 @@ class Service:
         self.draining = True
         with self._changed:
             return self._changed.wait_for(lambda: not self._clients, seconds)
-
-
-def _log_failure(told: Future[None]) -> None:
-    if not told.cancelled() and (error := told.exception()) is not None:
-        log.error("previews of a request could not be shown", exc_info=error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,12 @@ class Settings:
     streams: int = 32
 
     def __post_init__(self) -> None:
+        for name in ("samples", "calls", "body", "streams", "per_client"):
+            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}.")
+        for name in ("timeout", "drain"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number of seconds, got {getattr(self, name)!r}.")
         for name in ("samples", "calls", "body", "timeout", "streams"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}.")
@@ -54,6 +61,8 @@ class Settings:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}.")
         if self.token is not None and (not self.token or not self.token.isascii() or not self.token.isprintable()):
             raise ValueError("a token is one or more printable ASCII characters.")
+        if self.token is not None and self.token != self.token.strip():
+            raise ValueError("a token has no blank at its begin or end, which headers lose.")
 
 
 def load_plans(folder: str | Path) -> dict[str, Plan]:
