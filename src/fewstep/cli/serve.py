@@ -66,7 +66,7 @@ def run(options: ServeOptions) -> int:
     from fewstep.serve.process import listen, serve
     from fewstep.serve.served import ServedModel
 
-    model = ServedModel.of(open_model(options.model, options), negative=options.negative)
+    model = ServedModel.of(open_model(options.model, options, every=True), negative=options.negative)
     metrics = Metrics()
     listening = listen(options.host, options.port)
     engine = Engine(
@@ -88,12 +88,15 @@ def run(options: ServeOptions) -> int:
         elif not options.quiet:
             print(f"{model.info.name} is served at {place}", file=sys.stderr, flush=True)
 
+    app = None
     try:
         app = make_app(engine, settings, model=model, metrics=metrics)
         drained = serve(app, listening, started=started)
     finally:
         listening.close()
         engine.close(drain=False, timeout=options.drain)
+        if app is not None:
+            app.state.service.close()
     if not options.quiet:
         print(
             "ended; every request was answered" if drained else "ended; requests that took too long were cancelled", file=sys.stderr

@@ -51,11 +51,11 @@ SMALL = 5_000_000
 """Parameters of a network below which one processor thread serves it best: more only wait for each other."""
 
 
-def open_model(name: str, options: Common, nfe: int | None = None) -> Denoiser:
-    """The model on its device, in its precision; of a student that is told its number of calls, for that many."""
+def open_model(name: str, options: Common, nfe: int | None = None, *, every: bool = False) -> Denoiser:
+    """The model on its device, in its precision; of a student that is told its number of calls, for that many, or for every number."""
     device = _device(options)
     dtype = None if options.dtype == "float32" else getattr(torch, options.dtype)
-    denoiser = _load(name, device, dtype, nfe)
+    denoiser = _load(name, device, dtype, nfe, every)
     _few_threads(denoiser.network, options)
     size = getattr(options, "size", "")
     return _sized(denoiser, name, size) if size else denoiser
@@ -104,8 +104,12 @@ def _sized(denoiser: Any, name: str, size: str) -> Any:
     return denoiser.with_size(parse_size(size))
 
 
-def _load(name: str, device: torch.device, dtype: torch.dtype | None, nfe: int | None) -> Denoiser:
+def _load(name: str, device: torch.device, dtype: torch.dtype | None, nfe: int | None, every: bool) -> Denoiser:
     """The model of a name, or the student of a folder."""
+    if every:
+        from fewstep.serve.students import load_served
+
+        return load_served(name, device=device, dtype=dtype)
     if not (Path(name) / "student.json").is_file():
         return load(name, device=device, dtype=dtype)
     from fewstep.distill.student import Student

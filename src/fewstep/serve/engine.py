@@ -246,6 +246,8 @@ class Engine:
         """Conditions of the conditional prediction and of the one without, as trees; None for what is not asked for."""
         cond = dict(request.cond)
         check_conditions(self.denoiser, cond, count)
+        own = innermost(self.denoiser, "conditions_of")  # such as the number of calls, for a student that is told it
+        cond |= {} if own is None else own(request.plan)
         given = mark(cond, count, self.device)
         if request.guidance == 1.0 or self.null is None:
             return given, None

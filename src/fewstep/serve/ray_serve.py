@@ -12,15 +12,14 @@ those of all.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fewstep.errors import MissingExtraError
-from fewstep.loading import load
 from fewstep.serve.engine import Engine
 from fewstep.serve.settings import Settings
+from fewstep.serve.students import load_served
 
 __all__ = ["Replica", "deployment"]
 
@@ -40,7 +39,7 @@ class Replica:
         from fewstep.serve.metrics import Metrics, Watched
         from fewstep.serve.served import ServedModel
 
-        served, metrics = ServedModel.of(_load(model, device)), Metrics()
+        served, metrics = ServedModel.of(load_served(model, device=device)), Metrics()
         denoiser = Watched(served.denoiser, metrics)
         self.settings = settings
         self.engine = Engine(denoiser, served.info.shape, null=served.null, device=device, **engine)
@@ -69,14 +68,6 @@ class Replica:
         self.server.state.service.draining = True
         self.engine.close(drain=False, timeout=self.settings.drain)
         self.server.state.service.close()
-
-
-def _load(model: str, device: str) -> Any:
-    if not (Path(model) / "student.json").is_file():
-        return load(model, device=device)
-    from fewstep.distill.student import Student
-
-    return Student.load(model, device=device).denoiser
 
 
 def deployment(

@@ -156,7 +156,8 @@ class Piece:
 
     def let_go(self) -> None:
         """Left out of a call: what it holds is copied where it keeps the memory of more than twice as much alive, as the predictions of
-        all rows of its last call."""
+        all rows of its last call.
+        """
         for held in (self.states or (), self.outputs):
             for place, tensor in enumerate(held):
                 if tensor.untyped_storage().nbytes() > 2 * tensor.numel() * tensor.element_size():
