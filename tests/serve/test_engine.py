@@ -10,9 +10,13 @@ from torch import nn
 import fewstep as fs
 from fewstep.errors import NetworkError, PlanError
 from fewstep.plan import Plan, Row, StartTransform
-from fewstep.serve import CancelledError, Engine, EngineClosedError, QueueFullError, Request
+from fewstep.sampler import prepare
+from fewstep.serve import CancelledError, Engine, EngineClosedError, QueueFullError, Request, Ticket
 from fewstep.serve.batches import Batches
+from fewstep.serve.conditions import key, mark
+from fewstep.serve.engine import REMEMBERED_SCALES
 from fewstep.serve.schedulers import make_scheduler
+from fewstep.serve.work import Job, Piece
 
 SCHEDULE = fs.schedules.VPLinear()
 SHAPE = (3, 5)
@@ -191,6 +195,34 @@ def test_numbers_can_be_guided_and_everything_is_checked_at_once():
         Engine(exact, ())
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0, 0.0])
+def test_large_shared_tensors_can_be_guided_and_shared(guidance):
+    mask, rows = torch.linspace(0.5, 1.0, 5000).reshape(1000, 5), []  # more than is told by its numbers
+
+    def act(x, time, label, mask):
+        rows.append(len(x))
+        return network(x, time, label) * mask.mean()
+
+    null, gate_of = {"label": 10}, held(act)
+    requests = [
+        request_of(first=9 * k, cond={"label": torch.tensor([1, 2]), "mask": mask}, guidance=guidance, name="ddim") for k in (0, 1)
+    ]
+    with Engine(gate_of[0], SHAPE, null=null, rows=8) as engine:
+        tickets = [engine.submit(request) for request in requests]
+        assert tickets[0].request.cond["mask"] is mask
+        gate_of[1].set()
+        for request, ticket in zip(requests, tickets, strict=True):
+            assert torch.equal(ticket.result(WAIT), alone(denoiser(act), request, null))
+    assert key(mark({"mask": mask}, 2, torch.device("cpu"))) == key(mark({"mask": mask}, 3, torch.device("cpu")))
+
+
+def test_scales_that_are_remembered_are_bounded():
+    with Engine(denoiser(), SHAPE, null={"label": 10}) as engine:
+        for k in range(REMEMBERED_SCALES + 5):
+            engine.submit(request_of("one call", 1, cond={"label": torch.tensor([1])}, guidance=2.0 + k / 100)).result(WAIT)
+        assert all(len(scales) <= REMEMBERED_SCALES for _, _, scales in engine._plans.values())
+
+
 # ---- faults ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +258,48 @@ def test_only_the_guilty_request_fails(fault):
     statistics = engine.statistics()
     assert (statistics.failed, statistics.finished) == (1, len(requests))
     assert (statistics.retries > 0) == (fault in ("raises", "shape"))
+
+
+def test_an_error_in_a_step_is_its_requests_alone(monkeypatch):
+    step = Piece.advance
+
+    def fails(piece, d):
+        if piece.job.seeds[0] == 99 and piece.call == 1:
+            raise MemoryError("no room")
+        return step(piece, d)
+
+    monkeypatch.setattr(Piece, "advance", fails)
+    gated, gate, _ = held()
+    with Engine(gated, SHAPE, rows=5) as engine:
+        good, bad = request_of("sde"), request_of("sde", 4, first=99)  # the bad one in several pieces
+        tickets = [engine.submit(request) for request in (good, bad, good)]
+        gate.set()
+        with pytest.raises(NetworkError, match=r"call 2 of 5, t=.*the step after it raised MemoryError: no room") as caught:
+            tickets[1].result(WAIT)
+        assert isinstance(caught.value.__cause__, MemoryError)
+        for ticket in (tickets[0], tickets[2], engine.submit(good)):
+            assert torch.equal(ticket.result(WAIT), alone(denoiser(), good))
+
+
+def test_pieces_that_are_left_out_hold_their_own_memory():
+    batches = Batches(denoiser(), SHAPE, 64, make_scheduler("shortest-remaining"))
+
+    def add(plan, count, arrival):
+        request = Request(plan, range(count))
+        steps = prepare(plan, torch.empty(0, *SHAPE))
+        batches.add(Job(Ticket(request), steps, list(range(count)), mark({}, count, torch.device("cpu")), None, "k", arrival))
+
+    add(PLANS["long"], 1, 1)
+    add(PLANS["unipc"], 63, 2)
+    with torch.no_grad():
+        for _ in range(5):
+            batches.turn()
+        add(PLANS["unipc"], 64, 3)
+        batches.turn()
+    long = next(piece for piece in batches.pieces if piece.samples == 1)
+    assert long.call == 5  # the last turn was for the others
+    for tensor in (*long.states, *long.outputs):
+        assert tensor.untyped_storage().nbytes() <= 2 * tensor.numel() * tensor.element_size()
 
 
 def test_states_that_overflow_fail_at_the_end():
@@ -346,6 +420,15 @@ def test_previews_are_the_data_predictions():
     assert [preview.call for preview in ticket.previews()] == [2, 4, 6]
     with Engine(denoiser(), SHAPE) as engine:
         assert list(engine.submit(request_of()).previews(WAIT)) == []
+
+
+def test_a_ticket_may_keep_the_newest_previews_alone():
+    with Engine(denoiser(), SHAPE) as engine:
+        ticket = engine.submit(request_of("unipc", previews=1, keep=2))
+        ticket.result(WAIT)
+        assert [preview.call for preview in ticket.previews()] == [6, 7]
+        with pytest.raises(ValueError, match="keep must be a whole number of at least 1"):
+            engine.submit(request_of(previews=1, keep=0))
 
 
 def test_results_and_previews_have_a_time_out():

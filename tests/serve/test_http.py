@@ -1,6 +1,8 @@
 """The server: what it gives equals what `fewstep.sample` gives, and whatever comes, it answers that and goes on."""
 
+import asyncio
 import base64
+import collections
 import contextlib
 import io
 import json
@@ -11,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 import urllib.request
 
 import numpy as np
@@ -26,7 +29,7 @@ Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
 from http_servers import CLASSES, Network, denoiser_of, events_of, served, until  # noqa: E402
 
-from fewstep.serve import Engine  # noqa: E402
+from fewstep.serve import Engine, Request  # noqa: E402
 from fewstep.serve.http import make_app  # noqa: E402
 from fewstep.serve.settings import Settings, load_plans  # noqa: E402
 
@@ -126,6 +129,101 @@ def test_previews_come_while_it_runs(server):
         assert told["call"] < 4
         server.network.gate.set()
         assert [name for name, _ in events][-1] == "done"
+
+
+def test_previews_stop_with_the_client_and_have_no_queue(monkeypatch):
+    drawn, going = [], threading.Event()
+
+    def slow(pictures, data_range):
+        drawn.append(1)
+        assert going.wait(60)
+        return []
+
+    with served(rows=64, waiting=64, calls=100, streams=1) as server:
+        monkeypatch.setattr("fewstep.serve.service.pngs_of", slow)
+        body = {"nfe": 100, "count": 4, "previews": 1, "solver": "ddim"}
+        server.network.held = 50
+        server.network.gate.clear()
+        streams = [server.open("POST", "/samples/stream", body) for _ in range(3)]
+        for connection in streams:
+            assert next(events_of(connection.getresponse()))[0] == "accepted"
+        until(lambda: drawn and server.network.calls >= 50)
+        assert server.service._watched == 1  # the others get none, and nobody waits to look at them later
+        assert server.service._streams._work_queue.qsize() == 0
+        tickets = [running.ticket for running in server.service._running.values()]
+        assert all(len(ticket._previews) <= 1 for ticket in tickets)
+        for connection in streams:
+            connection.close()
+        until(lambda: not server.service._running)
+        going.set()
+        until(lambda: server.service._watched == 0)
+        assert len(drawn) == 1  # none after the clients were gone
+        server.service.close()
+        server.service.watch(Gone(), drawn.append)  # is no error
+        assert server.service._watched == 0
+
+
+class Gone:
+    """A request that is over."""
+
+    ticket = None
+
+
+def test_stream_whose_pictures_cannot_be_made_says_so(monkeypatch, caplog):
+    def broken(pictures, data_range):
+        raise RuntimeError("secret /etc/hosts")
+
+    with served() as server:
+        monkeypatch.setattr("fewstep.serve.service.pngs_of", broken)
+        events = list(server.events({}))
+    assert [name for name, _ in events] == ["accepted", "failed"]
+    told = events[-1][1]
+    assert told["status"] == 500
+    assert "secret" not in told["detail"]
+    assert events[0][1]["id"] in told["detail"]
+    assert "secret" in caplog.text  # with the id, for who reads the log
+
+
+def test_no_text_is_encoded_for_a_full_queue(server, monkeypatch):
+    from fewstep.serve.messages import SamplesAsk
+    from fewstep.serve.service import Claim, RefusedError
+
+    encoded = []
+    monkeypatch.setattr(type(server.service.model), "conditions", lambda *given: encoded.append(given) or {})
+    server.network.gate.clear()
+    busy = server.engine.submit(Request(PLAN, range(16), {"label": torch.zeros(16, dtype=torch.int64)}))
+    with pytest.raises(RefusedError, match="Try again later") as caught:
+        server.service.submit(Claim(), SamplesAsk())
+    assert caught.value.status == 503
+    assert not encoded
+    busy.cancel()
+
+
+def test_pause_looks_at_what_was_lately_delivered(server, monkeypatch):
+    service, now = server.service, 10_000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr(server.engine, "statistics", lambda: types.SimpleNamespace(waiting=20))
+    monkeypatch.setattr(service, "_delivered", collections.deque([(now - 3600, 4)]))
+    assert service.pause() == 60  # an hour ago: nothing is known
+    service._delivered.append((now - 10, 40))
+    assert service.pause() == 5  # 20 samples at 4 a second, whatever was before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"samples": 2.5}, "samples must be a whole number, got 2.5"),
+        ({"streams": True}, "streams must be a whole number, got True"),
+        ({"timeout": float("inf")}, "timeout must be a finite number of seconds, got inf"),
+        ({"drain": float("nan")}, "drain must be a finite number of seconds, got nan"),
+        ({"token": " sesame"}, "a token has no blank at its begin or end"),
+        ({"per_client": -1}, "per_client must be at least 0, got -1"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**wrong)
 
 
 REFUSED = {
@@ -398,6 +496,59 @@ def test_sigterm_drains(patient):
         assert torch.equal(npy(seen["running"][1]), alone())
     else:
         assert seen["running"] == (503, b'{"detail":"the server ended."}')
+
+
+def test_an_address_is_that_of_the_connection():
+    from fewstep.serve.process import listen, serve
+
+    network, seen = Network(), {}
+    den = denoiser_of(network)
+    network.gate.clear()
+    with Engine(den, den.info.shape, null={"label": CLASSES}) as engine:
+        app = make_app(engine, Settings(per_client=1))
+        listening = listen("127.0.0.1", 0)
+        port = listening.getsockname()[1]
+
+        def client():
+            from http_servers import Server
+
+            server = Server(network, engine, app, port)
+            try:
+                with contextlib.closing(server.open("POST", "/samples", {})) as first:
+                    until(lambda: server.service._running)
+                    seen["other"] = server.ask("POST", "/samples", {}, {"x-forwarded-for": "10.1.2.3"})[0]
+                    network.gate.set()
+                    seen["first"] = first.getresponse().status
+            finally:
+                network.gate.set()
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        thread = threading.Thread(target=client)
+        assert serve(app, listening, started=thread.start)
+        thread.join()
+        app.state.service.close()
+    assert seen == {"other": 429, "first": 200}
+
+
+def test_a_server_that_ends_by_itself_is_noticed(monkeypatch):
+    import uvicorn
+
+    from fewstep.serve.process import listen, serve
+
+    begun = threading.Event()
+
+    async def broken(self):
+        while not begun.is_set():
+            await asyncio.sleep(0.005)
+        raise OSError("no more files")
+
+    monkeypatch.setattr(uvicorn.Server, "main_loop", broken)
+    den = denoiser_of(Network())
+    with Engine(den, den.info.shape) as engine, listen("127.0.0.1", 0) as listening:
+        app = make_app(engine)
+        with pytest.raises(fs.errors.FewstepError, match=r"the server ended by itself, by OSError: no more files"):
+            serve(app, listening, started=begun.set)
+        app.state.service.close()
 
 
 def test_description_tells_every_status(server):

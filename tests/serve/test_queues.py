@@ -117,13 +117,52 @@ def test_probabilities_are_those_of_the_draws(policy):
     assert abs(total - 6000) < 4.0 * math.sqrt(spread)
 
 
-def test_many_queues_are_forgotten():
-    for learner in (SoftMW(50), SSMW(50)):
-        for slot in range(2000):
-            choice = learner.choose({f"user {slot}": Queue(1.0), "always": Queue(1.0)})
-            learner.observe(choice, 1.0)
-        assert len(learner._seen) <= 101
-    assert len(SoftMW(50).weights) == 0
+@pytest.mark.parametrize(("policy", "memory"), [(SoftMW, "weights"), (SSMW, "_sums")])
+def test_many_queues_are_forgotten(policy, memory):
+    learner = policy(50)
+    for slot in range(2000):
+        choice = learner.choose({f"user {slot}": Queue(1.0), "always": Queue(1.0)})
+        learner.observe(choice, 1.0)
+    assert "always" in getattr(learner, memory)
+    assert len(learner._seen) <= 101
+    assert len(getattr(learner, memory)) <= 101
+
+
+@pytest.mark.parametrize("policy", [SoftMW, SSMW])
+def test_services_that_come_late_learn_with_the_rate_of_their_slot(policy):
+    for seed in range(50):
+        learner = policy(2000, seed)
+        for _ in range(100):
+            learner.observe(learner.choose({"a": Queue(2000.0), "b": Queue(2000.0)}), 1.0)
+        late = learner.choose({"a": Queue(2000.0), "b": Queue(2000.0)})
+        before = dict(getattr(learner, "weights", {}))
+        learner.choose(
+            {"a": Queue(0.001), "b": Queue(0.001)}
+        )  # the next call is put together; what filled the queues was cancelled
+        learner.observe(late, 1.0)
+        if before:  # at most e times as likely
+            assert learner.weights[late.kind] <= math.e * before[late.kind] / sum(before.values()) + 1e-9
+        assert 0.0 < learner.choose({"a": Queue(1.0), "b": Queue(1.0)}).probability <= 1.0
+
+
+def test_rewards_of_slow_times_weigh_as_little_as_they_were():
+    """The softmax of SSMW is of eta times the sums of rewards, with the M of now: what was earned while everything was slow counts less."""
+    learner = SSMW(1000, seed=1)
+    queues = {"a": Queue(50.0), "b": Queue(50.0)}
+    rewards, most = [], 0.0
+    for slot in range(700):
+        slow = {"a": 0.01, "b": 0.005} if slot < 400 else {"a": 0.1, "b": 1.0}
+        choice = learner.choose(queues)
+        learner.observe(choice, slow[choice.kind])
+        most = max(slow[choice.kind], most * (1.0 - 1.0 / 1000))
+        rewards.append((choice.kind, 50.0 * slow[choice.kind] / choice.probability))
+    eta = math.sqrt(math.log(2) / (2 * 1000 * 50.0**2)) / most
+    raised = {kind: math.exp(eta * sum(g for name, g in rewards if name == kind)) for kind in queues}
+    x = raised["b"] / sum(raised.values())
+    gamma = 2 * eta * most * 50.0
+    wanted = {kind: (1 - gamma) * share + gamma / 2 for kind, share in (("a", 1 - x), ("b", x))}
+    choice = learner.choose(queues)
+    assert choice.probability == pytest.approx(wanted[choice.kind], rel=1e-9)
 
 
 def test_odd_values_are_refused():
