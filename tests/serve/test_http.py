@@ -201,7 +201,7 @@ def test_no_text_is_encoded_for_a_full_queue(server, monkeypatch):
 
 def test_pause_looks_at_what_was_lately_delivered(server, monkeypatch):
     service, now = server.service, 10_000.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("fewstep.serve.service.time", types.SimpleNamespace(monotonic=lambda: now))
     monkeypatch.setattr(server.engine, "statistics", lambda: types.SimpleNamespace(waiting=20))
     monkeypatch.setattr(service, "_delivered", collections.deque([(now - 3600, 4)]))
     assert service.pause() == 60  # an hour ago: nothing is known

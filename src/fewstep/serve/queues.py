@@ -10,7 +10,7 @@ last W slots, so that rates may drift. The idea is the paper's; the constants he
 - with q the longest backlog, M a slowly forgotten maximum of the services seen, and K the number of queues that are not empty,
   $\eta = \sqrt{\ln K / (K V)} / M$, where $V = \min(\sum_{s \le t} q_s^2,\, W q^2)$ for SoftMW and $V = W q^2$ for SSMW;
 - the probability of queue i is $p_i = (1 - \gamma) x_i + \gamma / K$ with $\gamma = \min(1/2,\, K \eta q M)$, so that the exponents
-  below are at most 1 once $\gamma < 1/2$; before that they are cut at 1;
+  below are at most 1 once $\gamma < 1/2$; before that SoftMW's are cut at 1;
 - the estimated reward of the chosen queue is $g = Q_a S_a / p_a$, and 0 of the others;
 - SoftMW: $x_a \leftarrow x_a e^{\eta g}$ with the $\eta$ of its slot, normalised, then a fixed share, $x \leftarrow (1 - 1/W) x + 1/(W K)$;
   SSMW: $x$ is the softmax of $\eta$ times the sums of g over the last W slots.
