@@ -1,6 +1,5 @@
 """The server: what it gives equals what `fewstep.sample` gives, and whatever comes, it answers that and goes on."""
 
-import asyncio
 import base64
 import collections
 import contextlib
@@ -537,12 +536,12 @@ def test_a_server_that_ends_by_itself_is_noticed(monkeypatch):
 
     begun = threading.Event()
 
-    async def broken(self):
-        while not begun.is_set():
-            await asyncio.sleep(0.005)
+    def broken(self, sockets):
+        self.started = True
+        assert begun.wait(60)
         raise OSError("no more files")
 
-    monkeypatch.setattr(uvicorn.Server, "main_loop", broken)
+    monkeypatch.setattr(uvicorn.Server, "run", broken)
     den = denoiser_of(Network())
     with Engine(den, den.info.shape) as engine, listen("127.0.0.1", 0) as listening:
         app = make_app(engine)
