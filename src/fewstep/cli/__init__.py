@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from fewstep.cli.options import add_options, read_options
+from fewstep.errors import FewstepError
 from fewstep.version import __version__
 
 __all__ = ["main"]
@@ -68,7 +69,7 @@ def _told(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, (ImportError, OSError, RuntimeError, TypeError, ValueError)) and text:
+    if isinstance(error, (FewstepError, ImportError, OSError, RuntimeError, TypeError, ValueError)) and text:
         return text
     return f"{type(error).__name__}: {text} (this should not happen: FEWSTEP_TRACEBACK=1 shows where)"
 

@@ -92,7 +92,7 @@ def _print(summary: Any, plan: Any, options: SampleOptions, name: str) -> None:
     if summary.damaged:
         print(f"damaged and made again: {', '.join(summary.damaged)}")
     if summary.tally.deaths:
-        print(f"{summary.tally.deaths} workers died and were replaced; their blocks were drawn again")
+        print(f"workers that died and were replaced: {summary.tally.deaths}; their blocks were drawn again")
 
 
 def _told(options: SampleOptions, plan: Any) -> dict[str, Any]:
