@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from fewstep.cli.options import Common, option
 
@@ -49,8 +50,11 @@ def run(options: ServeOptions) -> int:
 
     if min(options.rows, options.waiting) < 1 or not 0 <= options.port <= 65535:
         raise ValueError("--rows and --waiting must be at least 1, --port from 0 to 65535.")
+    plans = load_plans(options.plans) if options.plans else {}
+    if others := options.plans and sorted(f.name for f in Path(options.plans).glob("*.safetensors") if f.stem not in plans):
+        print(f"in {options.plans} are no plans, and not served: {', '.join(others)}")
     settings = Settings(
-        plans=load_plans(options.plans) if options.plans else {},
+        plans=plans,
         token=options.token or os.environ.get("FEWSTEP_TOKEN") or None,
         samples=options.samples,
         calls=options.calls,
