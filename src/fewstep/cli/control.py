@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +52,8 @@ OWN_FILES = r"samples\.(png|npz)|samples-\d+\.png|index\.html|results\.json"
 def run(options: ControlOptions) -> int:
     """Optimise the noise, write samples and the page."""
     from fewstep.cli.conditions import check_prompted, conditions
-    from fewstep.cli.setup import new_folder, parse_seeds, state_dtype
-    from fewstep.cli.training import told_how_to_go_on
+    from fewstep.cli.setup import parse_seeds, state_dtype
+    from fewstep.cli.training import resumable
     from fewstep.noise import draw_noise
     from fewstep.steer import optimize_noise
 
@@ -66,10 +65,7 @@ def run(options: ControlOptions) -> int:
     loss = _loss(options, shape, model.info.data_range or (-1.0, 1.0))
     cond = conditions(model, options, len(seeds), options.label)
     noise = draw_noise(shape, seeds, decode, dtype=state_dtype(options), device=options.device)
-    unfinished = Path(f"{options.out}.unfinished")
-    if options.fresh:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    with new_folder(options.out, OWN_FILES) as folder, told_how_to_go_on(unfinished):
+    with resumable(options, OWN_FILES) as (folder, unfinished):
         found = optimize_noise(
             _guided(model, options),
             loss,
@@ -89,7 +85,6 @@ def run(options: ControlOptions) -> int:
         )
         told = _told(found, options, surrogate, decode, seeds)
         _write(folder, found, model, cond, noise, decode, seeds, told, options, unfinished)
-    shutil.rmtree(unfinished, ignore_errors=True)
     if options.json:
         print(json.dumps(told))
     elif not options.quiet:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +50,8 @@ def run(options: DistillOptions) -> int:
     """Distill, write the student and the page."""
     from fewstep.adapt.lora import LoraOptions
     from fewstep.cli.conditions import check_prompted, conditions, guided, learnt_null
-    from fewstep.cli.setup import new_folder, open_model, parse_numbers
-    from fewstep.cli.training import STUDENT_FILES, drawable, features_of, told_how_to_go_on
+    from fewstep.cli.setup import open_model, parse_numbers
+    from fewstep.cli.training import STUDENT_FILES, drawable, features_of, resumable
     from fewstep.distill import Comparison, distill
     from fewstep.distill.run import ADAPTED
     from fewstep.tuners import Effort
@@ -70,13 +69,10 @@ def run(options: DistillOptions) -> int:
     teacher = guided(model, options.guidance, options)
     data = _data(model, teacher, options) if _takes_data(method, options) else None
     told = None if data is not None else conditions(model, options, DRAWN, _label(model, options))
-    unfinished = Path(f"{options.out}.unfinished")
-    if options.fresh:
-        shutil.rmtree(unfinished, ignore_errors=True)
     compared = Comparison(
         options.count, features=features_of(model), seed=options.seed, tuned=None if options.untuned else Effort()
     )
-    with new_folder(options.out, STUDENT_FILES) as folder, told_how_to_go_on(unfinished):
+    with resumable(options, STUDENT_FILES) as (folder, unfinished):
         student = distill(
             teacher,
             method=method,
@@ -99,7 +95,6 @@ def run(options: DistillOptions) -> int:
         student.card["null_label"] = learnt_null(model, told if data is None else data)
         student.save(folder)
         _page(student, options, unfinished).write(folder)
-    shutil.rmtree(unfinished, ignore_errors=True)
     if options.json:
         print(json.dumps(student.card))
     elif not options.quiet:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +50,7 @@ def run(options: PreferOptions) -> int:
     """Tune, write the student and the page."""
     from fewstep.adapt.lora import LoraOptions
     from fewstep.cli.conditions import check_prompted, conditions
-    from fewstep.cli.setup import new_folder
-    from fewstep.cli.training import STUDENT_FILES, drawable, features_of, told_how_to_go_on
+    from fewstep.cli.training import STUDENT_FILES, drawable, features_of, resumable
     from fewstep.steer import Judged, make_reward, prefer
     from fewstep.train.watched import Spent
 
@@ -65,10 +63,7 @@ def run(options: PreferOptions) -> int:
     label = options.label or None if model.info.conditions else None
     data = _targets(options, model) if options.method == "offline-pso" else None
     cond = None if data is not None else conditions(model, options, SHOWN, label)
-    unfinished = Path(f"{options.out}.unfinished")
-    if options.fresh:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    with new_folder(options.out, STUDENT_FILES) as folder, told_how_to_go_on(unfinished):
+    with resumable(options, STUDENT_FILES) as (folder, unfinished):
         scoring = Spent()
         method = _method(options, model, plan, reward, cond, unfinished, scoring)
         made = prefer(
@@ -93,7 +88,6 @@ def run(options: PreferOptions) -> int:
         student = _student(base, made, plan, cond or data or {}, options)
         student.save(folder)
         _page(student, made, options, unfinished).write(folder)
-    shutil.rmtree(unfinished, ignore_errors=True)
     if options.json:
         print(json.dumps(made.report))
     elif not options.quiet:

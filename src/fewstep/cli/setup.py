@@ -54,8 +54,7 @@ SMALL = 5_000_000
 def open_model(name: str, options: Common, nfe: int | None = None, *, every: bool = False) -> Denoiser:
     """The model on its device, in its precision; of a student that is told its number of calls, for that many, or for every number."""
     device = _device(options)
-    dtype = None if options.dtype == "float32" else getattr(torch, options.dtype)
-    denoiser = _load(name, device, dtype, nfe, every)
+    denoiser = _load(name, device, _network_dtype(options), nfe, every)
     _few_threads(denoiser.network, options)
     size = getattr(options, "size", "")
     return _sized(denoiser, name, size) if size else denoiser
@@ -70,8 +69,7 @@ def open_student(name: str, options: Common) -> Any:
     from fewstep.distill.student import Student
 
     device = _device(options)
-    dtype = None if options.dtype == "float32" else getattr(torch, options.dtype)
-    student = Student.load(name, device=device, dtype=dtype)
+    student = Student.load(name, device=device, dtype=_network_dtype(options))
     _few_threads(student.network, options)
     size = getattr(options, "size", "")
     return dataclasses.replace(student, teacher=_sized(student.teacher, name, size)) if size else student
@@ -164,6 +162,11 @@ def quickest_threads(denoiser: Denoiser, options: Common, count: int, cond: dict
     best = min(threads, key=lambda number: times[number])
     torch.set_num_threads(best)
     return best
+
+
+def _network_dtype(options: Common) -> torch.dtype | None:
+    """Precision of the network; None: as it is."""
+    return None if options.dtype == "float32" else getattr(torch, options.dtype)
 
 
 def state_dtype(options: Common) -> torch.dtype:

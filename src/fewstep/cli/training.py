@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["STUDENT_FILES", "drawable", "features_of", "parse_options", "student_sheets", "told_how_to_go_on"]
+__all__ = ["STUDENT_FILES", "drawable", "features_of", "parse_options", "resumable", "student_sheets"]
 
 STUDENT_FILES = (
     r"plan-\d+\.safetensors|student\.(json|safetensors)|pytorch_lora_weights\.safetensors|probe\.safetensors|README\.md|scheduler"
@@ -67,7 +68,20 @@ def student_sheets(unfinished: Path, unit: str = "step") -> list[tuple[str, str,
 
 
 @contextmanager
-def told_how_to_go_on(unfinished: Path) -> Iterator[None]:
+def resumable(options: Any, own_files: str) -> Iterator[tuple[Path, Path]]:
+    """The folder of a command's results, and that of its checkpoints, which goes when all is written, or before with ``--fresh``."""
+    from fewstep.cli.setup import new_folder
+
+    unfinished = Path(f"{options.out}.unfinished")
+    if options.fresh:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    with new_folder(options.out, own_files) as folder, _told_how_to_go_on(unfinished):
+        yield folder, unfinished
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def _told_how_to_go_on(unfinished: Path) -> Iterator[None]:
     """When the run is stopped within."""
     try:
         yield
