@@ -13,7 +13,6 @@ where the accelerator's file has lost its alpha (16, of rank 64: it then acts fo
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import tempfile
@@ -25,7 +24,7 @@ from typing import Any
 import distill_teacher
 import torch
 from distill_teacher import CLASSES, SHAPE, labels_of, sampled, wrapped, write_json
-from torch import Tensor
+from torch import Tensor, nn
 
 import fewstep as fs
 from fewstep.adapt import LoraOptions, add_adapter, load_adapter, save_adapter, set_adapters
@@ -49,18 +48,25 @@ STYLE_TRAINING = {"steps": 2000, "batch_size": 128, "learning_rate": 2e-3, "ema"
 TRAINING = {"iterations": 1500, "batch_size": 128, "learning_rate": 1e-3, "ema": 0.995}
 
 
+def plain_network() -> nn.Module:
+    """That of the teacher, which has no adapter."""
+    network = distill_teacher.load().network
+    assert isinstance(network, nn.Module)
+    return network
+
+
 def style_adapter(style: str, seed: int, folder: Path) -> Path:
     """Train one on the plain teacher, and save it."""
-    network = copy.deepcopy(distill_teacher.load().network)
+    network = plain_network()
     add_adapter(network, LoraOptions(rank=RANK, alpha=ALPHA), name="style", seed=seed)
     data = digits("train")
     loss = fs.train.DenoisingLoss(fs.schedules.Flow(), "flow", times="logit_normal", dropout=fs.train.LabelDropout(CLASSES))
-    result = fs.fit(loss, network, {**data, "x": STYLES[style][0](data["x"])}, **STYLE_TRAINING, seed=seed)  # type: ignore[arg-type]
+    result = fs.fit(loss, network, {**data, "x": STYLES[style][0](data["x"])}, **STYLE_TRAINING, seed=seed)
     network.load_state_dict(result.averages[0.995])
     return save_adapter(network, folder, ask=asked, name="style")
 
 
-def asked(network: torch.nn.Module) -> Tensor:
+def asked(network: nn.Module) -> Tensor:
     """What an adapter that was loaded again must still say."""
     generator = torch.Generator().manual_seed(0)
     return network(torch.randn(4, *SHAPE, generator=generator), torch.linspace(0.1, 0.9, 4), label=labels_of(4))
@@ -68,7 +74,7 @@ def asked(network: torch.nn.Module) -> Tensor:
 
 def together(adapters: Mapping[str, Path], weights: Mapping[str, float]) -> fs.Denoiser:
     """A fresh teacher with these adapters."""
-    network = copy.deepcopy(distill_teacher.load().network)
+    network = plain_network()
     for name, path in adapters.items():
         load_adapter(network, path, name=name)
     set_adapters(network, dict(weights))

@@ -47,6 +47,8 @@ GUIDED = 3.0
 OTHER_NOISE = 10_000_000
 FINALISTS, LEADERS = 5, 10
 """Settings that are measured on all samples; settings of every cell that are measured with more calls as well."""
+WITH_MORE = 256
+"""Samples of a network that are judged with more calls; of mixtures, all."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Problem:
     exact: Tensor
     others: Tensor
     few: int
+    with_more: int
 
     def distance(self, samples: Tensor, rows: slice = slice(None)) -> float:
         """Of the distributions; see above."""
@@ -163,16 +166,18 @@ def make_problem(told: str, name: str, scale: float, seed: int) -> Problem:
         if name == "photos":  # as the mixtures, from where alpha is not 0
             denoiser = fs.Denoiser(denoiser.network, SCHEDULES["Flow"], denoiser.predicts, info=denoiser.info)
         schedule, shape, dtype = denoiser.schedule, denoiser.info.shape, torch.float32
-        count, few = (256, 32) if name == "digits" else (48, 8)
+        count, few = (1024, 32) if name == "digits" else (48, 8)
         known = denoiser.info.conditions.get("label")
-        cond = {"label": torch.arange(2 * count) % known["classes"]} if known else {}
+        cond = {"label": torch.arange(count) % known["classes"]} if known else {}
         null = known["null"] if known else 0
     if scale != 1.0:
         denoiser = fs.guidance.ClassifierFree(denoiser, scale, {"label": null})
-    noise = fs.draw_noise(shape, range(OTHER_NOISE, OTHER_NOISE + 2 * count), dtype=dtype) * float(schedule.sigma(schedule.t_start))
-    paths = fs.tuners.trace_paths(denoiser, noise, schedule, calls=200, cond=cond)
+    both = 2 * count if name.startswith("mixture") else count
+    noise = fs.draw_noise(shape, range(OTHER_NOISE, OTHER_NOISE + both), dtype=dtype) * float(schedule.sigma(schedule.t_start))
+    exact = fs.tuners.trace_paths(denoiser, noise, schedule, calls=200, cond=cond).target
     first = {key: value[:count] for key, value in cond.items()}
-    return Problem(told, denoiser, schedule, noise[:count], first, paths.target[:count], paths.target[count:], few)
+    with_more = count if both > count else min(count, WITH_MORE)
+    return Problem(told, denoiser, schedule, noise[:count], first, exact[:count], exact[count:], few, with_more)
 
 
 def mixture(size: int, schedule: fs.schedules.NoiseSchedule, seed: int) -> fs.exact.GaussianMixture:
@@ -202,7 +207,7 @@ def best_untuned(problem: Problem, nfe: int, peers: list[Stepper], names: set[st
 
     The best few on some samples go on to all of them; the least of several errors on the same samples favours the untuned.
     """
-    part, whole = slice(problem.few), slice(None)
+    part, whole = slice(problem.few), slice(problem.with_more if nfe in MORE_CALLS else None)
     tried = dict(settings(problem, nfe, peers, part, names))
     order = sorted(tried, key=lambda name: tried[name][0])
     if problem.few < len(problem.noise):
@@ -248,8 +253,9 @@ def sliced(first: Tensor, second: Tensor) -> float:
 def cell(problem: Problem, nfe: int, tuned: fs.tuners.Tuned, untuned: dict[int, dict[str, Any]]) -> dict[str, Any]:
     samples = fs.sample(problem.denoiser, problem.noise, tuned.plans[nfe], cond=problem.cond)
     rms, median, distance = figures(problem, samples)
-    best = untuned[nfe]
-    enough = [n for n, other in sorted(untuned.items()) if other["rms"] <= rms]
+    best, some = untuned[nfe], slice(problem.with_more)
+    fewer = errors_of(samples[some], problem.exact[some]).rms
+    enough = [n for n, other in sorted(untuned.items()) if other["rms"] <= (fewer if n in MORE_CALLS else rms)]
     return {
         "problem": problem.name,
         "calls": nfe,

@@ -61,6 +61,22 @@ def test_challenge_tells_the_error_over_all_noise(task, candidates):
             assert error == pytest.approx(errors_of(fs.sample(task.denoiser, noise, plan), exact).rms, rel=0.2)
 
 
+def test_few_samples_astray_decide_nothing_and_many_do():
+    """A plan of half the median error may lose one sample more than the untuned plan does, and not ten more."""
+
+    def told(lost_by_mine, lost_by_untuned, count=500):
+        mine, untuned = np.full(count, 0.25), np.ones(count)
+        mine[:lost_by_mine], untuned[count - lost_by_untuned :] = 900.0, 900.0
+        return hard.steadied(mine, untuned, np.full(count, 1.0 / count), (0.5, 1.0))
+
+    for lost in [(0, 0), (1, 0), (1, 1), (2, 1), (10, 12)]:
+        assert np.less(*told(*lost)), lost
+    for lost in [(5, 1), (12, 2), (20, 12)]:
+        assert np.greater(*told(*lost)), lost
+    assert told(0, 0) == pytest.approx((0.5, 1.0))
+    assert sum(error**2 for error in told(2, 1)) == pytest.approx(498 / 500 * 0.25 + 499 / 500 + 3 * 900 / 500)
+
+
 def test_what_fails_its_challenge_is_not_chosen(task, candidates, monkeypatch):
     assert best_of(candidates).tuned
     heard = []

@@ -23,7 +23,7 @@ from fewstep.sampler import sample
 from fewstep.tuners.paths import Paths, take_rows
 from fewstep.tuners.task import Candidate, Task, distances
 
-__all__ = ["CHALLENGED", "Mined", "challenged", "mined"]
+__all__ = ["CHALLENGED", "Mined", "challenged", "mined", "steadied"]
 
 Floats = NDArray[np.float64]
 MINED_WEIGHT = 0.2
@@ -32,6 +32,10 @@ CHALLENGED = 3
 """Candidates that are challenged together."""
 MINING, CHALLENGE = 1, 2
 """Streams of noise."""
+ASTRAY = 10.0
+"""A sample is astray whose error under either plan is more than so many of the larger median."""
+STEADY = 4.0
+"""So many samples that are astray are taken for granted, shared by two plans as their medians are, before those that were seen."""
 
 
 class Mined(NamedTuple):
@@ -53,7 +57,8 @@ def mined(task: Task, plan: Plan, *, pool: int, count: int, turn: int = 0) -> Mi
 
 def challenged(task: Task, candidates: Sequence[Candidate], *, pool: int, count: int) -> list[tuple[float, float]]:
     """The root mean square errors of candidates and of the best untuned plan, over a pool of noise that nothing was fitted to or chosen
-    by, and the validation noise: a few samples in the wrong mode decide these errors, so the more noise the better.
+    by, and the validation noise: a few samples in the wrong mode decide these errors, so the more noise the better; and of what they add
+    only as much counts as so few can tell, see `steadied`.
 
     Exact paths are traced for the `count` noises of the pool on which any candidate is farthest from the untuned plan; what lies nearer
     is estimated from those validation paths on which they are as near.
@@ -67,7 +72,7 @@ def challenged(task: Task, candidates: Sequence[Candidate], *, pool: int, count:
     Returns:
         for every candidate its error, and the untuned plan's on the same noise.
     """
-    base = task.untuned(candidates[0].plan.nfe)
+    base, known = task.untuned(candidates[0].plan.nfe), task.held_out
     noise, cond = task.draw.stream(CHALLENGE, base.plan.nfe)(pool)
     plans = [base.plan, *(candidate.plan for candidate in candidates)]
     runs = [sample(task.denoiser, noise, plan, cond=cond, check=False) for plan in plans]
@@ -75,20 +80,56 @@ def challenged(task: Task, candidates: Sequence[Candidate], *, pool: int, count:
     rows = _farthest(apart, count)
     picked = torch.from_numpy(rows).to(noise.device)
     target = task.trace(noise[picked], take_rows(cond, picked)).target
-    held_out = [task.run(plan, task.held_out) for plan in plans]
+    held_out = [task.run(plan, known) for plan in plans]
     near = np.max([_between(held_out[0], run) for run in held_out[1:]], axis=0) <= apart[rows].min()
     share = len(rows) / pool if near.any() else 1.0
+    fresh = np.full(len(rows), share / len(rows))
+    shares = known.shares / known.shares.sum()
+    of_known = shares * known.count / pool
+    if near.any():
+        of_known = of_known + (1.0 - share) * np.where(near, shares, 0.0) / shares[near].sum()
+    weights = np.concatenate([fresh, of_known]) * pool / (pool + known.count)
+    squares = [
+        np.concatenate([distances(run[picked], target), distances(held, known.target)]) ** 2
+        for run, held in zip(runs, held_out, strict=True)
+    ]
+    return [
+        steadied(mine, squares[0], weights, (candidate.errors.median, base.errors.median))
+        for mine, candidate in zip(squares[1:], candidates, strict=True)
+    ]
 
-    def error(k: int) -> float:
-        known = distances(held_out[k], task.held_out.target) ** 2
-        fresh = float(np.mean(distances(runs[k][picked], target) ** 2))
-        if near.any():
-            fresh = share * fresh + (1.0 - share) * float(np.average(known[near], weights=task.held_out.shares[near]))
-        known = float(np.average(known, weights=task.held_out.shares))
-        mean = (pool * fresh + task.held_out.count * known) / (pool + task.held_out.count)
-        return math.sqrt(mean) if math.isfinite(mean) else math.inf
 
-    return [(error(k), error(0)) for k in range(1, len(plans))]
+def steadied(mine: Floats, untuned: Floats, weights: Floats, medians: tuple[float, float]) -> tuple[float, float]:
+    r"""Root mean square errors of two plans, of which samples that went astray add what is likely, not what happened.
+
+    One sample in the wrong mode can outweigh a thousand that are right, and which of two plans one sample befalls is chance: it does so
+    where the exact path passes near a border, and there about in proportion to a plan's error. So with k samples astray under either plan,
+    what these add is shared between the plans as it was seen with weight k / (k + 4), and as the plans' medians are with the rest.
+
+    Args:
+        mine: ``"batch"``: squared errors of a plan.
+        untuned: ``"batch"``: of the other, on the same noise.
+        weights: ``"batch"``: of the samples, with the sum 1.
+        medians: of the errors of both.
+
+    Returns:
+        both errors; infinite where one is not finite.
+
+    Example:
+        >>> errors = np.full(100, 0.25), np.full(100, 1.0)
+        >>> errors[0][0] = 400.0
+        >>> [round(error, 2) for error in steadied(*errors, np.full(100, 0.01), (0.5, 1.0))]
+        [1.45, 1.77]
+    """
+    each = np.stack([mine, untuned])
+    means = each @ weights
+    if np.isfinite(means).all() and sum(medians) > 0.0:
+        astray = each.max(0) > (ASTRAY * max(medians)) ** 2
+        seen, found = int(astray.sum()), each[:, astray] @ weights[astray]
+        expected = found.sum() * np.array(medians) / sum(medians)
+        means = each[:, ~astray] @ weights[~astray] + (seen * found + STEADY * expected) / (seen + STEADY)
+    first, second = (math.sqrt(mean) if math.isfinite(mean) else math.inf for mean in means.tolist())
+    return first, second
 
 
 def _between(first: Tensor, second: Tensor) -> Floats:
