@@ -102,7 +102,7 @@ PARTS: dict[str, Part] = {
     "hipa": Part(lambda: HiPA(losses=(HighFrequencyLoss(),)), steps=1200, data="pairs"),
     "lcm": Part(lcm, (1, 2, 4), steps=1500, data="digits"),
     "dmd2, longer": Part(DMD2, steps=4500),
-    "freeflow, a third of the correction": Part(lambda: FreeFlow(strength=0.3), steps=1200),
+    "freeflow, a tenth of the correction": Part(lambda: FreeFlow(strength=0.1), steps=1200),
     "freeflow, longer": Part(FreeFlow, steps=3600),
     "tdm, longer": Part(lambda: TDM(update_ratio=3), (4,), steps=3600, batch_size=96, learning_rate=3e-4),
 }
