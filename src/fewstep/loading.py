@@ -28,11 +28,13 @@ from fewstep.preconditioning import EDMPreconditioned
 from fewstep.predictions import data_coefficients
 from fewstep.schedules import EDM, Flow, FromBetas, NoiseSchedule, VPCosine, VPLinear
 
-__all__ = ["CheckReport", "check", "load", "shipped_models"]
+__all__ = ["STUDENT_CARD", "CheckReport", "check", "is_student", "load", "shipped_models"]
 
 SHIPPED = Path(__file__).parent / "shipped"
 PIPELINE_FILE = "model_index.json"
 """What says that a folder, or an object, is a pipeline of diffusers."""
+STUDENT_CARD = "student.json"
+"""What says that a folder is a student's."""
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".pkl")
 """Of names that are files with weights, not models."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -46,6 +48,11 @@ def shipped_models() -> list[str]:
         True
     """
     return sorted(folder.name for folder in SHIPPED.iterdir() if (folder / "config.json").is_file()) if SHIPPED.is_dir() else []
+
+
+def is_student(folder: str | Path) -> bool:
+    """Whether a folder is a student's, as `fewstep.distill.Student.save` writes it."""
+    return (Path(folder) / STUDENT_CARD).is_file()
 
 
 def load(

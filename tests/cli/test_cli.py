@@ -375,6 +375,10 @@ def test_check(tiny, tmp_path, capsys):
         (["sample", "TINY", "--nfe", "0"], "at least 1"),
         (["sample", "TINY", "--count", "0"], "at least 1"),
         (["sample", "TINY", "--seed", "x"], "--seed takes"),
+        (["sample", "TINY", "--seed", "0..7"], "--seed takes"),
+        (["sample", "TINY", "--seed", "7-0"], "--seed 7-0 gives no samples"),
+        (["sample", "TINY", "--seed", "0-7", "--count", "4"], "--seed 0-7 asks for 8 samples and --count for 4: leave --count out"),
+        (["sample", "TINY", "--seed", "3,5", "--count", "16"], "--seed 3,5 asks for 2 samples and --count for 16"),
         (["sample", "TINY", "--label", "10"], "classes 0 to 9"),
         (["sample", "TINY", "--label", "cat"], "--label takes"),
         (["sample", "photos", "--label", "1"], "takes no labels"),
@@ -391,6 +395,7 @@ def test_check(tiny, tmp_path, capsys):
         (["plan", "show", "DIR/bad"], "truncated, damaged or foreign"),
         (["plan", "make", "ddim", "--grid", "0.1,0.2,0.3"], "does not decrease"),
         (["plan", "make", "ddim", "--out", "DIR/no/such"], "there is no folder"),
+        (["plan", "make", "ddim", "--grid", "1,0.5,0.1", "--nfe", "2"], "says calls, start and end by itself: leave --nfe out"),
         (["check", "TINY"], "--data is needed"),
         (["check", "TINY", "--data", "DIR/bad"], "no .npy or .npz"),
         (["train", "cats"], "cats"),
@@ -433,6 +438,61 @@ def test_bad_input_is_one_line_and_a_status(arguments, message, tiny, tmp_path, 
     assert message in err
     assert not re.match(r"fewstep: \w+Error", err)
     assert sorted(p.name for p in tmp_path.iterdir()) == before  # nothing half-written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "make"], "fewstep plan make: the following arguments are required: SOLVER; `fewstep plan make --help` says"),
+        (["plan"], "fewstep plan: the following arguments are required: COMMAND; `fewstep plan --help` says"),
+        (["smaple"], "invalid choice: 'smaple'"),
+        (["sample", "--nfe", "x"], "argument --nfe: invalid int value: 'x'"),
+        (["sample", "digits", "--cuont", "3"], "unrecognized arguments: --cuont"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_help_begins_with_what_a_command_is_called_with(capsys):
+    for command, usage in (
+        ("plan make", "SOLVER"),
+        ("plan export", "FILE OUT"),
+        ("sample", "[MODEL]"),
+        ("evaluate", "SAMPLES [DATA]"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*command.split(), "--help"])
+        assert capsys.readouterr().out.startswith(f"usage: fewstep {command} {usage} [options]\n")
+
+
+def test_what_is_given_wrong_is_told_without_torch(tmp_path):
+    code = (
+        "import sys; from fewstep.cli import main; status = main(sys.argv[1:]); "
+        "assert not {'torch', 'ray'} & sys.modules.keys(), 'it loaded them first'; sys.exit(status)"
+    )
+    for arguments in (
+        ["sample", "--seed", "0-7", "--count", "4"],
+        ["sample", "--workers", "2"],
+        ["sample", "--shards", "--workers", "2"],
+        ["compare", "--nfe", "a"],
+        ["compare", "--address", "auto"],
+        ["tune", "--nfe", "a"],
+        ["tune", "--minutes", "3", "--evaluations", "4"],
+        ["demo", "--nfe", "a"],
+        ["distill", "--steps", "a"],
+        ["prefer", "--dtype", "float64", "--reward", "ink"],
+        ["control", "--target", "intensity"],
+        ["serve", "--port", "70000"],
+        ["serve", "--size", "small"],
+    ):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), (arguments, done.stderr)
 
 
 def test_what_should_not_happen_is_called_by_its_class(tiny, capsys, monkeypatch):

@@ -98,10 +98,12 @@ def test_what_would_do_nothing_or_something_else_is_refused(tmp_path, refused):
 def test_compare_stops_early(tmp_path, capsys):
     options = ["--nfe", "2", "--count", "16", "--others", "16", "--tol", "0.1", "--resamples", "20"]
     solvers = "ddim,dpmpp_2m,unipc_2,deis,ddpm,ipndm,dpm_2m,dpmpp_2s"
-    out = ["--out", str(tmp_path / "c"), "--quiet"]
+    out = ["--out", str(tmp_path / "c")]
     assert main(["compare", "--solvers", solvers, *options, "--stop-early", "successive-halving", *out]) == 0
+    told = f"  skipped: 3 stopped early on 8 samples; which, and why: {tmp_path / 'c'}/results.json\n"
+    assert told in capsys.readouterr().out
     results = json.loads((tmp_path / "c" / "results.json").read_text())
     found = results["models"]["digits"]
-    stopped = [name for name, why in found["skipped"].items() if why.startswith("stopped early: on 8 samples")]
+    stopped = [name for name, why in found["skipped"].items() if why.startswith("stopped early on 8 samples: its error was ")]
     assert len(stopped) == 3
     assert {place["solver"] for place in found["ranking_by_distance"]} == set(solvers.split(",")) - set(stopped)

@@ -8,6 +8,7 @@ SIGTERM) in status 130.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import os
 import signal
@@ -15,6 +16,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 from fewstep.cli.options import add_options, read_options
 from fewstep.errors import FewstepError
@@ -88,9 +90,7 @@ def _ended_like_interrupted() -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fewstep", description="Samples from a diffusion or flow model in as few network calls as possible."
-    )
+    parser = _Parser(prog="fewstep", description="Samples from a diffusion or flow model in as few network calls as possible.")
     parser.add_argument("--version", action="version", version=f"fewstep {__version__}")
     places = {"": parser.add_subparsers(metavar="COMMAND", title="commands")}
     for command, summary in COMMANDS.items():
@@ -98,10 +98,27 @@ def _parser() -> argparse.ArgumentParser:
         if group and group[0] not in places:
             inner = places[""].add_parser(group[0], help="make, show and export plans")
             places[group[0]] = inner.add_subparsers(metavar="COMMAND", title="commands", required=True)
-        sub = places[group[0] if group else ""].add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        options = _module(command).OPTIONS[command]
+        sub = places[group[0] if group else ""].add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", usage=_usage(command, options)
+        )
         sub.set_defaults(command=command)
-        add_options(sub, _module(command).OPTIONS[command])
+        add_options(sub, options)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(REFUSED, f"{self.prog}: {message}; `{self.prog} --help` says what there is.\n")
+
+
+def _usage(command: str, options: type) -> str:
+    """What a command is called with: what has no dashes first, the options in the list below it."""
+    places = [field for field in dataclasses.fields(options) if field.metadata["positional"]]
+    named = [field.name.upper() if field.default is None else f"[{field.name.upper()}]" for field in places]
+    return " ".join(["fewstep", command, *named, "[options]"])
 
 
 def _module(command: str):

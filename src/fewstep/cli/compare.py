@@ -65,10 +65,8 @@ FAR = 1_000_000
 def run(options: CompareOptions) -> int:
     """Run all solvers, rank them, write the page. After an interrupt, the page has what was finished."""
     from fewstep.cli import INTERRUPTED
-    from fewstep.cli.conditions import check_prompted, told_prompts
     from fewstep.cli.engines import check_engine
-    from fewstep.cli.setup import check_plannable, machine, new_folder, open_model, parse_numbers
-    from fewstep.evaluate.report import Report
+    from fewstep.cli.parsing import check_prompted, parse_numbers, told_prompts
 
     nfes = parse_numbers("--nfe", options.nfe)
     if (
@@ -82,6 +80,9 @@ def run(options: CompareOptions) -> int:
         raise ValueError(f"--tol must be positive, got {options.tol:g}.")
     check_prompted(options)
     check_engine(options)
+    from fewstep.cli.setup import check_plannable, machine, new_folder, open_model
+    from fewstep.evaluate.report import Report
+
     names = ["auto"] if options.solvers == "all" else options.solvers.split(",")
     for solver, grid in product(names, options.grids.split(",")):
         check_plannable(solver, grid, nfes[0])
@@ -179,7 +180,7 @@ def _run_all(report: Any, tasks: list[_Task], options: CompareOptions) -> bool:
 
 
 def _run(report: Any, task: _Task, options: CompareOptions) -> None:
-    from fewstep.cli.engines import mapper
+    from fewstep.cli.engines import mapper, session
     from fewstep.cli.setup import progress
     from fewstep.evaluate.comparison import Judge, add_comparison, compare_solvers
     from fewstep.evaluate.features import TITLES, resolved_features
@@ -192,26 +193,27 @@ def _run(report: Any, task: _Task, options: CompareOptions) -> None:
         told = "elements of the latents" if hasattr(task.model, "decode") else "elements of the samples"
     judge = Judge(task.distance, task.features, exact.samples, others.samples, told, options.resamples, options.seed, groups)
     found, seeds = task.found, range(options.seed, options.seed + task.count)
-    if options.stop_early != "none":
-        from fewstep.cli.halving import halved
+    with session(options):
+        if options.stop_early != "none":
+            from fewstep.cli.halving import halved
 
-        found = halved(task, noise, exact.samples, cond, options)
-    with progress(options, total=len(found.plans), desc=task.model.info.name, unit="run") as bar:
-        comparison = compare_solvers(
-            task.denoiser,
-            noise,
-            exact.samples,
-            found,
-            exact_error=max(exact.error, others.error),
-            exact_nfe=exact.nfe,
-            cond=cond,
-            seeds=seeds,
-            judge=judge,
-            block=options.batch,
-            after=lambda _: bar.update(),
-            interruptible=True,
-            map=mapper(options),
-        )
+            found = halved(task, noise, exact.samples, cond, options)
+        with progress(options, total=len(found.plans), desc=task.model.info.name, unit="run") as bar:
+            comparison = compare_solvers(
+                task.denoiser,
+                noise,
+                exact.samples,
+                found,
+                exact_error=max(exact.error, others.error),
+                exact_nfe=exact.nfe,
+                cond=cond,
+                seeds=seeds,
+                judge=judge,
+                block=options.batch,
+                after=lambda _: bar.update(),
+                interruptible=True,
+                map=mapper(options),
+            )
     ranking = [place.key for place in comparison.ranking("error")]
     by_distance = [place.key for place in comparison.ranking("distance")]
     shown = list(dict.fromkeys([*ranking[:2], *by_distance[:1], *(k for k in ranking if k[0] == "ddim"), *ranking[-1:]]))
@@ -258,7 +260,7 @@ def _summary(comparison: Any) -> str:
 
 
 def _print(results: dict[str, Any], options: CompareOptions) -> None:
-    from fewstep.evaluate.comparison import told_skipped
+    from fewstep.cli.halving import counted
 
     for name, found in results["models"].items():
         first, second = (
@@ -280,7 +282,7 @@ def _print(results: dict[str, Any], options: CompareOptions) -> None:
             told = f"  {first.get(key, '-')!s:>8}  {second.get(key, '-')!s:>11}  {', '.join(key[: 1 + several]):<{widest}}"
             print(f"{told}  {'':15}{cells}")
         if found["skipped"]:
-            print(f"  skipped: {told_skipped(found['skipped'])}")
+            print(f"  skipped: {counted(found['skipped'])}; which, and why: {options.out}/results.json")
     print(f"written to {options.out}/index.html")
 
 

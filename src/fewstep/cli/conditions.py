@@ -3,54 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fewstep.cli.options import Prompted
-from fewstep.cli.setup import parse_labels, parse_size
+from fewstep.cli.parsing import prompts_of
+from fewstep.cli.setup import parse_labels
 from fewstep.denoisers import Denoiser
 from fewstep.guidance import ClassifierFree
 
-__all__ = ["check_null", "check_prompted", "conditions", "guided", "learnt_null", "prompts_of", "told_prompts"]
-
-
-def prompts_of(options: Prompted) -> list[str]:
-    """The prompts that were given, to be used in turn.
-
-    Raises:
-        ValueError: for a prompt and a file, or a file without one.
-    """
-    if not options.prompt_file:
-        return [] if options.prompt is None else [options.prompt]
-    if options.prompt is not None:
-        raise ValueError("give one of --prompt and --prompt-file.")
-    try:
-        lines = Path(options.prompt_file).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{options.prompt_file} is no text in UTF-8.") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{options.prompt_file} holds no prompts; it needs one a line.")
-    return prompts
-
-
-def check_prompted(options: Prompted) -> None:
-    """Read the prompts and the size, so that what is wrong with them is told before a model is loaded.
-
-    Raises:
-        ValueError: as of `prompts_of` and `parse_size`.
-    """
-    prompts_of(options)
-    if options.size:
-        parse_size(options.size)
-
-
-def told_prompts(options: Prompted) -> dict[str, Any]:
-    """What was asked for, for the record; nothing without prompts."""
-    prompts = prompts_of(options)
-    return {"prompts": prompts, "negative": options.negative} if prompts else {}
+__all__ = ["check_null", "conditions", "guided", "learnt_null"]
 
 
 def conditions(denoiser: Denoiser, options: Prompted, count: int, label: str | None, *, first: int = 0) -> dict[str, torch.Tensor]:

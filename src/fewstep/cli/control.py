@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.cli.options import Prompted, option
+from fewstep.cli.parsing import COUNT
 
 HALVES = ("left", "right", "top", "bottom")
 
@@ -39,7 +40,7 @@ class ControlOptions(Prompted):
     iterations: int = option(70, "of Adam")
     refined: int = option(0, "so many of them, the last, go through all calls of decoding")
     learning_rate: float = option(0.2, "of Adam, in units of the noise's deviation")
-    count: int = option(16, "how many samples")
+    count: int | None = option(None, f"how many samples (default: {COUNT}, or as many as --seed names)", kind=int)
     seed: str = option("0", "seed of the first sample, or a range like 0-63, or a list like 3,5,8")
     out: str = option("controlled", "folder for samples.png, samples.npz, index.html and results.json")
     fresh: bool = option(False, "begin anew; otherwise a run that was stopped goes on from OUT.unfinished")
@@ -51,15 +52,17 @@ OWN_FILES = r"samples\.(png|npz)|samples-\d+\.png|index\.html|results\.json"
 
 def run(options: ControlOptions) -> int:
     """Optimise the noise, write samples and the page."""
-    from fewstep.cli.conditions import check_prompted, conditions
-    from fewstep.cli.setup import parse_seeds, state_dtype
-    from fewstep.cli.training import resumable
-    from fewstep.noise import draw_noise
-    from fewstep.steer import optimize_noise
+    from fewstep.cli.parsing import check_prompted, parse_seeds
 
     _check(options)
     check_prompted(options)
     seeds = parse_seeds(options.seed, options.count)
+    from fewstep.cli.conditions import conditions
+    from fewstep.cli.setup import state_dtype
+    from fewstep.cli.training import resumable
+    from fewstep.noise import draw_noise
+    from fewstep.steer import optimize_noise
+
     model, through, surrogate, decode = _model(options)
     shape = _picture_shape(model, options)
     loss = _loss(options, shape, model.info.data_range or (-1.0, 1.0))
@@ -94,8 +97,8 @@ def run(options: ControlOptions) -> int:
 
 
 def _check(options: ControlOptions) -> None:
-    if options.iterations < 1 or options.count < 1 or min(options.nfe, options.surrogate) < 0:
-        raise ValueError("--iterations and --count must be at least 1; --nfe and --surrogate at least 0.")
+    if options.iterations < 1 or min(options.nfe, options.surrogate) < 0:
+        raise ValueError("--iterations must be at least 1; --nfe and --surrogate at least 0.")
     if not 0 <= options.refined <= options.iterations:
         raise ValueError(f"--refined is a number of the {options.iterations} iterations, got {options.refined}.")
     if options.target == "inpaint" and not options.image:
@@ -108,9 +111,10 @@ def _model(options: ControlOptions) -> tuple[Any, Any, Any, Any]:
     """The denoiser that decodes, another that is optimised through (None: the same), and the plans of the latter and of the former."""
     from fewstep.cli.conditions import check_null
     from fewstep.cli.setup import open_model, open_student
+    from fewstep.loading import is_student
     from fewstep.solvers import TCD, make_plan
 
-    if not (Path(options.model) / "student.json").is_file():
+    if not is_student(options.model):
         model, nfe = open_model(options.model, options), options.nfe or 8
         decode = make_plan("auto", model.schedule, nfe, final="zero")
         other = options.surrogate not in (0, nfe)

@@ -40,12 +40,14 @@ INTRO = (
 
 def run(options: DemoOptions) -> int:
     """Sample, measure, write the page."""
-    from fewstep.cli.setup import machine, new_folder, open_model, parse_numbers, progress
-    from fewstep.evaluate.report import Report
+    from fewstep.cli.parsing import parse_numbers
 
     nfes = parse_numbers("--nfe", options.nfe)
     if options.count < 1:
         raise ValueError(f"--count must be at least 1, got {options.count}.")
+    from fewstep.cli.setup import machine, new_folder, open_model, progress
+    from fewstep.evaluate.report import Report
+
     names = options.models.split(",")
     models = {name: open_model(name, options) for name in names}
     began = time.perf_counter()

@@ -48,13 +48,7 @@ DRAWN, SHOWN = 1024, 8
 
 def run(options: DistillOptions) -> int:
     """Distill, write the student and the page."""
-    from fewstep.adapt.lora import LoraOptions
-    from fewstep.cli.conditions import check_prompted, conditions, guided, learnt_null
-    from fewstep.cli.setup import open_model, parse_numbers
-    from fewstep.cli.training import STUDENT_FILES, drawable, features_of, resumable
-    from fewstep.distill import Comparison, distill
-    from fewstep.distill.run import ADAPTED
-    from fewstep.tuners import Effort
+    from fewstep.cli.parsing import check_prompted, parse_numbers
 
     calls = parse_numbers("--steps", options.steps)
     if min(options.iterations, options.batch) < 1 or min(options.adapter, options.drawn, options.count, options.seed) < 0:
@@ -63,8 +57,16 @@ def run(options: DistillOptions) -> int:
         raise ValueError("give one of --data and --drawn.")
     if options.dtype != "float32":
         raise ValueError("students are trained in float32: leave --dtype out.")
-    method = _method(options, calls)
     check_prompted(options)
+    from fewstep.adapt.lora import LoraOptions
+    from fewstep.cli.conditions import conditions, guided, learnt_null
+    from fewstep.cli.setup import open_model
+    from fewstep.cli.training import STUDENT_FILES, drawable, features_of, resumable
+    from fewstep.distill import Comparison, distill
+    from fewstep.distill.run import ADAPTED
+    from fewstep.tuners import Effort
+
+    method = _method(options, calls)
     model = open_model(options.model, options)
     teacher = guided(model, options.guidance, options)
     data = _data(model, teacher, options) if _takes_data(method, options) else None

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-__all__ = ["halved"]
+__all__ = ["counted", "halved"]
 
 FEWEST = 8
 """Samples of the first round at least."""
+STOPPED = "stopped early on {count} samples"
+"""What begins why a candidate was left out; a colon and its score follow."""
 
 
 def halved(task: Any, noise: Any, exact: Any, cond: Mapping[str, Any], options: Any) -> Any:
@@ -56,13 +59,27 @@ def halved(task: Any, noise: Any, exact: Any, cond: Mapping[str, Any], options: 
         racing, gone = order[: math.ceil(len(order) / 2)], order[math.ceil(len(order) / 2) :]
         for solver, grid in gone:
             score = scores[solver, grid] / scores[order[0]]
-            told = f"{score:.2f} times" if np.isfinite(score) else "not finite beside"
+            told = f"{score:.2f} times the best one's" if np.isfinite(score) else "not finite"
             skipped[solver if len(options.grids.split(",")) == 1 else f"{solver}, {grid}"] = (
-                f"stopped early: on {count} samples its error was {told} the best one's"
+                f"{STOPPED.format(count=count)}: its error was {told}"
             )
         count *= 2
     plans = [entry for entry in found.plans if entry[2].stochastic or entry[:2] in racing]
     return dataclasses.replace(found, plans=plans, skipped=skipped)
+
+
+def counted(skipped: Mapping[str, str]) -> str:
+    """How many were stopped early when, and what else was left out; without the reasons, which are long.
+
+    Example:
+        >>> score = "stopped early on 8 samples: its error was 1.50 times the best one's"
+        >>> counted({"a": score, "b": score.replace("1.50", "2.00"), "c": "no name stands for it"})
+        '2 stopped early on 8 samples; c'
+    """
+    begin = STOPPED.partition(" on ")[0]
+    counts = Counter(why.partition(":")[0] for why in skipped.values() if why.startswith(begin))
+    others = [name for name, why in skipped.items() if not why.startswith(begin)]
+    return "; ".join([*(f"{count} {why}" for why, count in counts.items()), *([", ".join(others)] if others else [])])
 
 
 def _first(count: int, racing: int) -> int:

@@ -40,7 +40,9 @@ def engine_option(text: str) -> Any:
 
 def address_option() -> Any:
     """Of the cluster that `engine_option` may name."""
-    return option("", "of --engine ray: a cluster (host:port, or auto for the one of this machine); left out: a new one here")
+    return option(
+        "", "of --engine ray: a cluster (host:port, ray://host:port, or auto for the one of this machine); left out: a new one here"
+    )
 
 
 def workers_option() -> Any:
@@ -86,9 +88,10 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
         if not isinstance(field.default, bool):
             details["choices"] = meta["choices"]
         if meta["positional"]:
-            parser.add_argument(
-                field.name, **details, **({} if field.default is None else {"nargs": "?", "default": field.default})
-            )
+            details["metavar"] = field.name.upper()
+            if field.default is not None:
+                details |= {"nargs": "?", "default": field.default}
+            parser.add_argument(field.name, **details)
         else:
             parser.add_argument(f"--{name}", dest=field.name, default=field.default, **details)
 

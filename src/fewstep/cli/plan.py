@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from fewstep.cli.options import final_option, option
+from fewstep.cli.options import option
+
+NFE, FINAL = 10, "zero"
 
 
 @dataclass(frozen=True)
@@ -15,10 +18,12 @@ class MakeOptions:
 
     solver: str = option(None, "name of the solver; see `fewstep solvers`", positional=True)
     schedule: str = option("vp_linear", "vp_linear, vp_cosine, edm, flow, or the model whose schedule it is (name or folder)")
-    nfe: int = option(10, "network calls per sample")
-    grid: str = option("auto", "time grid: a name, or times separated by commas, noisiest first")
-    start: float = option(-1.0, "time to start from; -1: where the schedule starts")
-    final: str = final_option()
+    nfe: int | None = option(None, f"network calls per sample (default: {NFE})", kind=int)
+    grid: str = option("auto", "time grid: a name, or times separated by commas, noisiest first, which say calls, start and end")
+    start: float | None = option(None, "time to start from (default: where the schedule starts)", kind=float)
+    final: str | None = option(
+        None, f"where to end: zero (sigma = 0) or t_end (where the schedule ends) (default: {FINAL})", choices=("zero", "t_end")
+    )
     out: str = option("plan.safetensors", "the file to write")
 
 
@@ -50,17 +55,19 @@ def run(options: Any) -> int:
 
 
 def _make(options: MakeOptions) -> int:
-    from fewstep.solvers import make_plan
-
     own = "," in options.grid
     grid = _times(options.grid) if own else options.grid
+    if given := [f"--{name}" for name in ("nfe", "start", "final") if own and getattr(options, name) is not None]:
+        raise ValueError(f"--grid {options.grid} says calls, start and end by itself: leave {' and '.join(given)} out.")
+    from fewstep.solvers import make_plan
+
     plan = make_plan(
         options.solver,
         _schedule(options.schedule),
-        None if own else options.nfe,
+        None if own else NFE if options.nfe is None else options.nfe,
         grid=grid,
-        start=None if options.start == -1.0 else options.start,
-        final="t_end" if own else options.final,
+        start=options.start,
+        final="t_end" if own else options.final or FINAL,
     )
     plan.save(options.out)
     print(plan.show())
@@ -90,8 +97,6 @@ def _schedule(name: str) -> Any:
 
 
 def _export(options: ExportOptions) -> int:
-    from pathlib import Path
-
     from fewstep.export import table
     from fewstep.plan import Plan
 

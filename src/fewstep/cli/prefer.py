@@ -48,14 +48,16 @@ SHOWN, PROBED = 64, 2
 
 def run(options: PreferOptions) -> int:
     """Tune, write the student and the page."""
+    from fewstep.cli.parsing import check_prompted
+
+    _check(options)
+    check_prompted(options)
     from fewstep.adapt.lora import LoraOptions
-    from fewstep.cli.conditions import check_prompted, conditions
+    from fewstep.cli.conditions import conditions
     from fewstep.cli.training import STUDENT_FILES, drawable, features_of, resumable
     from fewstep.steer import Judged, make_reward, prefer
     from fewstep.train.watched import Spent
 
-    _check(options)
-    check_prompted(options)
     reward = make_reward(options.reward) if options.reward else None
     base, plan = _base(options)
     model = base.denoiser_of(plan.nfe) if hasattr(base, "plans") else base
@@ -141,9 +143,10 @@ def _base(options: PreferOptions) -> tuple[Any, Any]:
     """A student or a denoiser, and the plan."""
     from fewstep.cli.conditions import check_null
     from fewstep.cli.setup import check_plannable, open_model, open_student
+    from fewstep.loading import is_student
     from fewstep.solvers import make_plan
 
-    if (Path(options.model) / "student.json").is_file():
+    if is_student(options.model):
         if options.adapter:
             raise ValueError(f"{options.model} is a student, which is tuned as it is, network or adapter: leave --adapter out.")
         if options.solver:

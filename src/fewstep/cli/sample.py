@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.cli.options import Prompted, option
+from fewstep.cli.options import Prompted, address_option, engine_option, option, workers_option
+from fewstep.cli.parsing import COUNT
 
 NFE, SOLVER, GRID, FINAL = 10, "auto", "auto", "zero"
 FINALS = ("zero", "t_end")
@@ -38,7 +39,7 @@ class SampleOptions(Prompted):
         "a plan file, instead of nfe, solver, grid and final; or a folder that `fewstep tune` wrote, and --nfe if it has several",
     )
     skips: str = option("", "a file of fewstep.tuners.layer_skips: blocks of the network to leave out at every call of this plan")
-    count: int = option(16, "how many samples")
+    count: int | None = option(None, f"how many samples (default: {COUNT}, or as many as --seed names)", kind=int)
     seed: str = option("0", "seed of the first sample, or a range like 0-63, or a list like 3,5,8")
     label: str = option(None, 'a class, a list like 0,1,2 (in turn), or "each"; left out: without condition')
     guidance: float = option(1.0, "scale of classifier-free guidance; 1 is none")
@@ -49,11 +50,9 @@ class SampleOptions(Prompted):
     shards: bool = option(
         False, "write WebDataset shards with checksums instead, as many as there are samples; a run that was stopped goes on"
     )
-    engine: str = option("local", "who draws shards: this process, or workers of Ray, to the same bits", choices=("local", "ray"))
-    address: str = option(
-        "", "of --engine ray: a cluster (host:port, or auto for the one of this machine); left out: a new one here"
-    )
-    workers: int = option(0, "of --engine ray: how many; 0: one for every processor core, or every --threads of them")
+    engine: str = engine_option("who draws shards: this process, or workers of Ray, to the same bits")
+    address: str = address_option()
+    workers: int = workers_option()
     shard_size: int = option(0, "samples of a shard, a multiple of --batch; 0: 16 times --batch")
 
 
@@ -62,16 +61,18 @@ OPTIONS = {"sample": SampleOptions}
 
 def run(options: SampleOptions) -> int:
     """Draw samples and write them."""
-    from fewstep.cli.conditions import check_prompted, conditions
-    from fewstep.cli.setup import ask_for, check_plannable, new_folder, open_model, parse_seeds
+    from fewstep.cli.parsing import check_prompted, parse_seeds
     from fewstep.cli.shards import check_shards, run_shards
-    from fewstep.solvers import make_plan
 
-    if options.count < 1 or options.batch < 1:
-        raise ValueError(f"--count and --batch must be at least 1, got {options.count} and {options.batch}.")
+    if options.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {options.batch}.")
     seeds = parse_seeds(options.seed, options.count)
     check_prompted(options)
     check_shards(options)
+    from fewstep.cli.conditions import conditions
+    from fewstep.cli.setup import ask_for, check_plannable, new_folder, open_model
+    from fewstep.solvers import make_plan
+
     asked = options.solver or SOLVER, options.grid or GRID, NFE if options.nfe is None else options.nfe
     check_plannable(*asked)
     plan = _load(Path(options.plan), options) if options.plan else None
@@ -107,7 +108,8 @@ def run(options: SampleOptions) -> int:
 
 def model_of(denoiser: Any, plan: Any, options: SampleOptions) -> Any:
     """The denoiser under guidance, with blocks left out if that is asked for."""
-    from fewstep.cli.conditions import guided, prompts_of
+    from fewstep.cli.conditions import guided
+    from fewstep.cli.parsing import prompts_of
 
     if options.guidance != 1.0 and options.label is None and not prompts_of(options):
         raise ValueError("--guidance needs --label, or of a pipeline --prompt or --prompt-file: what it leads to.")
@@ -123,7 +125,7 @@ def model_of(denoiser: Any, plan: Any, options: SampleOptions) -> Any:
 
 def _told_prompts(options: SampleOptions, count: int) -> dict[str, Any]:
     """The prompt of every sample, for the record; nothing without prompts."""
-    from fewstep.cli.conditions import told_prompts
+    from fewstep.cli.parsing import told_prompts
 
     told = told_prompts(options)
     return {**told, "prompts": [told["prompts"][i % len(told["prompts"])] for i in range(count)]} if told else {}

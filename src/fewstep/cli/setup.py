@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from fewstep.cli.options import Common
+from fewstep.cli.parsing import parse_size
 from fewstep.denoisers import Denoiser
 from fewstep.errors import FewstepError
 from fewstep.grids import check_grid_name
-from fewstep.loading import load
+from fewstep.loading import is_student, load
 from fewstep.solvers import make_solver
 from fewstep.version import __version__
 
@@ -35,9 +36,6 @@ __all__ = [
     "open_model",
     "open_student",
     "parse_labels",
-    "parse_numbers",
-    "parse_seeds",
-    "parse_size",
     "progress",
     "quickest_threads",
     "read_arrays",
@@ -46,7 +44,6 @@ __all__ = [
 ]
 
 
-MOST_SEEDS = 1_000_000
 SMALL = 5_000_000
 """Parameters of a network below which one processor thread serves it best: more only wait for each other."""
 
@@ -108,7 +105,7 @@ def _load(name: str, device: torch.device, dtype: torch.dtype | None, nfe: int |
         from fewstep.serve.students import load_served
 
         return load_served(name, device=device, dtype=dtype)
-    if not (Path(name) / "student.json").is_file():
+    if not is_student(name):
         return load(name, device=device, dtype=dtype)
     from fewstep.distill.student import Student
 
@@ -172,51 +169,6 @@ def _network_dtype(options: Common) -> torch.dtype | None:
 def state_dtype(options: Common) -> torch.dtype:
     """Precision of the state."""
     return torch.float64 if options.dtype == "float64" else torch.float32
-
-
-def parse_seeds(text: str, count: int) -> list[int]:
-    """Seeds from ``"7"`` (7, 8, ... as many as `count`), ``"0-63"`` or ``"3,5,8"``."""
-    try:
-        if "," in text:
-            seeds = [int(part) for part in text.split(",")]
-        elif "-" in text:
-            first, last = (int(part) for part in text.split("-"))
-            if last - first >= MOST_SEEDS:
-                raise FewstepError(f"--seed {text} asks for {last - first + 1} samples; at most {MOST_SEEDS} at once.")
-            seeds = list(range(first, last + 1))
-        else:
-            seeds = list(range(int(text), int(text) + count))
-    except FewstepError:
-        raise
-    except ValueError:
-        raise ValueError(f"--seed takes a number, a range like 0-63 or a list like 3,5,8, not {text!r}.") from None
-    if not seeds or min(seeds) < 0:
-        raise ValueError(f"--seed {text} with --count {count} gives no samples, or negative seeds.")
-    return seeds
-
-
-def parse_size(text: str) -> tuple[int, ...]:
-    """Height and width from ``"64"`` or ``"512x768"``, with the frames of a video from ``"480x832x81"``."""
-    try:
-        sides = [int(part) for part in text.lower().split("x")]
-    except ValueError:
-        sides = []
-    if not 1 <= len(sides) <= 3 or min(sides) < 1:
-        raise ValueError(
-            f"--size takes a side like 64, height and width like 512x768, or frames as well, 480x832x81, not {text!r}."
-        )
-    return (sides[0], sides[0]) if len(sides) == 1 else tuple(sides)
-
-
-def parse_numbers(name: str, text: str) -> list[int]:
-    """Increasing numbers of at least 1 from ``"4,6,10"``."""
-    try:
-        numbers = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise ValueError(f"{name} takes numbers separated by commas, not {text!r}.") from None
-    if numbers[0] < 1:
-        raise ValueError(f"{name} takes numbers of at least 1, got {numbers[0]}.")
-    return numbers
 
 
 def parse_labels(text: str | None, denoiser: Denoiser, count: int, *, first: int = 0) -> torch.Tensor | None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from fewstep.cli.engines import check_engine
 
 if TYPE_CHECKING:
     from fewstep.cli.sample import SampleOptions
@@ -14,8 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["check_shards", "run_shards"]
 
 BLOCKS = 16
-ONLY_SHARDS = ("engine", "shard_size")
-ONLY_RAY = ("address", "workers")
+ONLY_SHARDS = ("engine", "shard_size", "address", "workers")
 
 
 def check_shards(options: SampleOptions) -> None:
@@ -23,20 +25,18 @@ def check_shards(options: SampleOptions) -> None:
 
     Raises:
         ValueError: names them.
+        FewstepError: as of `fewstep.cli.engines.check_engine`.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
-    given = [name for name in (*ONLY_SHARDS, *ONLY_RAY) if getattr(options, name) != defaults[name]]
-    idle = given if not options.shards else [name for name in given if name in ONLY_RAY and options.engine != "ray"]
-    if idle:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-        does = "does" if len(idle) == 1 else "do"
-        raise ValueError(f"{names} {does} nothing without {'--engine ray' if options.shards else '--shards'}.")
-    if options.workers < 0:
-        raise ValueError(f"--workers must be at least 0, got {options.workers}.")
+    given = [name for name in ONLY_SHARDS if getattr(options, name) != defaults[name]]
+    if given and not options.shards:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{names} {'does' if len(given) == 1 else 'do'} nothing without --shards.")
     if options.shard_size < 0 or options.shard_size % options.batch:
         raise ValueError(
             f"--shard-size takes a multiple of --batch ({options.batch}), so that shards hold whole blocks, not {options.shard_size}."
         )
+    check_engine(options)
 
 
 def run_shards(options: SampleOptions, plan: Any, seeds: list[int], shape: tuple[int, ...], name: str) -> None:
@@ -60,7 +60,9 @@ def run_shards(options: SampleOptions, plan: Any, seeds: list[int], shape: tuple
         device=options.device,
         told=_told(options, plan),
     )
-    engine = LocalEngine() if options.engine == "local" else RayEngine(options.workers, options.address or None)
+    engine = (
+        LocalEngine() if options.engine == "local" else RayEngine(options.workers, options.address or None, told=_lost(options))
+    )
     per_shard = options.shard_size // options.batch or BLOCKS
     with progress(options, total=len(seeds), desc="sampling", unit="sample") as bar:
 
@@ -82,6 +84,17 @@ def run_shards(options: SampleOptions, plan: Any, seeds: list[int], shape: tuple
         _print(summary, plan, options, name)
 
 
+def _lost(options: SampleOptions) -> Callable[[str, int], None]:
+    """Says in one line that a worker died, beside the bar."""
+    from tqdm import tqdm
+
+    def told(what: str, process: int) -> None:
+        if what == "died" and not options.quiet:
+            tqdm.write(f"worker {process} was lost; its blocks are drawn again", file=sys.stderr)
+
+    return told
+
+
 def _print(summary: Any, plan: Any, options: SampleOptions, name: str) -> None:
     shards = len(summary.checksums)
     print(
@@ -92,12 +105,12 @@ def _print(summary: Any, plan: Any, options: SampleOptions, name: str) -> None:
     if summary.damaged:
         print(f"damaged and made again: {', '.join(summary.damaged)}")
     if summary.tally.deaths:
-        print(f"workers that died and were replaced: {summary.tally.deaths}; their blocks were drawn again")
+        print(f"workers that were lost and replaced: {summary.tally.deaths}")
 
 
 def _told(options: SampleOptions, plan: Any) -> dict[str, Any]:
     """What decides the samples besides plan, model and seeds."""
-    from fewstep.cli.conditions import told_prompts
+    from fewstep.cli.parsing import told_prompts
     from fewstep.tuners import LayerSkips
 
     skips = LayerSkips.load(options.skips).digest if options.skips else None
@@ -107,7 +120,8 @@ def _told(options: SampleOptions, plan: Any) -> dict[str, Any]:
 
 def opened(options: SampleOptions, plan: Any) -> Any:
     """The model of a worker, and its conditions."""
-    from fewstep.cli.conditions import conditions, prompts_of
+    from fewstep.cli.conditions import conditions
+    from fewstep.cli.parsing import prompts_of
     from fewstep.cli.sample import model_of
     from fewstep.cli.setup import open_model
     from fewstep.scale import Opened

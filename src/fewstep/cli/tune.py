@@ -69,25 +69,27 @@ OTHER_NOISE = 1_000_000
 
 def run(options: TuneOptions) -> int:
     """Tune, write the plans and the page."""
-    from fewstep.cli.conditions import check_prompted, conditions, guided
     from fewstep.cli.engines import check_engine, mapper
-    from fewstep.cli.setup import ask_for, new_folder, open_model, parse_numbers, quickest_threads, state_dtype
+    from fewstep.cli.parsing import check_prompted, parse_numbers
     from fewstep.errors import UnknownNameError
-    from fewstep.noise import draw_noise
-    from fewstep.tuners import Effort, tune, tune_family
-    from fewstep.tuners.auto import METHODS
 
     nfes = parse_numbers("--nfe", options.nfe)
     if min(options.minutes, options.evaluations, options.trajectories, options.seed) < 0 or options.batch < 1:
         raise ValueError("--minutes, --evaluations, --trajectories and --seed must be at least 0, --batch at least 1.")
     if sum(map(bool, (options.minutes, options.evaluations, options.trajectories))) > 1:
         raise ValueError("give one of --minutes, --evaluations and --trajectories.")
-    effort = Effort().scaled(options.trajectories / Effort().trajectories) if options.trajectories else None
     scales = _scales(options.guidance)
-    if options.method not in METHODS:
-        raise UnknownNameError("method of tuning", options.method, METHODS)
     check_prompted(options)
     check_engine(options)
+    from fewstep.cli.conditions import conditions, guided
+    from fewstep.cli.setup import ask_for, new_folder, open_model, quickest_threads, state_dtype
+    from fewstep.noise import draw_noise
+    from fewstep.tuners import Effort, tune, tune_family
+    from fewstep.tuners.auto import METHODS
+
+    effort = Effort().scaled(options.trajectories / Effort().trajectories) if options.trajectories else None
+    if options.method not in METHODS:
+        raise UnknownNameError("method of tuning", options.method, METHODS)
     model = open_model(options.model, options)
     shape, count = ask_for(model.info.shape, model.info.name), 64
     cond = conditions(model, options, count, _label(model, options))
@@ -223,7 +225,7 @@ def _told_gap(gap: Any) -> str:
 
 
 def _page(tuned: Any, model: Any, denoiser: Any, scale: float, options: TuneOptions) -> Any:
-    from fewstep.cli.conditions import told_prompts
+    from fewstep.cli.parsing import told_prompts
     from fewstep.cli.setup import machine
     from fewstep.evaluate.report import Report, line_plot
 

@@ -16,6 +16,7 @@ from fewstep.adapt.trained import in_single_precision
 from fewstep.distill.student_network import WRAPPERS, AdaptedNetwork
 from fewstep.errors import ArtefactError
 from fewstep.identity import identity
+from fewstep.loading import STUDENT_CARD
 
 __all__ = [
     "CARD",
@@ -31,7 +32,7 @@ __all__ = [
     "read_tensors",
 ]
 
-CARD, WEIGHTS, PROBE, README = "student.json", "student.safetensors", "probe.safetensors", "README.md"
+CARD, WEIGHTS, PROBE, README = STUDENT_CARD, "student.safetensors", "probe.safetensors", "README.md"
 SCHEDULER = "scheduler"
 FORMAT = 1
 

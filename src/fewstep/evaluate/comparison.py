@@ -643,17 +643,18 @@ def _remarks(report: Report, found: Comparison) -> None:
         names = ", ".join(stochastic)
         report.text(f"Stochastic, so without an error against the ODE's solution, and ranked by distance only: {names}.", note=True)
     if found.skipped:
-        report.text(f"Skipped: {told_skipped(found.skipped)}.", note=True)
+        report.text(f"Skipped, {len(found.skipped)}, those with the same reason together:", note=True)
+        report.table(["skipped", "why"], [[", ".join(names), why] for why, names in by_reason(found.skipped).items()], text={0, 1})
 
 
-def told_skipped(skipped: Mapping[str, str]) -> str:
-    """The names that are left out, those with the same reason together.
+def by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:
+    """Reasons, and the names that are left out for each.
 
     Example:
-        >>> told_skipped({"a": "too few calls", "b": "no name", "c": "too few calls"})
-        'a, c (too few calls); b (no name)'
+        >>> by_reason({"a": "too few calls", "b": "no name", "c": "too few calls"})
+        {'too few calls': ['a', 'c'], 'no name': ['b']}
     """
     names: dict[str, list[str]] = {}
     for name, reason in skipped.items():
         names.setdefault(reason, []).append(name)
-    return "; ".join(f"{', '.join(same)} ({reason})" for reason, same in names.items())
+    return names

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewstep.errors import FewstepError, MissingExtraError
+from fewstep.scale.address import check_address
 from fewstep.scale.coordinator import Coordinator
 from fewstep.scale.job import Drawer, Job
 from fewstep.scale.run import Tally
@@ -26,13 +27,17 @@ MOST_STILLBORN = 20
 STARTS = 3
 """Times that a session is tried to be started."""
 
+NOT_PRINTED = "A worker died or was killed while executing a task"
+"""What begins a page that Ray prints to standard output, whatever it is told of logging; that a worker was lost is told by us."""
+
 
 def import_ray() -> Any:
-    """The library.
+    """The library, without the page that it prints on every worker that dies, unless the environment says otherwise.
 
     Raises:
         MissingExtraError: if it is not installed.
     """
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", NOT_PRINTED)  # read when Ray is imported for the first time
     try:
         import ray
     except ImportError as error:
@@ -45,8 +50,12 @@ def ray_session(address: str | None, cores: int) -> Iterator[Any]:
     """Ray, connected within it: the session that is there, else the cluster of the address, else one of this machine alone.
 
     Args:
-        address: of a cluster, "auto" for the one of this machine; None: a new session on this machine, which goes with this context.
+        address: of a cluster, see `fewstep.scale.address.check_address`; None: a new session on this machine, which goes with this
+            context.
         cores: that a new session shall offer at least.
+
+    Raises:
+        ValueError, FewstepError: for an address where no cluster is.
     """
     ray = import_ray()
     if ray.is_initialized():
@@ -56,10 +65,13 @@ def ray_session(address: str | None, cores: int) -> Iterator[Any]:
     if address is None:
         _start_here(ray, num_cpus=max(cores, os.cpu_count() or 1), include_dashboard=False, **quiet)
     else:
+        check_address(address)
         try:
             ray.init(address=address, **quiet)
-        except ConnectionError as error:
-            raise FewstepError(f"there is no Ray cluster at {address}: {str(error).splitlines()[0]}") from error
+        except (ConnectionError, RuntimeError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            why = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") else lines[0]
+            raise FewstepError(f"no connection to a Ray cluster at {address}: {why}") from error
     try:
         yield ray
     finally:
