@@ -27,11 +27,12 @@ PROBES = 16
 _known: weakref.WeakKeyDictionary[torch.nn.Module, tuple[tuple[object, ...], str]] = weakref.WeakKeyDictionary()
 
 
-def identity(denoiser: object) -> dict[str, Any]:
+def identity(denoiser: object, nfe: int | None = None) -> dict[str, Any]:
     """What tells this model from others, as JSON values.
 
     Args:
         denoiser: a `fewstep.Denoiser`, a guided one, an exact one, or any callable.
+        nfe: number of calls of the run, for what has ``denoisers``, another one for every number.
 
     Returns:
         ``name``, ``fingerprint`` (None if the model has no weights and no fingerprint of its own), ``predicts`` (what the network's output
@@ -53,7 +54,8 @@ def identity(denoiser: object) -> dict[str, Any]:
             limits.append(limit)
         if not hasattr(inner, "denoiser"):
             break
-        inner = inner.denoiser  # type: ignore[attr-defined]
+        each = _own(inner, "denoisers")
+        inner = each[nfe] if isinstance(each, Mapping) and nfe in each else inner.denoiser  # type: ignore[attr-defined]
     name = getattr(getattr(inner, "info", None), "name", type(inner).__name__)
     reading = getattr(inner, "predicts", None)
     known = {"name": name, "fingerprint": _fingerprint(inner), "predicts": reading}
@@ -70,13 +72,17 @@ def _single(found: list[Any]) -> Any:
     return found[0] if len(found) == 1 else found or None
 
 
-def check_identity(made_for: Mapping[str, Any], denoiser: object) -> None:
+def check_identity(made_for: Mapping[str, Any], denoiser: object, nfe: int | None = None) -> None:
     """Refuse a model or a guidance that something was not made for. What has no fingerprint is not refused.
+
+    Args:
+        made_for: what `identity` said then.
+        denoiser, nfe: of `identity`, now.
 
     Raises:
         PlanError: names both.
     """
-    found = identity(denoiser)
+    found = identity(denoiser, nfe)
     wanted, given = made_for["fingerprint"], found["fingerprint"]
     if wanted is not None and given is not None and wanted != given:
         raise PlanError(

@@ -205,14 +205,14 @@ def check_fit(denoiser: DenoiserLike, plan: Plan, x: Tensor, seeds: Iterable[int
     wanted = getattr(getattr(denoiser, "info", None), "shape", None)
     if wanted is not None and tuple(x.shape[1:]) != tuple(wanted):
         raise PlanError(f"the noise has samples of shape {tuple(x.shape[1:])}, but the model takes {tuple(wanted)}.")
-    if "tuned" in plan.provenance:
-        check_identity(plan.provenance["tuned"]["model"], denoiser)
     inner: Any = denoiser
     while inner is not None:
         serves = inspect.getattr_static(inner, "check_plan", None)  # a denoiser that was made for one plan, perhaps within another
         if serves is not None:
             inner.check_plan(plan)
         inner = getattr(inner, "denoiser", None)
+    if "tuned" in plan.provenance:
+        check_identity(plan.provenance["tuned"]["model"], denoiser, plan.nfe)
     if plan.stochastic and seeds is None:
         raise PlanError("this plan draws noise: pass seeds=, one whole number a sample.")
 

@@ -1,7 +1,6 @@
 """The server: what it gives equals what `fewstep.sample` gives, and whatever comes, it answers that and goes on."""
 
 import base64
-import collections
 import contextlib
 import io
 import json
@@ -12,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import types
 import urllib.request
 
@@ -198,14 +198,36 @@ def test_no_text_is_encoded_for_a_full_queue(server, monkeypatch):
     busy.cancel()
 
 
-def test_pause_looks_at_what_was_lately_delivered(server, monkeypatch):
-    service, now = server.service, 10_000.0
+@pytest.mark.parametrize(
+    ("left", "pace", "count", "seconds"),
+    [
+        (160, 4.0, 4, 10),  # of 16 samples with 10 calls each 4 must go
+        (160, 4.0, 1, 3),
+        (160, 400.0, 4, 1),
+        (16000, 4.0, 8, 60),
+        (160, 0.0, 4, 7),  # nothing is known of the calls: as long as the oldest has waited
+    ],
+)
+def test_pause_is_that_of_the_work_before(server, monkeypatch, left, pace, count, seconds):
+    now = 10_000.0
     monkeypatch.setattr("fewstep.serve.service.time", types.SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr(server.engine, "statistics", lambda: types.SimpleNamespace(waiting=20))
-    monkeypatch.setattr(service, "_delivered", collections.deque([(now - 3600, 4)]))
-    assert service.pause() == 60  # an hour ago: nothing is known
-    service._delivered.append((now - 10, 40))
-    assert service.pause() == 5  # 20 samples at 4 a second, whatever was before
+    held = types.SimpleNamespace(waiting=8, running=8, left=left, pace=pace)
+    monkeypatch.setattr(server.engine, "statistics", lambda: held)
+    began = [types.SimpleNamespace(began=now - age) for age in (3, 7)]
+    monkeypatch.setattr(server.service, "_running", dict(enumerate(began)))
+    assert server.service.pause(count) == seconds
+    monkeypatch.undo()
+
+
+def test_work_left_and_pace_are_counted(server):
+    server.network.gate.clear()
+    tickets = [server.engine.submit(Request(PLAN, range(4), {"label": torch.tensor([1] * 4)}, scale)) for scale in (1.0, 2.0)]
+    assert server.engine.statistics().left == 4 * 5 + 2 * 4 * 5  # guided samples take two rows
+    server.network.gate.set()
+    for ticket in tickets:
+        ticket.result(60)
+    until(lambda: server.engine.statistics().left == 0)
+    assert server.engine.statistics().pace > 0.0
 
 
 @pytest.mark.parametrize(
@@ -228,28 +250,33 @@ def test_settings_that_cannot_be(wrong, message):
 REFUSED = {
     '{"count": 9}': "a request has at most 8 samples here, got 9",
     '{"nfe": 41}': "a sample has at most 40 calls here, got 41",
-    '{"nfe": 0}': "nfe",
-    '{"nfe": "8"}': "nfe",
-    '{"nfe": true}': "nfe",
+    '{"nfe": 0}': "nfe: Input should be greater than or equal to 1, got 0.",
+    '{"nfe": "8"}': 'nfe: Input should be a valid integer, got "8".',
+    '{"nfe": true}': "nfe: Input should be a valid integer, got true.",
     '{"solver": "unip"}': "Did you mean 'unipc'",
     '{"grid": "karas"}': "Did you mean 'karras'",
     '{"plan": "../../etc/passwd"}': "unknown plan '../../etc/passwd'. Known: five.",
     '{"plan": "five", "nfe": 5}': "plan and nfe contradict each other",
     '{"seeds": [1], "count": 2}': "seeds stand for seed and count",
-    '{"seeds": [-1]}': "seeds.0",
+    '{"seeds": [-1]}': "seeds.0: Input should be greater than or equal to 0, got -1.",
     '{"seeds": []}': "seeds",
     '{"seed": 1e400}': "seed",
     '{"label": 10}': "toy has the classes 0 to 9, got label [10]",
     '{"label": []}': "toy has the classes",
+    '{"label": "three"}': 'label: Input should be a valid integer, or a valid list, got "three".',
+    '{"label": [1, "three"]}': 'label.1: Input should be a valid integer, got "three".',
+    '{"solver": "%s"}' % ("x" * 500): f'at most 200 characters, got "{"x" * 56}...',
     '{"prompt": "a cat"}': "toy takes no prompts",
     '{"guidance": 3}': "guidance leads to a class",
     '{"guidance": NaN, "label": 1}': "guidance",
-    '{"steps": 3}': "steps: Extra inputs are not permitted",
+    '{"steps": 3}': "unknown field 'steps'.",
+    '{"guidence": 3}': "unknown field 'guidence'. Did you mean 'guidance'? Known: count, ",
     '{"solver": "\\ud800"}': "solver: ",
-    "[1]": "",
+    "[1]": 'the body is [1]: send a JSON object such as {"nfe": 8}.',
     "null": "",
-    "": "",
-    "{": "JSON",
+    "": "the body is empty: send a JSON object",
+    "{": "the body is no JSON: Expecting property name enclosed in double quotes at character 1",
+    "[" * 900 + "]" * 900: "the body is ",
     "[" * 1500: "",
     '{"seed": ' + "9" * 1900 + "}": "",
     "\x00\xff": "",
@@ -265,6 +292,30 @@ def test_bad_input_is_one_line(server, body, path):
     assert REFUSED[body] in told["detail"]
     assert "\n" not in told["detail"]
     assert len(told["detail"]) <= 300
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "told"),
+    [
+        ("/samples", {"previews": 2}, "previews is read by POST /samples/stream alone."),
+        ("/samples/stream", {"format": "npy"}, "format is read by POST /samples alone."),
+    ],
+)
+def test_a_field_of_another_route_is_told_so(server, path, body, told):
+    assert server.told("POST", path, body) == (422, {"detail": told})
+
+
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain; charset=utf-8", "application/octet-stream"])
+def test_a_forgotten_content_type_is_told(server, kind):
+    status, told = server.told("POST", "/samples", {"nfe": 2}, {"content-type": kind})
+    assert status == 422
+    assert told["detail"] == f'the request has content type "{kind}": send JSON with the header content-type: application/json.'
+
+
+def test_wrong_questions_are_one_line(server):
+    assert server.told("GET", "/plan?nfe=no")[1]["detail"].endswith('got "no".')
+    assert "Did you mean 'solver'?" in server.told("GET", "/plan?solvr=ddim")[1]["detail"]
+    assert server.told("GET", "/plan?label=3")[1]["detail"] == "label is read by POST /samples alone."
 
 
 def test_body_is_bounded(server):
@@ -448,9 +499,33 @@ def test_one_client_has_its_share():
 def test_engine_that_ended_is_told():
     with served() as server:
         server.engine.close(drain=True)
-        assert server.told("POST", "/samples", {})[0] == 503
         assert server.told("GET", "/health") == (503, {"status": "dead"})
         assert server.told("GET", "/ready") == (503, {"status": "dead"})
+        assert server.told("POST", "/samples", {})[0] == 503
+
+
+def test_engine_whose_thread_died_is_told(monkeypatch, caplog):
+    def broken():
+        raise RuntimeError("no such call")
+
+    with served() as server:
+        monkeypatch.setattr(server.engine._batches, "turn", broken)
+        server.engine.submit(Request(PLAN, [0], {"label": torch.tensor([1])}))
+        until(lambda: server.told("GET", "/health") == (503, {"status": "dead"}))
+    assert "no such call" in caplog.text
+
+
+def test_engine_that_hangs_is_told_and_one_without_work_does_not():
+    with served(stall=0.3) as server:
+        time.sleep(0.4)
+        assert server.told("GET", "/health") == (200, {"status": "alive"})  # it has nothing to do
+        server.network.gate.clear()
+        with contextlib.closing(server.open("POST", "/samples", {})) as waits:
+            until(lambda: server.told("GET", "/health") == (503, {"status": "stalled"}))
+            assert server.told("GET", "/ready") == (503, {"status": "stalled"})
+            server.network.gate.set()
+            assert waits.getresponse().status == 200
+        assert server.told("GET", "/health") == (200, {"status": "alive"})
 
 
 @pytest.mark.parametrize("patient", [True, False])
@@ -576,7 +651,9 @@ def test_description_tells_every_status(server):
 def test_plans_of_a_folder(tmp_path):
     PLAN.save(tmp_path / "plan-5.safetensors")
     (tmp_path / "student.safetensors").write_bytes(b"weights")
-    assert {name: plan.digest for name, plan in load_plans(tmp_path).items()} == {"plan-5": PLAN.digest}
+    plans, others = load_plans(tmp_path)
+    assert {name: plan.digest for name, plan in plans.items()} == {"plan-5": PLAN.digest}
+    assert others == ["student.safetensors"]
     (tmp_path / "plan-6.safetensors").write_bytes(b"damaged")
     with pytest.raises(fs.errors.ArtefactError, match="plan-6"):
         load_plans(tmp_path)
@@ -610,7 +687,8 @@ def test_options_of_the_command():
         (["--samples", "0"], "samples must be above 0, got 0"),
         (["--token", "\n"], "a token is one or more printable ASCII characters"),
         (["--negative", "blurry"], "digits takes no prompts"),
-        (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
+        (["--host", "no.such.host.invalid"], "Listen on this machine alone with --host 127.0.0.1."),
+        (["--size", "small"], "--size takes"),
     ],
     ids=str,
 )
@@ -621,6 +699,17 @@ def test_command_refuses_in_one_line(arguments, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_told_before_the_model_is_opened(monkeypatch, capsys):
+    from fewstep.cli import main
+
+    monkeypatch.setattr("fewstep.cli.setup.open_model", lambda *_, **__: pytest.fail("the model was opened"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "digits", "--port", str(port)]) == 2
+    why = "Address already in use. Take any port that is free with --port 0."
+    assert capsys.readouterr().err == f"fewstep: cannot listen on 127.0.0.1, port {port}: {why}\n"
 
 
 @pytest.mark.slow

@@ -74,8 +74,10 @@ def test_deployment(tmp_path):
         assert ask(port, {"plan": "five"})[0] == 422
         events = stream(port, {"nfe": 3, "count": 1, "previews": 1})
         assert (events[0], events[-1]) == ("accepted", "done")
-        with contextlib.closing(sent(port, "/samples", {"nfe": 400, "count": 64})) as left:
-            left.sock.close()  # the client goes away; its request is cancelled in the replica
+        with contextlib.closing(sent(port, "/samples/stream", {"nfe": 400, "count": 64})) as left:
+            answer = left.getresponse()
+            assert answer.readline() == b"event: accepted\n"  # one that never came to a replica is not cancelled there
+            answer.close()  # the client goes away; its request is cancelled in the replica
         wait_for_cancelled(port)
     finally:
         serve.shutdown()

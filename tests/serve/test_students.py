@@ -8,6 +8,7 @@ import fewstep as fs
 from fewstep.denoisers import Around
 from fewstep.distill.student import Student
 from fewstep.errors import PlanError
+from fewstep.loading import is_student
 from fewstep.serve import Engine, Request
 from fewstep.serve.served import ServedModel
 from fewstep.serve.students import ByCalls, load_served, served_student
@@ -53,6 +54,38 @@ def test_each_request_is_served_with_its_own_number():
             engine.submit(Request(fs.make_plan("ddim", SCHEDULE, 2), range(2), labels))
 
 
+def test_an_engine_of_one_number_refuses_plans_of_others():
+    one = student()
+    with Engine(one.denoiser, (2,)) as engine:
+        assert torch.equal(engine.submit(Request(PLANS[4], range(2))).result(60), one.sample(range(2), nfe=4))
+        with pytest.raises(
+            PlanError, match=r"told that it makes 4 calls, but the plan makes 1. Make the engine with .*served_student"
+        ):
+            engine.submit(Request(PLANS[1], range(2)))
+
+
+def test_a_plan_that_was_tuned_for_one_number_is_served_with_that():
+    one = student()
+    noise = fs.draw_noise((2,), range(64), PLANS[1], dtype=torch.float64)
+    effort = fs.tuners.Effort(trajectories=64, held_out=32, pool=1, trials=10, polish=3)
+    plan = fs.tune(one.denoiser_of(1), nfe=1, noise=noise, method="closed-form", effort=effort).plans[1]
+    assert "tuned" in plan.provenance
+    with torch.no_grad():
+        wanted = fs.sample(one.denoiser_of(1), fs.draw_noise((2,), range(2), plan), plan)
+    with Engine(Watching(served_student(one)), (2,)) as engine:
+        assert torch.equal(engine.submit(Request(plan, range(2))).result(60), wanted)
+    with Engine(served_student(other()), (2,)) as engine, pytest.raises(PlanError, match="tuned for the model student of toy"):
+        engine.submit(Request(plan, range(2)))
+
+
+def other():
+    """Another student."""
+    made = student()
+    with torch.no_grad():
+        made.network.weight.mul_(0.5)
+    return made
+
+
 class Watching(Around):
     """As the server's own counting is around the model."""
 
@@ -92,6 +125,9 @@ def test_folders_of_students_and_models_are_opened_alike(tmp_path, monkeypatch):
     monkeypatch.setattr(Student, "load", classmethod(lambda cls, *args, **options: one))
     assert sorted(load_served(str(tmp_path)).denoisers) == [1, 4]
     assert load_served("digits").info.name == fs.load("digits").info.name
+
+    assert is_student(tmp_path)
+    assert not is_student("digits")
 
     from fewstep.cli.serve import ServeOptions
     from fewstep.cli.setup import open_model

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from fewstep.cli.options import Common, option
 
@@ -35,6 +34,7 @@ class ServeOptions(Common):
     calls: int = option(100, "network calls a sample at most")
     timeout: float = option(60.0, "seconds to the answer of a request")
     drain: float = option(30.0, "seconds that running requests have when the server is told to stop")
+    stall: float = option(120.0, "seconds without a finished network call, while work waits, after which /health answers 503")
     per_client: int = option(0, "requests of one address that run at a time; 0 for any number")
     negative: str = option(None, "text that guidance leads away from, of a pipeline with prompts")
     size: str = option("", "of a pipeline's pictures in pixels: 512x512 (height, width), 64; of videos with frames, 480x832x81")
@@ -45,14 +45,18 @@ OPTIONS = {"serve": ServeOptions}
 
 def run(options: ServeOptions) -> int:
     """Serve a model until a signal comes."""
-    from fewstep.cli.setup import open_model, parse_size, state_dtype
-    from fewstep.serve.settings import Settings, load_plans
+    from fewstep.cli.parsing import parse_size
 
     if min(options.rows, options.waiting) < 1 or not 0 <= options.port <= 65535:
         raise ValueError("--rows and --waiting must be at least 1, --port from 0 to 65535.")
-    plans = load_plans(options.plans) if options.plans else {}
-    if others := options.plans and sorted(f.name for f in Path(options.plans).glob("*.safetensors") if f.stem not in plans):
-        print(f"in {options.plans} are no plans, and not served: {', '.join(others)}")
+    if options.size:
+        parse_size(options.size)
+    from fewstep.cli.setup import open_model, state_dtype
+    from fewstep.serve.settings import Settings, load_plans
+
+    plans, others = load_plans(options.plans) if options.plans else ({}, [])
+    if others and not options.quiet:
+        print(f"in {options.plans} are no plans, and not served: {', '.join(others)}", file=sys.stderr)
     settings = Settings(
         plans=plans,
         token=options.token or os.environ.get("FEWSTEP_TOKEN") or None,
@@ -61,15 +65,15 @@ def run(options: ServeOptions) -> int:
         timeout=options.timeout,
         drain=options.drain,
         per_client=options.per_client,
+        stall=options.stall,
     )
-    if options.size:
-        parse_size(options.size)
     from fewstep.serve.engine import Engine
     from fewstep.serve.http import make_app
     from fewstep.serve.metrics import Metrics, Watched
     from fewstep.serve.process import listen, serve
     from fewstep.serve.served import ServedModel
 
+    listen(options.host, options.port).close()  # what cannot be had is told before a model is opened
     model = ServedModel.of(open_model(options.model, options, every=True), negative=options.negative)
     metrics = Metrics()
     listening = listen(options.host, options.port)

@@ -61,7 +61,9 @@ LARGEST_DIFFERENCE = 1e-5
 """Between what a student said when it was saved and says when it is loaded, relative to the largest value if that is above 1."""
 
 
-def denoiser_of(teacher: Any, network: nn.Module, number: float | None = None, guidance_scale: float | None = None) -> Any:
+def denoiser_of(
+    teacher: Any, network: nn.Module, number: float | None = None, guidance_scale: float | None = None, calls: int | None = None
+) -> Any:
     """The denoiser of a student's network.
 
     Args:
@@ -69,8 +71,9 @@ def denoiser_of(teacher: Any, network: nn.Module, number: float | None = None, g
         network: the student's.
         number: the number that it is told beside the time, for a student that knows its number of calls; None: nothing more.
         guidance_scale: the scale that it is told, for a student that takes one; None: none.
+        calls: the number of calls that the number stands for.
     """
-    made = read_as(teacher, network if number is None else Telling(network, number))
+    made = read_as(teacher, network if number is None else Telling(network, number, calls))
     return made if guidance_scale is None else Distilled(made, guidance_scale)
 
 
@@ -129,7 +132,7 @@ class Student:
         """
         calls = self.plan(nfe).nfe
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        made = denoiser_of(self.teacher, self.network.eval(), self.told_number(calls), scale)
+        made = denoiser_of(self.teacher, self.network.eval(), self.told_number(calls), scale, calls)
         inner: Any = made.denoiser if isinstance(made, Distilled) else made
         told = hashlib.sha256(f"{identity(self.teacher)['fingerprint']} {identity(inner)['fingerprint']}".encode()).hexdigest()
         inner.info = dataclasses.replace(inner.info, name=f"student of {inner.info.name}", fingerprint=told)
@@ -176,7 +179,7 @@ class Student:
         if guidance_scale is not None and self.guidance_scale is None:
             raise ValueError("this student is not told the guidance scale; it has the one that it was taught under. Leave it out.")
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        denoiser = denoiser_of(self.teacher, self.network.eval(), self.told_number(plan.nfe), scale)
+        denoiser = denoiser_of(self.teacher, self.network.eval(), self.told_number(plan.nfe), scale, plan.nfe)
         if noise is None:
             like = self.probe["x"]
             noise = draw_noise(like.shape[1:], seeds, plan, dtype=like.dtype, device=device_of(denoiser))

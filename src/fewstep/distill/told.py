@@ -125,6 +125,7 @@ class Telling(nn.Module):
     Args:
         network: takes ``told``.
         number: what it is told.
+        calls: the number of calls that this stands for, where it stands for one.
 
     Example:
         >>> class Network(nn.Module):
@@ -136,9 +137,9 @@ class Telling(nn.Module):
 
     number: Tensor
 
-    def __init__(self, network: nn.Module, number: float):
+    def __init__(self, network: nn.Module, number: float, calls: int | None = None):
         super().__init__()
-        self.network, self.told = network, float(number)
+        self.network, self.told, self.told_calls = network, float(number), calls
         self.register_buffer("number", torch.tensor(self.told, dtype=torch.float64, device="cpu"))  # so that digests differ
 
     def forward(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:

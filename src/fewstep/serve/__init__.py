@@ -7,6 +7,7 @@ from fewstep.serve.queues import SSMW, Choice, LongestQueue, MaxWeight, Policy, 
 from fewstep.serve.requests import CancelledError, EngineClosedError, Preview, QueueFullError, Request, Ticket, kind_of
 from fewstep.serve.schedulers import SCHEDULERS, Arrangement, ByKind, FirstInFirstOut, Scheduler, ShortestRemaining, make_scheduler
 from fewstep.serve.statistics import Statistics
+from fewstep.serve.students import served_student
 
 __all__ = [
     "SCHEDULERS",
@@ -33,4 +34,5 @@ __all__ = [
     "Uniform",
     "kind_of",
     "make_scheduler",
+    "served_student",
 ]

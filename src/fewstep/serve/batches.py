@@ -27,6 +27,9 @@ from fewstep.serve.work import Job, Piece
 
 __all__ = ["Batches"]
 
+MEMORY = 1.0 - 1.0 / 64
+"""Share of what was known of the pace that is kept at every call."""
+
 
 class Batches:
     """Jobs, and the calls made for them. For one thread.
@@ -46,6 +49,7 @@ class Batches:
         calls, evaluations: network calls so far, and their rows.
         retries: calls that raised and were made again, request by request.
         busy: seconds of all calls.
+        pace: rows a second of the last calls, older ones forgotten at the rate of `MEMORY`; 0.0 before the first is over.
     """
 
     def __init__(
@@ -66,7 +70,8 @@ class Batches:
         self._record = self._cuda_event if record is None and self.device.type == "cuda" else record
         self.ahead = int(self._record is not None) if ahead is None else ahead
         self.calls = self.evaluations = self.retries = 0
-        self.busy = 0.0
+        self.busy = self.pace = 0.0
+        self._recent = 0.0, 0.0
         self.pieces: list[Piece] = []
         self._flights: list[Flight] = []
         self._landed = -float("inf")
@@ -82,10 +87,11 @@ class Batches:
         return list(dict.fromkeys(held))
 
     def running(self) -> dict[str, int]:
-        """Samples by ``"waiting"`` for their first call, and ``"running"``."""
+        """Samples by ``"waiting"`` for their first call, and ``"running"``; and the rows that they still need, ``"left"``."""
         pieces = list(self.pieces)
         begun = sum(piece.samples for piece in pieces if piece.states is not None)
-        return {"waiting": sum(piece.samples for piece in pieces) - begun, "running": begun}
+        left = sum(piece.samples * piece.cost * piece.remaining for piece in pieces)
+        return {"waiting": sum(piece.samples for piece in pieces) - begun, "running": begun, "left": left}
 
     def turn(self) -> bool:
         """One network call, if there is work. Returns whether there may be more."""
@@ -195,5 +201,8 @@ class Batches:
         seconds = now - max(flight.begun, self._landed)
         self._landed = now
         self.busy += seconds
+        rows, spent = self._recent
+        self._recent = MEMORY * rows + sum(count for _, count, _ in flight.rows), MEMORY * spent + seconds
+        self.pace = self._recent[0] / self._recent[1] if self._recent[1] > 0.0 else 0.0
         if flight.choice is not None and seconds > 0.0:
             self.scheduler.observe(flight.choice, flight.work / seconds)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoisers import check_conditions, innermost
+from fewstep.errors import PlanError
 from fewstep.guidance import ClassifierFree, check_null, null_like
 from fewstep.noise import check_seeds
 from fewstep.plan import Plan
@@ -99,7 +100,7 @@ class Engine:
         self._ends: Counter[str] = Counter()
         self._latencies: deque[float] = deque(maxlen=REMEMBERED_LATENCIES)
         self._plans: OrderedDict[int, tuple[Plan, list[Step], set[float]]] = OrderedDict()
-        self._made = time.monotonic()
+        self._made = self._moved = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="fewstep-engine", daemon=True)
         self._thread.start()
 
@@ -127,6 +128,8 @@ class Engine:
         with self._lock:
             self._admit(len(seeds))
             self._arrivals += 1
+            if not self._unfinished:  # it was idle, not stuck
+                self._moved = time.monotonic()
             kind = request.kind or kind_of(request.plan.nfe)
             self._inbox.append(Job(ticket, steps, seeds, conditional, free, kind, self._arrivals))
             self._unfinished[ticket] = len(seeds)
@@ -166,12 +169,22 @@ class Engine:
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests: not after `close`, nor after its thread has ended by an error."""
+        return self._thread.is_alive() and not self._closing and self._broken is None
+
+    def stalled(self) -> float:
+        """Seconds since the end of the last network call, or since work came, while there is work; 0.0 while there is none."""
+        return time.monotonic() - self._moved if self._unfinished else 0.0
+
     def statistics(self) -> Statistics:
         """What was done so far."""
         batches = self._batches
         with self._lock:
             ends, latencies = self._ends.copy(), np.array(self._latencies)
             inbox = sum(len(job.seeds) for job in self._inbox)
+            left = sum(len(job.seeds) * job.cost * job.plan.nfe for job in self._inbox)
         held = batches.running()
         told = {f"p{q}": float(np.percentile(latencies, q)) for q in (50, 90, 99)} if len(latencies) else {}
         return Statistics(
@@ -181,6 +194,8 @@ class Engine:
             retries=batches.retries,
             busy=batches.busy,
             utilisation=batches.evaluations / (batches.calls * self.rows) if batches.calls else 0.0,
+            left=held["left"] + left,
+            pace=batches.pace,
             waiting=held["waiting"] + inbox,
             running=held["running"],
             finished=ends["finished"],
@@ -228,6 +243,7 @@ class Engine:
             if known is not None and scale in known[2]:
                 self._plans.move_to_end(id(plan))
                 return known[1]
+        self._check_told(plan)
         like = torch.empty((0, *self.shape), dtype=self.dtype, device=self.device)
         check_fit(self._guided(scale), plan, like, request.seeds)
         transform_start(plan, like)
@@ -238,6 +254,15 @@ class Engine:
             while len(self._plans) > REMEMBERED_PLANS:
                 self._plans.popitem(last=False)
         return steps
+
+    def _check_told(self, plan: Plan) -> None:
+        """Refuse a plan of another number of calls than the denoiser's network is told, where it is told one."""
+        told = getattr(innermost(self.denoiser, "network"), "told_calls", None)
+        if told not in (None, plan.nfe) and innermost(self.denoiser, "conditions_of") is None:
+            raise PlanError(
+                f"this denoiser is that of a student which is told that it makes {told} calls, but the plan makes {plan.nfe}. "
+                f"Make the engine with fewstep.serve.served_student(student), which tells each request its own number."
+            )
 
     def _guided(self, scale: float) -> Callable[..., Any]:
         return self.denoiser if scale == 1.0 or self.null is None else ClassifierFree(self.denoiser, scale, self.null)
@@ -293,6 +318,7 @@ class Engine:
             with torch.no_grad():
                 while self._wait_for_work():
                     self._batches.turn()
+                    self._moved = time.monotonic()
         except BaseException as error:
             logger.exception("the engine's thread ended by an error")
             self._broken = error

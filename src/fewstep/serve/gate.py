@@ -9,6 +9,7 @@ import asyncio
 import hmac
 import json
 import logging
+import math
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
 
@@ -119,7 +120,12 @@ class Gate:
             await self.app(scope, _replayed(body, receive), send)
             return
         if self.watch.draining:
-            await _answer(send, 503, "the server is about to end and takes no more requests.", {"retry-after": "30"})
+            await _answer(
+                send,
+                503,
+                "the server is about to end and takes no more requests.",
+                {"retry-after": str(max(1, math.ceil(self.settings.drain)))},
+            )
             return
         client = (scope.get("client") or ("", 0))[0]
         if not self.watch.enter(client):

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from fewstep.errors import MissingExtraError
 from fewstep.grids import grid_names
 from fewstep.serve.answers import Events, answer
+from fewstep.serve.faults import fault
 from fewstep.serve.gate import Gate
 from fewstep.serve.messages import Failure, ModelCard, Nodes, Pictures, PlanAsk, SamplesAsk, State, StreamAsk
 from fewstep.serve.metrics import Metrics
@@ -146,11 +147,9 @@ def _add_questions(app: FastAPI, service: Service) -> None:
 def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/health", summary="Whether it lives", responses={**_failures(413), 503: NOT})
     async def health(response: Response) -> State:
-        """Whether the engine can run anything."""
-        if service.alive:
-            return State(status="alive")
-        response.status_code = 503
-        return State(status="dead")
+        """Whether the engine's thread runs, and is not stuck: `stalled` where it has work and has not moved for the time that is set."""
+        response.status_code = 200 if service.alive else 503
+        return State(status=service.state)
 
     @app.get(
         "/ready",
@@ -162,7 +161,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
         if service.alive and not service.draining:
             return State(status="ready")
         response.status_code = 503
-        return State(status="draining" if service.draining else "dead")
+        return State(status="draining" if service.draining else service.state)
 
     @app.get(
         "/metrics",
@@ -196,10 +195,9 @@ def _add_failures(app: FastAPI, service: Service) -> None:
         return JSONResponse({"detail": error.detail}, error.status, error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:])
-        return JSONResponse({"detail": short_line(f"{place or 'the request'}: {first['msg']}")}, 422)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        route = getattr(request.scope.get("route"), "path", "")
+        return JSONResponse({"detail": short_line(fault(error.errors(), route, request.headers.get("content-type")))}, 422)
 
     @app.exception_handler(HTTPException)
     async def other(_: Request, error: HTTPException) -> Response:

@@ -115,7 +115,7 @@ class ModelCard(BaseModel):
 class State(BaseModel):
     """Whether the server lives, or takes requests."""
 
-    status: Literal["alive", "dead", "ready", "draining"]
+    status: Literal["alive", "dead", "stalled", "ready", "draining"]
 
 
 class Failure(BaseModel):

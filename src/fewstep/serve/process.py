@@ -6,6 +6,8 @@ then the rest is cancelled. A second signal ends the wait.
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import socket
 import threading
@@ -18,6 +20,12 @@ from fewstep.errors import FewstepError, MissingExtraError
 __all__ = ["listen", "serve"]
 
 MOST_CONNECTIONS = 1000
+WAYS = {
+    errno.EADDRINUSE: "Take any port that is free with --port 0.",
+    errno.EACCES: "Take a port above 1023 with --port.",
+}
+OTHER_WAY = "Listen on this machine alone with --host 127.0.0.1."
+"""What to do about a host and a port that cannot be had: one way each."""
 LAST_SECONDS = 5
 """What connections have to take their last bytes."""
 
@@ -36,8 +44,9 @@ def listen(host: str, port: int) -> socket.socket:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=512)
     except (OSError, OverflowError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise FewstepError(f"cannot listen on {host}, port {port}: {why}. Choose another with --port or --host.") from error
+        number = getattr(error, "errno", None) or 0
+        why = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
+        raise FewstepError(f"cannot listen on {host}, port {port}: {why}. {WAYS.get(number, OTHER_WAY)}") from error
 
 
 def serve(app: Any, listening: socket.socket, *, started: Callable[[], None] | None = None) -> bool:

@@ -27,7 +27,7 @@ import abc
 import math
 import random
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 __all__ = ["SSMW", "Choice", "LongestQueue", "MaxWeight", "Policy", "Queue", "SoftMW", "Uniform"]
@@ -88,6 +88,13 @@ def waiting(queues: Mapping[str, Queue]) -> dict[str, float]:
     return found
 
 
+def largest(queues: Mapping[str, Queue], weight: Callable[[Queue], float]) -> Choice:
+    """Of the queues with work, the one of the largest weight, the first of several."""
+    found = waiting(queues)
+    kind = max(found, key=lambda name: weight(queues[name]))
+    return Choice(kind, found[kind])
+
+
 class MaxWeight(Policy):
     """The queue of the largest Q S, for services that are known before they happen.
 
@@ -97,9 +104,7 @@ class MaxWeight(Policy):
     """
 
     def choose(self, queues: Mapping[str, Queue]) -> Choice:
-        found = waiting(queues)
-        kind = max(found, key=lambda name: found[name] * queues[name].service)
-        return Choice(kind, found[kind])
+        return largest(queues, lambda queue: queue.backlog * queue.service)
 
 
 class LongestQueue(Policy):
@@ -111,9 +116,7 @@ class LongestQueue(Policy):
     """
 
     def choose(self, queues: Mapping[str, Queue]) -> Choice:
-        found = waiting(queues)
-        kind = max(found, key=found.__getitem__)
-        return Choice(kind, found[kind])
+        return largest(queues, lambda queue: queue.backlog)
 
 
 class Uniform(Policy):

@@ -12,11 +12,11 @@ import math
 import secrets
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -34,8 +34,6 @@ __all__ = ["Claim", "RefusedError", "Running", "Service"]
 NFE, SOLVER, GRID, FINAL = 10, "auto", "auto", "zero"
 LONGEST_PAUSE = 60
 """Seconds that a client is told to wait at most when the queue is full."""
-LATELY = 60.0
-"""Seconds, or the time-out if that is longer: requests that began before say nothing of how fast samples are delivered now."""
 
 log = logging.getLogger("fewstep.serve")
 
@@ -77,7 +75,6 @@ class Service:
 
     Attributes:
         draining: whether requests for samples are refused, because the server ends.
-        alive: False once a request found the engine's thread ended.
 
     Raises:
         PlanError: for a plan of another noise schedule than the model's.
@@ -88,15 +85,26 @@ class Service:
             if not model.denoiser.schedule.same_noise(plan.schedule):
                 raise PlanError(f"the plan {name!r} was made for another noise schedule than that of {model.info.name}.")
         self.engine, self.model, self.settings, self.metrics = engine, model, settings, metrics
-        self.draining, self.alive = False, True
+        self.draining = False
         self.routes: frozenset[str] = frozenset()
         self._shelf = PlanShelf(model.denoiser.schedule)
         self._running: dict[str, Running] = {}
-        self._delivered: deque[tuple[float, int]] = deque(maxlen=64)
         self._clients: Counter[str] = Counter()
         self._changed = threading.Condition()
         self._watched = 0
         self._streams = ThreadPoolExecutor(settings.streams, "fewstep-previews")
+
+    @property
+    def state(self) -> Literal["alive", "dead", "stalled"]:
+        """Of the engine: dead if its thread has ended, stalled if it has work and has not moved for as long as the settings allow."""
+        if not self.engine.alive:
+            return "dead"
+        return "stalled" if self.engine.stalled() > self.settings.stall else "alive"
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine runs what it is given."""
+        return self.state == "alive"
 
     # ---- what is served --------------------------------------------------------------------------------------------------------------
 
@@ -176,7 +184,7 @@ class Service:
             scale = 1.0 if self.model.distilled else ask.guidance
             ticket = self.engine.submit(Request(plan, seeds, cond, scale, previews, keep=1))
         except QueueFullError as error:
-            raise RefusedError(503, str(error), {"retry-after": str(self.pause())}) from error
+            raise RefusedError(503, str(error), {"retry-after": str(self.pause(len(seeds)))}) from error
         except EngineClosedError as error:
             raise self._ended() from error
         except (FewstepError, ValueError, TypeError) as error:
@@ -199,15 +207,17 @@ class Service:
             raise RefusedError(422, f"a request has at most {self.settings.samples} samples here, got {len(seeds)}.")
         return seeds
 
-    def pause(self) -> int:
-        """Seconds after which a full queue has probably moved: what waits, over what was lately delivered a second."""
+    def pause(self, count: int) -> int:
+        """Seconds after which a full queue has probably room for so many samples: the work of as many as must go, at the pace of the last
+        network calls. Before the first call is over, as long as the oldest request has waited. At least 1, at most `LONGEST_PAUSE`.
+        """
+        now, held = time.monotonic(), self.engine.statistics()
+        there = held.waiting + held.running
+        over = min(there, max(1, there + count - self.engine.rows - self.engine.waiting))
         with self._changed:
-            oldest = time.monotonic() - max(LATELY, self.settings.timeout)
-            lately = [(began, count) for began, count in self._delivered if began >= oldest]
-        if not lately:
-            return LONGEST_PAUSE
-        rate = sum(count for _, count in lately) / max(0.1, time.monotonic() - min(began for began, _ in lately))
-        return min(LONGEST_PAUSE, max(1, math.ceil(self.engine.statistics().waiting / rate)))
+            oldest = min((running.began for running in self._running.values()), default=now)
+        seconds = held.left * over / (max(1, there) * held.pace) if held.pace else now - oldest
+        return min(LONGEST_PAUSE, max(1, math.ceil(seconds)))
 
     def cancel(self, own: str) -> bool:
         """Cancel the request of this id; False if there is none."""
@@ -235,9 +245,6 @@ class Service:
         running.ticket.cancel()
         end = "cancelled" if not running.ticket.done() else running.ticket.state
         seconds = time.monotonic() - running.began
-        with self._changed:
-            if end == "finished":
-                self._delivered.append((running.began, len(running.seeds)))
         self.metrics.ended(running.plan.nfe, end, samples=len(running.seeds), seconds=seconds)
 
     def samples(self, own: str, running: Running) -> Tensor:
@@ -259,7 +266,6 @@ class Service:
             ) from error
 
     def _ended(self) -> RefusedError:
-        self.alive = False
         return RefusedError(503, "the engine of this server has ended.")
 
     def pictures(self, own: str, running: Running, samples: Tensor) -> Pictures:

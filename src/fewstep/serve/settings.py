@@ -25,6 +25,8 @@ class Settings:
         body: bytes of a request's body at most.
         timeout: seconds from the request's arrival to its answer.
         drain: seconds that running requests have when the server is told to stop.
+        stall: seconds in which the engine, while it has work, must move, or ``/health`` says that it is stalled: longer than any network
+            call takes.
         per_client: requests of one address that run at a time; 0 for any number.
         streams: requests that are given previews at a time, a thread each; those beyond get their samples without.
 
@@ -43,6 +45,7 @@ class Settings:
     body: int = 65_536
     timeout: float = 60.0
     drain: float = 30.0
+    stall: float = 120.0
     per_client: int = 0
     streams: int = 32
 
@@ -50,10 +53,10 @@ class Settings:
         for name in ("samples", "calls", "body", "streams", "per_client"):
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}.")
-        for name in ("timeout", "drain"):
+        for name in ("timeout", "drain", "stall"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number of seconds, got {getattr(self, name)!r}.")
-        for name in ("samples", "calls", "body", "timeout", "streams"):
+        for name in ("samples", "calls", "body", "timeout", "streams", "stall"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}.")
         for name in ("drain", "per_client"):
@@ -65,10 +68,12 @@ class Settings:
             raise ValueError("a token has no blank at its begin or end, which headers lose.")
 
 
-def load_plans(folder: str | Path) -> dict[str, Plan]:
-    """The plans of a folder, by the names of their files without ``.safetensors``.
+def load_plans(folder: str | Path) -> tuple[dict[str, Plan], list[str]]:
+    """The plans of a folder.
 
-    Files that are no plans, as the weights of a student beside its plans, are left out.
+    Returns:
+        the plans by the names of their files without ``.safetensors``; and the names of the other ``.safetensors``, as the weights of a
+        student beside its plans.
 
     Raises:
         NotADirectoryError: if there is no such folder.
@@ -78,10 +83,11 @@ def load_plans(folder: str | Path) -> dict[str, Plan]:
     place = Path(folder)
     if not place.is_dir():
         raise NotADirectoryError(f"{folder} is no folder of plans.")
-    plans = {file.stem: plan for file in sorted(place.glob("*.safetensors")) if (plan := _plan_of(file)) is not None}
+    found = {file: _plan_of(file) for file in sorted(place.glob("*.safetensors"))}
+    plans = {file.stem: plan for file, plan in found.items() if plan is not None}
     if not plans:
         raise FewstepError(f"{folder} holds no plan; `fewstep plan make` and `fewstep tune` write them as NAME.safetensors.")
-    return plans
+    return plans, [file.name for file, plan in found.items() if plan is None]
 
 
 def _plan_of(file: Path) -> Plan | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fewstep.denoisers import Around
 from fewstep.errors import PlanError
-from fewstep.loading import load
+from fewstep.loading import is_student, load
 from fewstep.plan import Plan
 
 __all__ = ["TOLD", "ByCalls", "load_served", "served_student"]
@@ -81,7 +80,7 @@ def load_served(name: str, *, device: torch.device | str = "cpu", dtype: torch.d
         name: what `fewstep.load` takes, or a student's folder. A student that is told its number of calls is told that of each request.
         device, dtype: of `fewstep.load`.
     """
-    if not (Path(name) / "student.json").is_file():
+    if not is_student(name):
         return load(name, device=device, dtype=dtype)
     from fewstep.distill.student import Student
 
