@@ -133,15 +133,15 @@ def loss_at(kind: str, name: str, peak: float) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-def best_peaks() -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
+def best_peaks(kinds: Sequence[str]) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
     """Optimizer -> method -> peak, and the whole grid."""
     rows = [
         {"optimizer": kind, "name": name, "peak": peak, "loss": loss_at(kind, name, peak)}
-        for kind, peaks in RATES.items()
+        for kind in kinds
         for name in (PARALLEL, FIRST_QSR)
-        for peak in tqdm(peaks, desc=f"{kind}, {name}", leave=False)
+        for peak in tqdm(RATES[kind], desc=f"{kind}, {name}", leave=False)
     ]
-    best: dict[str, dict[str, float]] = {kind: {} for kind in RATES}
+    best: dict[str, dict[str, float]] = {kind: {} for kind in kinds}
     for row in sorted(rows, key=lambda row: -row["loss"]):
         best[row["optimizer"]][row["name"]] = row["peak"]
     return best, [{**row, "loss": row["loss"] if math.isfinite(row["loss"]) else None} for row in rows]
@@ -341,8 +341,8 @@ def theory() -> dict[str, Any]:
     return report
 
 
-def training() -> dict[str, Any]:
-    best, grid = best_peaks()
+def training(kinds: Sequence[str] = tuple(RATES)) -> dict[str, Any]:
+    best, grid = best_peaks(kinds)
     print(best, flush=True)
     jobs = []
     for kind, peaks in best.items():
@@ -359,7 +359,7 @@ def training() -> dict[str, Any]:
         "difference_to_data_parallel": {kind: max(rank[kind] for rank in ranks) for kind in ("double", "single")},
         "grid": grid,
         "learning_rates": best,
-        "by_optimizer": {kind: summary([run for run in ranks[0]["runs"] if run["optimizer"] == kind]) for kind in RATES},
+        "by_optimizer": {kind: summary([run for run in ranks[0]["runs"] if run["optimizer"] == kind]) for kind in kinds},
         "runs": ranks[0]["runs"],
     }
     print(report["difference_to_data_parallel"])
@@ -378,7 +378,7 @@ def loss() -> dict[str, Any]:
     return report
 
 
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {"theory": theory, "training": training, "loss": loss}
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {"theory": theory, "training": training, "loss": loss}
 
 
 def main() -> int:
@@ -387,12 +387,13 @@ def main() -> int:
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which to measure; the file keeps the others"
     )
+    parser.add_argument("--optimizers", nargs="+", choices=RATES, default=list(RATES), help="of the part training")
     options = parser.parse_args()
     torch.set_num_threads(1)
     report: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     report |= {"command": "python benchmarks/local_sgd.py", "machine": "both cores of a 2-core machine"}
     for part in options.parts:
-        report |= PARTS[part]()
+        report |= training(options.optimizers) if part == "training" else PARTS[part]()
         options.out.write_text(json.dumps(report, indent=1) + "\n")  # after every part, so that none is lost
     return 0
 
