@@ -1,9 +1,11 @@
 """Students: the same samples in a fresh process, in a pipeline of diffusers, and after a resumption."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fewstep as fs
+from fewstep.cli.setup import parse_labels
 from fewstep.distill import LCM, METHODS, STUDENT, Comparison, Student, Training, distill, read_as, teacher_samples
 from fewstep.distill.student_network import AdaptedNetwork, core, part_of
 from fewstep.errors import ArtefactError, PlanError
@@ -65,6 +68,17 @@ def test_what_a_student_is(small_student):
         small_student.sample(range(4), guidance_scale=2.0, cond={"label": LABELS})
     with pytest.raises(TypeError, match="not a part of a diffusers pipeline"):
         small_student.pipeline(None)
+
+
+def test_a_student_that_never_saw_the_null_label_does_not_know_it(small_student):
+    """So that commands ask for a class; one that says nothing of it keeps what the teacher knows."""
+    assert small_student.denoiser.info.conditions["label"]["null"] == 10
+    for seen in (False, True):
+        told = dataclasses.replace(small_student, card={**small_student.card, "null_label": seen})
+        assert ("null" in told.denoiser.info.conditions["label"]) == seen
+        with pytest.raises(ValueError, match="needs a class: give --label") if not seen else nullcontext():
+            parse_labels(None, told.denoiser, 2)
+    assert "null" in small_student.teacher.info.conditions["label"]
 
 
 def test_a_folder_is_the_student_or_refused(small_student, tmp_path):

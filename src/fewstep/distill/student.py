@@ -135,8 +135,18 @@ class Student:
         made = denoiser_of(self.teacher, self.network.eval(), self.told_number(calls), scale, calls)
         inner: Any = made.denoiser if isinstance(made, Distilled) else made
         told = hashlib.sha256(f"{identity(self.teacher)['fingerprint']} {identity(inner)['fingerprint']}".encode()).hexdigest()
-        inner.info = dataclasses.replace(inner.info, name=f"student of {inner.info.name}", fingerprint=told)
+        inner.info = dataclasses.replace(
+            inner.info, name=f"student of {inner.info.name}", fingerprint=told, conditions=self._conditions
+        )
         return made
+
+    @property
+    def _conditions(self) -> dict[str, dict[str, Any]]:
+        """The teacher's, without the value that stands for no class if the card says that the student never saw it."""
+        known = {name: dict(told) for name, told in self.teacher.info.conditions.items()}
+        if self.card.get("null_label") is False:
+            known.get("label", {}).pop("null", None)
+        return known
 
     def told_number(self, nfe: int) -> float | None:
         """What the network is told beside the time when so many calls are made; None for a network that is told nothing more."""
