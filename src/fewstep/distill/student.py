@@ -143,7 +143,8 @@ class Student:
     @property
     def _conditions(self) -> dict[str, dict[str, Any]]:
         """The teacher's, without the value that stands for no class if the card says that the student never saw it."""
-        known = {name: dict(told) for name, told in self.teacher.info.conditions.items()  # pyright: ignore[reportFunctionMemberAccess]}
+        info: Any = self.teacher.info  # type: ignore[attr-defined]
+        known = {name: dict(told) for name, told in info.conditions.items()}
         if self.card.get("null_label") is False:
             known.get("label", {}).pop("null", None)
         return known
