@@ -58,9 +58,10 @@ RESULTS = Path(__file__).parent / "results" / "local_sgd.json"
 WORKERS, STEPS, WARMUP, BATCH, SEEDS = 4, 800, 40, 32, (0, 1, 2)
 GRID_SEED = 10
 RATES = {"SGD": (0.8, 1.2, 1.6, 2.0, 2.4, 2.8, 3.2, 4.0), "AdamW": (4e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2, 3.2e-2)}
-"""Peaks to choose from, by optimizer. Where a run ends in numbers that are not finite, its peak is out."""
+"""Peaks to choose from, by optimizer."""
 EDGE = 1.5
-"""So are those within this factor below it: another seed, or another rule, would not bear them."""
+"""A peak is out that is within this factor of one at which either method ends in numbers that are not finite: another seed, or another
+rule, would not bear it."""
 PLAIN: dict[str, Any] = {"clip": None, "ema": ()}
 FIRST_QSR = "QSR, H_base 4, alpha 1.4 peak"
 WIDTH = 192
@@ -144,12 +145,12 @@ def best_peaks(kinds: Sequence[str]) -> tuple[dict[str, dict[str, float]], list[
         for peak in tqdm(RATES[kind], desc=f"{kind}, {name}", leave=False)
     ]
     best: dict[str, dict[str, float]] = {kind: {} for kind in kinds}
-    edges = {(row["optimizer"], row["name"]): math.inf for row in rows}
-    for row in rows:
-        if not math.isfinite(row["loss"]):
-            edges[row["optimizer"], row["name"]] = min(edges[row["optimizer"], row["name"]], row["peak"])
+    edges = {
+        kind: min((row["peak"] for row in rows if row["optimizer"] == kind and not math.isfinite(row["loss"])), default=math.inf)
+        for kind in kinds
+    }
     for row in sorted(rows, key=lambda row: -row["loss"]):
-        if EDGE * row["peak"] <= edges[row["optimizer"], row["name"]]:
+        if EDGE * row["peak"] <= edges[row["optimizer"]]:
             best[row["optimizer"]][row["name"]] = row["peak"]
     return best, [{**row, "loss": row["loss"] if math.isfinite(row["loss"]) else None} for row in rows]
 
