@@ -26,6 +26,7 @@ from fewstep.train import (
     LocalOptimizer,
     PostLocal,
     SimulatedWorkers,
+    Stage,
     WorkerLostError,
     communication_volume,
     fit,
@@ -105,6 +106,8 @@ def test_bad_rules_are_refused():
         communication_volume(ConstantH(2, 10), [0.1] * 3)
     with pytest.raises(ValueError, match="made for 10 steps, not for 20"):
         communication_volume(ConstantH(2, 10), [0.1] * 20, 20)
+    with pytest.raises(ValueError, match="those of 20 steps, the rule's of 10"):
+        communication_volume(ConstantH(2, 10), warmup_cosine(0.1, total_steps=20))
     with pytest.raises(ValueError, match="not negative, got nan"):
         ConstantH(2, 10).period(0, math.nan)
 
@@ -353,6 +356,23 @@ def test_fit_resumes_bit_for_bit_within_a_round(tmp_path):
     assert optimizer.steps == 20
     planned = communication_volume(optimizer.sync, lambda step: 1e-3 * 0.5 * (1.0 + math.cos(math.pi * step / 20)))
     assert planned.payload_bytes(len(numbers(model))) == optimizer.traffic.payload_bytes
+
+
+@pytest.mark.parametrize(("steps", "each"), [(59, 19.6667), (30, 10), (63, 21)])
+def test_fit_refuses_a_rule_whose_last_average_is_not_that_of_its_last_step(steps, each):
+    """Shorter, the workers would end with models of their own; longer, they would average every step from there on."""
+    with pytest.raises(ValueError, match=f"different models: .*steps={steps}.* does {each} optimizer steps a worker.* made for 20"):
+        fitted(steps=steps)
+
+
+def test_fit_counts_the_steps_of_a_stage():
+    def optimizer(parameters, lr):
+        return LocalOptimizer(torch.optim.SGD(parameters, lr=lr), ConstantH(2, 3), SimulatedWorkers(1))
+
+    stage = Stage(DenoisingLoss(VPLinear(), "noise"), optimizer=optimizer, every=2)
+    fit(stage, Small(), POINTS, steps=7, batch_size=8)  # updates at 2, 4 and 6
+    with pytest.raises(ValueError, match="does 4 optimizer steps"):
+        fit(stage, Small(), POINTS, steps=8, batch_size=8)
 
 
 # ---- processes

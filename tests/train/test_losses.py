@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fewstep.errors import UnknownNameError
+from fewstep.errors import NetworkError, UnknownNameError
 from fewstep.predictions import PREDICTIONS, data_coefficients
 from fewstep.schedules import EDM, Flow, FromBetas, VPCosine, VPLinear
 from fewstep.train import DenoisingLoss, HighOrderLoss, LabelDropout, importance_of_weight, measured_importance
@@ -298,3 +298,16 @@ def test_wrong_options():
             wrong()
     with pytest.raises(ValueError, match="probability"):
         LabelDropout(null=0, probability=1.5)
+
+
+def test_a_network_of_another_shape_is_refused_rather_than_broadcast():
+    first = DenoisingLoss(VPLinear(), "noise")
+    batch = {"x": torch.randn(8, 3, generator=torch.Generator().manual_seed(0))}
+    for network, told in (
+        (lambda x, time: x[:, :1], r"shape \(8, 1\), but what it should predict has shape \(8, 3\)"),
+        (lambda x, time: x.sum(1), r"shape \(8,\), but"),
+        (lambda x, time: (x,), "returned tuple, not a tensor"),
+    ):
+        for objective in (first, HighOrderLoss(first)):
+            with pytest.raises(NetworkError, match=told):
+                objective(network, batch, torch.Generator().manual_seed(0))

@@ -155,7 +155,7 @@ def residuals(
     x = noised.x_t.detach().requires_grad_()
     a, b = (column(value, x) for value in data_coefficients(objective.predicts, alpha, sigma))
     with torch.enable_grad():
-        data = a * x + b * model(x, noised.time, **noised.cond).to(x.dtype)
+        data = a * x + b * noised.output(model, x)
         kappa = column(alpha / sigma**2, x)
         z = (noised.x_0 - data).detach()
         square = _each(z * z)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.errors import NetworkError
 from fewstep.predictions import check_prediction, target_coefficients
 from fewstep.schedules import NoiseSchedule
 from fewstep.train.times import TIMES, ImportanceTimes, LowDiscrepancy, Times, make_times
@@ -73,10 +74,24 @@ class Noised(NamedTuple):
     weight: np.ndarray
     cond: dict[str, Any]
 
+    def output(self, model: Callable[..., Tensor], x: Tensor | None = None) -> Tensor:
+        """What the network says of x, or of the noisy states, ``"batch *shape"``.
+
+        Raises:
+            NetworkError: if that has not the target's shape, which would be broadcast in silence.
+        """
+        found = model(self.x_t if x is None else x, self.time, **self.cond)
+        if not isinstance(found, Tensor):
+            raise NetworkError(f"the network returned {type(found).__name__}, not a tensor. Wrap it so that it does.")
+        if found.shape != self.target.shape:
+            raise NetworkError(
+                f"the network returned shape {tuple(found.shape)}, but what it should predict has shape {tuple(self.target.shape)}."
+            )
+        return found.to(self.x_0.dtype)
+
     def errors(self, model: Callable[..., Tensor]) -> Tensor:
         """The mean squared error of every sample, without the weight, ``"batch"``."""
-        output = model(self.x_t, self.time, **self.cond).to(self.x_0.dtype)
-        return (output - self.target).square().flatten(1).mean(1)
+        return (self.output(model) - self.target).square().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
@@ -121,6 +136,9 @@ class DenoisingLoss:
 
         Returns:
             the loss, and ``{"squared_error"}``: the mean squared error without the weight.
+
+        Raises:
+            NetworkError: if what the network returns has another shape than the data.
         """
         drawn = self.prepare(batch, generator)
         error = drawn.errors(model)

@@ -268,7 +268,8 @@ def communication_volume(
 
     Args:
         sync: the rule.
-        learning_rates: of every step, or a function of the number of steps done before it.
+        learning_rates: of every step, or a function of the number of steps done before it; one that has ``total_steps``, as that of
+            `warmup_cosine`, must be of as many.
         total_steps: of the run; the rule knows them, so this is only checked against the rule.
 
     Raises:
@@ -285,6 +286,8 @@ def communication_volume(
         raise ValueError(f"the rule was made for {sync.total_steps} steps, not for {total}; make it with total_steps={total}.")
     if isinstance(learning_rates, Sequence) and len(learning_rates) != total:
         raise ValueError(f"a run of {total} steps needs as many learning rates, got {len(learning_rates)}.")
+    if (theirs := getattr(learning_rates, "total_steps", total)) != total:
+        raise ValueError(f"the learning rates are those of {theirs} steps, the rule's of {total}; make both with one total_steps.")
     rate = learning_rates if callable(learning_rates) else learning_rates.__getitem__
     periods: list[int] = []
     step = 0
@@ -297,18 +300,28 @@ def communication_volume(
 def warmup_cosine(peak: float, *, total_steps: int, warmup_steps: int = 0) -> Callable[[int], float]:
     """The learning rates of the paper: linear up to `peak`, then half a cosine over what is left.
 
+    Returns:
+        a function of the number of steps done, which `communication_volume` can ask for its ``total_steps``.
+
     Example:
         >>> rate = warmup_cosine(1.0, total_steps=12, warmup_steps=2)
         >>> [round(rate(step), 3) for step in (0, 1, 2, 7)]
         [0.5, 1.0, 1.0, 0.5]
     """
+    return _WarmupCosine(peak, total_steps, warmup_steps)
 
-    def rate(step: int) -> float:
-        if step < warmup_steps:
-            return peak * (step + 1) / warmup_steps
-        return 0.5 * peak * (1.0 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))
 
-    return rate
+@dataclass(frozen=True)
+class _WarmupCosine:
+    peak: float
+    total_steps: int
+    warmup_steps: int
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        share = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
+        return 0.5 * self.peak * (1.0 + math.cos(math.pi * share))
 
 
 def _bytes(count: float) -> str:

@@ -304,6 +304,19 @@ class _Turn:
     def averages(self, name: str) -> bool:
         return self.stage.averaged and name in self.names
 
+    def check_rounds(self, steps: int) -> None:
+        """Refuse a Local SGD whose last average is not that of the last step, so that workers would end with models of their own."""
+        updates = steps // self.stage.every
+        for optimizer in self.optimizers:
+            if not isinstance(optimizer, LocalOptimizer) or not updates:
+                continue
+            turns = 1 if optimizer.workers.real else optimizer.workers.size  # simulated workers share the updates
+            if updates != turns * optimizer.sync.total_steps:
+                raise ValueError(
+                    f"the workers would end with different models: fit(steps={steps}) does {updates / turns:g} optimizer steps a worker, "
+                    f"the rule {type(optimizer.sync).__name__} was made for {optimizer.sync.total_steps}; make total_steps equal to them."
+                )
+
 
 class _Run:
     """The state of a training run, and how it advances by a step."""
@@ -356,6 +369,8 @@ class _Run:
                 "an objective's own modules are trained in one process only; with several, pass them in the model: {name: module}."
             )
         optimizers = [optimizer for turn in self.turns for optimizer in turn.optimizers]
+        for turn in self.turns:
+            turn.check_rounds(self.options.steps)
         if share and self.processes.count > 1 and any(isinstance(o, LocalOptimizer) and o.workers.real for o in optimizers):
             raise ValueError(
                 f"{self.processes.count} processes would share their gradients in every step and average their weights as well, which "
