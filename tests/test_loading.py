@@ -165,6 +165,7 @@ def test_any_module_or_callable():
     [
         (lambda p: fs.load(lambda x, t: x), TypeError, "schedule="),
         (lambda p: fs.load("digits", predicts="noise"), TypeError, "says its schedule"),
+        (lambda p: fs.check(fs.load("digits"), {"x": torch.zeros(2, 1, 8, 8)}), TypeError, r'got dict; pass data\["x"\]'),
         (lambda p: fs.load("digit"), UnknownNameError, "Did you mean 'digits'"),
         (lambda p: fs.load(p / "none"), FileNotFoundError, "no model folder"),
         (lambda p: fs.load(p), ArtefactError, "no config.json"),

@@ -290,7 +290,7 @@ def check(denoiser: Denoiser, data: Tensor, *, cond: Mapping[str, Any] | None = 
         most: how many samples are used.
 
     Raises:
-        TypeError: for anything but a `Denoiser`.
+        TypeError: for anything but a `Denoiser`, or data that is no tensor.
         ValueError: for data that is no finite real tensor ``"batch *shape"``, or `most` below 1.
 
     Example:
@@ -311,6 +311,10 @@ def check(denoiser: Denoiser, data: Tensor, *, cond: Mapping[str, Any] | None = 
         raise TypeError(f"check needs a fewstep.Denoiser around the raw network, got {type(denoiser).__name__}.")
     if most < 1:
         raise ValueError(f"at least 1 sample is needed, got {most}.")
+    if not isinstance(data, Tensor):
+        raise TypeError(
+            f'data must be a tensor "batch *shape", got {type(data).__name__}; pass data["x"] of a mapping, conditions as cond=.'
+        )
     if data.ndim < 2 or not len(data) or data.is_complex() or not bool(torch.isfinite(data).all()):
         raise ValueError(
             f"data must be a finite real tensor (batch, *shape) with a sample, got {data.dtype} of shape {tuple(data.shape)}."

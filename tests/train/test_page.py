@@ -14,14 +14,15 @@ from fewstep.train.configuration import read_configuration
 PAGE = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
 
 
-def test_the_examples_run(tmp_path, monkeypatch):
+def test_the_examples_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    blocks = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "my-model" not in block]
-    assert len(blocks) == 3
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len(blocks) == 4
     names = {"fs": fs, "torch": torch}
     for block in blocks:
         exec(compile(block, "train.md", "exec"), names)
     assert names["samples"].std(0)[0] > 3 * names["samples"].std(0)[1]  # of data ten times as wide as high
+    assert capsys.readouterr().out.startswith("ok: ")
     assert names["weights"].keys() == names["network"].state_dict().keys()
 
 

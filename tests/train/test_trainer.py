@@ -16,7 +16,7 @@ from torch import nn
 
 from fewstep.errors import ArtefactError, NetworkError, UnknownNameError
 from fewstep.schedules import VPLinear
-from fewstep.train import DenoisingLoss, fit
+from fewstep.train import DenoisingLoss, LabelDropout, PowerFunction, Stage, fit
 from fewstep.train.batches import rows_of
 from fewstep.train.trainer import CHECKPOINT, LOG, Options
 
@@ -135,17 +135,20 @@ def test_killed_process_resumes_bit_exactly(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {CHECKPOINT, LOG}
 
 
+def interrupting(original, at):
+    """Ctrl-C within a call of that number."""
+
+    def call(self, *arguments):
+        call.calls += 1
+        if call.calls == at:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *arguments)
+
+    call.calls = 0
+    return call
+
+
 def test_ctrl_c_leaves_a_good_checkpoint(tmp_path, whole):
-    def interrupting(original, at):
-        def call(self, *arguments):
-            call.calls += 1
-            if call.calls == at:
-                signal.raise_signal(signal.SIGINT)
-            return original(self, *arguments)
-
-        call.calls = 0
-        return call
-
     before = signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DenoisingLoss, "__call__", interrupting(DenoisingLoss.__call__, 13))
@@ -355,6 +358,7 @@ def test_mode_and_ambient_generator_are_restored():
         ({"ema": 1.0}, "ema"),
         ({"decay": "linear"}, "decay"),
         ({"checkpoint_every": 0}, "checkpoint_every"),
+        ({"ema": PowerFunction(0.05), "snapshot_every": 2}, "snapshot_every=2 needs a folder"),
     ],
 )
 def test_wrong_options(options, message):
@@ -366,3 +370,73 @@ def test_wrong_options(options, message):
 def test_wrong_data(data):
     with pytest.raises(ValueError, match="data"):
         fit(OBJECTIVE, make(), data, steps=1)
+
+
+BYTES = torch.zeros(64, 4, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ({"y": DATA["x"]}, ValueError, "the data have no 'x', .*; they have y"),
+        ({"x": DATA["x"].numpy()}, TypeError, r"'x' is a NumPy array: pass torch.from_numpy"),
+        (DATA["x"].numpy(), TypeError, r'got a NumPy array: pass \{"x": torch.from_numpy\(data\)\}'),
+        (DATA["x"], TypeError, r'got a tensor: pass \{"x": data\}'),
+        ({"x": BYTES}, ValueError, r'"x" as torch.uint8; .* pass x.float\(\) / 127.5 - 1'),
+        (
+            {"x": DATA["x"].double()},
+            NetworkError,
+            r"data are float64, the network's weights torch.float32: pass data\[\"x\"\].float",
+        ),
+    ],
+)
+def test_common_mistakes_in_the_data_are_one_line(data, error, message):
+    with pytest.raises(error, match=message) as found:
+        fit(OBJECTIVE, make(), data, steps=1, batch_size=8)
+    assert "\n" not in str(found.value)
+
+
+def test_a_label_to_drop_must_be_there():
+    objective = dataclasses.replace(OBJECTIVE, dropout=LabelDropout(null=3))
+    with pytest.raises(ValueError, match="the data have no 'label'"):
+        fit(objective, make(), DATA, steps=1, batch_size=8)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)])
+def test_optimizers_that_cannot_be_called(optimizer):
+    with pytest.raises(TypeError, match=r"pass a class such as torch\.optim\.AdamW") as found:
+        fit(OBJECTIVE, make(), DATA, steps=1, batch_size=8, optimizer=optimizer)
+    assert "\n" not in str(found.value)
+
+
+def test_data_that_are_not_finite_are_not_called_a_divergence():
+    x = DATA["x"].clone()
+    x[::2] = float("nan")
+    with pytest.raises(NetworkError, match="data of step 1 hold values of 'x' that are not finite"):
+        fit(OBJECTIVE, make(), {"x": x}, steps=3, batch_size=8)
+
+
+def test_a_run_says_from_where_it_goes_on(tmp_path, capsys, monkeypatch):
+    options = {"steps": 20, "batch_size": 8, "checkpoint_every": 5, "folder": tmp_path, "progress": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(DenoisingLoss, "__call__", interrupting(DenoisingLoss.__call__, 12))
+        with pytest.raises(KeyboardInterrupt):
+            fit(OBJECTIVE, make(), DATA, **options)
+    assert "going on" not in capsys.readouterr().err
+    result = fit(OBJECTIVE, make(), DATA, **options)
+    assert "going on from step 12 of 20\n" in capsys.readouterr().err
+    fit(OBJECTIVE, make(), DATA, **options)
+    assert (
+        "finished already, with step 20; to train again, start afresh (resume=False; for commands --afresh"
+        in capsys.readouterr().err
+    )
+    assert len(repr(result)) < 250
+    assert repr(result).startswith("FitResult(step=20, averages=[0.999], last record={'step': 20, 'loss'")
+
+
+def test_a_refusal_says_what_of_a_stage_is_another(tmp_path):
+    fit(Stage(OBJECTIVE), make(), DATA, steps=2, batch_size=8, folder=tmp_path)
+    with pytest.raises(ArtefactError, match=r"settings: learning rates of stage 0 was \[\[0.001\]\], now \[\[0.5\]\]\. Use"):
+        fit(Stage(OBJECTIVE, learning_rate=0.5), make(), DATA, steps=2, batch_size=8, folder=tmp_path)
+    with pytest.raises(ArtefactError, match=r"settings: clip was 1.0, now 2.0\. Use"):
+        fit(Stage(OBJECTIVE), make(), DATA, steps=2, batch_size=8, folder=tmp_path, clip=2.0)

@@ -55,6 +55,11 @@ class Batches:
         whole: Any = self.data(self.size, make_generator(self.seed, "data", step))
         return {name: values[first:last] for name, values in whole.items()}
 
+    def not_finite(self, step: int) -> str | None:
+        """The name of a tensor in the batch of a step that has values which are not finite, if there is one."""
+        whole = self.piece(step, 0, self.size)
+        return next((name for name, v in whole.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())), None)
+
     def told(self) -> Any:
         """The data as JSON values, for comparison with those of a checkpoint."""
         if isinstance(self.data, Mapping):
@@ -91,12 +96,19 @@ def _check(data: Any) -> Any:
     if callable(data):
         return data
     wanted = "data must map names to tensors of equal length, be a sequence of rows, or a function (batch_size, generator) -> batch"
+    if type(data).__module__ == "numpy":
+        raise TypeError(f'{wanted}; got a NumPy array: pass {{"x": torch.from_numpy(data)}}.')
+    if isinstance(data, Tensor):
+        raise TypeError(f'{wanted}; got a tensor: pass {{"x": data}}.')
     if not isinstance(data, Mapping):
         if isinstance(data, Rows) and not isinstance(data, (Tensor, str, list, tuple)):
             if not len(data):
                 raise ValueError("the data have no rows.")
             return data
         raise ValueError(f"{wanted}; got {type(data).__name__}.")
+    for name, value in data.items():
+        if type(value).__module__ == "numpy":
+            raise TypeError(f"{wanted}; {name!r} is a NumPy array: pass torch.from_numpy(...).")
     if not data or not all(isinstance(value, Tensor) and value.ndim for value in data.values()):
         raise ValueError(f"{wanted}.")
     lengths = {name: len(value) for name, value in data.items()}

@@ -32,7 +32,9 @@ __all__ = ["CHECKPOINT", "read_checkpoint", "restore_optimizer", "same_state", "
 CHECKPOINT = "checkpoint.safetensors"
 FORMAT = 2
 """Format of the checkpoints."""
-AFRESH = "Delete it, or pass resume=False to start afresh."
+HOW_AFRESH = "start afresh (resume=False; for commands --afresh or --fresh)"
+"""How messages say it to those who call a function and to those who give a command."""
+AFRESH = f"Delete it, or {HOW_AFRESH}."
 
 
 def rank_file(folder: Path, step: int, rank: int) -> Path:
@@ -213,7 +215,8 @@ def restore_optimizer(optimizer: Any, saved: Any) -> None:
     if not _covers(optimizer.state_dict(), saved):
         raise ArtefactError(
             f"{type(optimizer).__name__} does not give back the state that it was given: load_state_dict, then state_dict, differ in more "
-            "than the dtypes of tensors. A run with it cannot be continued exactly; pass resume=False to start afresh."
+            "than the dtypes of tensors. A run with it cannot be continued exactly; "
+            f"{HOW_AFRESH}."
         )
 
 

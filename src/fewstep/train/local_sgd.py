@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fewstep.errors import FewstepError
+from fewstep.train.checkpoints import HOW_AFRESH
 from fewstep.train.groups import FixedGroup, WorkerGroup
 from fewstep.train.slow_sde import local_sgd_drift_factor
 from fewstep.train.synchronization import Synchronization
@@ -218,7 +219,7 @@ class LocalOptimizer(torch.optim.Optimizer):
             each = ", ".join(f"{number}: {sorted(have) or 'none'}" for number, have in enumerate(found))
             raise SynchronizationError(
                 f"the workers have checkpoints of no common step (worker: steps; {each}). Start those that have one, give every worker its "
-                "own folder, or pass resume=False to all."
+                f"own folder, or let all {HOW_AFRESH}."
             )
         return max(common, default=0)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from fewstep.artefacts import write_atomically
 from fewstep.errors import MissingExtraError
 
-__all__ = ["LOG", "Log", "make_bar"]
+__all__ = ["LOG", "Log", "make_bar", "say"]
 
 LOG = "log.jsonl"
 TENSORBOARD = "tensorboard"
@@ -72,6 +73,13 @@ def _summary_writer() -> Any:
     except ImportError as error:
         raise MissingExtraError("tensorboard", "train", "Logging for TensorBoard") from error
     return SummaryWriter
+
+
+def say(text: str) -> None:
+    """One line for whoever watches the bar."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
 
 
 def make_bar(done: int, steps: int, shown: bool) -> Any:

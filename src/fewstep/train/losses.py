@@ -78,9 +78,18 @@ class Noised(NamedTuple):
         """What the network says of x, or of the noisy states, ``"batch *shape"``.
 
         Raises:
-            NetworkError: if that has not the target's shape, which would be broadcast in silence.
+            NetworkError: if that has not the target's shape, which would be broadcast in silence; if the network cannot take float64.
         """
-        found = model(self.x_t if x is None else x, self.time, **self.cond)
+        given = self.x_t if x is None else x
+        try:
+            found = model(given, self.time, **self.cond)
+        except RuntimeError as error:
+            weights = {str(p.dtype) for p in model.parameters()} if isinstance(model, torch.nn.Module) else set()
+            if given.dtype is not torch.float64 or not weights or "torch.float64" in weights:
+                raise
+            raise NetworkError(
+                f'the data are float64, the network\'s weights {", ".join(sorted(weights))}: pass data["x"].float(), or network.double().'
+            ) from error
         if not isinstance(found, Tensor):
             raise NetworkError(f"the network returned {type(found).__name__}, not a tensor. Wrap it so that it does.")
         if found.shape != self.target.shape:
@@ -138,7 +147,8 @@ class DenoisingLoss:
             the loss, and ``{"squared_error"}``: the mean squared error without the weight.
 
         Raises:
-            NetworkError: if what the network returns has another shape than the data.
+            NetworkError: if what the network returns has another shape than the data, or its weights another precision.
+            ValueError: if the batch has no ``"x"``, or no floating-point one.
         """
         drawn = self.prepare(batch, generator)
         error = drawn.errors(model)
@@ -150,7 +160,7 @@ class DenoisingLoss:
 
         `fewstep.train.fit` calls it once a step, so that a step in pieces draws as the whole does.
         """
-        x_0, drawn = batch["x"], dict(batch)
+        x_0, drawn = self._clean(batch), dict(batch)
         t, factor = make_times(self.times).draw(self.schedule, len(x_0), generator)
         drawn[NOISE] = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=generator.device).to(x_0.device)
         if self.dropout is not None:
@@ -159,6 +169,21 @@ class DenoisingLoss:
         times = np.ascontiguousarray(np.stack([t, factor], 1)).view(np.int64)
         drawn[TIMES_DRAWN] = torch.from_numpy(times).to(x_0.device)
         return drawn
+
+    def _clean(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The clean data of a batch, if they and what is dropped are there."""
+        for name in ("x", *(() if self.dropout is None else (self.dropout.name,))):
+            if name not in batch:
+                raise ValueError(
+                    f"the data have no {name!r}, which the denoising loss needs; they have {', '.join(batch) or 'nothing'}."
+                )
+        x = batch["x"]
+        if not x.is_floating_point():
+            raise ValueError(
+                f'the data have "x" as {x.dtype}; the denoising loss needs floating-point numbers about as large as 1: of bytes, pass '
+                "x.float() / 127.5 - 1."
+            )
+        return x
 
     def prepare(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> Noised:
         """One batch, noised with what was drawn for it, or is drawn now."""

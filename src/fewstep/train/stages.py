@@ -98,8 +98,13 @@ def optimizers_of(make: Callable[..., Any], parameters: Sequence[Tensor], learni
     """What a callable gives for parameters, as a list.
 
     Raises:
-        TypeError: if that is no optimizer.
+        TypeError: if it cannot be called, or gives no optimizer.
     """
+    if not callable(make):
+        raise TypeError(
+            "optimizer is called as optimizer(parameters, lr=...): pass a class such as torch.optim.AdamW, or a functools.partial of one; "
+            f"got {repr(make) if isinstance(make, str) else 'an instance of ' + type(make).__name__}."
+        )
     made = make(parameters, lr=learning_rate)
     found = list(made) if isinstance(made, (list, tuple)) else [made]
     wanted = ("param_groups", "step", "zero_grad", "state_dict", "load_state_dict")

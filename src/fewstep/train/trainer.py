@@ -48,6 +48,7 @@ from fewstep.train.averages import Averages, PowerFunction, Profile, check_profi
 from fewstep.train.batches import Batches, Data
 from fewstep.train.checkpoints import (
     CHECKPOINT,
+    HOW_AFRESH,
     digest,
     earlier_file,
     earlier_files,
@@ -63,7 +64,7 @@ from fewstep.train.checkpoints import (
 )
 from fewstep.train.divergence import FACTOR, RunningLevel
 from fewstep.train.local_sgd import LocalOptimizer
-from fewstep.train.logs import LOG, Log, make_bar
+from fewstep.train.logs import LOG, Log, make_bar, say
 from fewstep.train.processes import Processes, find_processes
 from fewstep.train.randomness import derive, make_generator, purpose_of, seeded
 from fewstep.train.stages import ADAMW, Objective, Stage, optimizers_of, parameters_of
@@ -71,11 +72,15 @@ from fewstep.train.stages import ADAMW, Objective, Stage, optimizers_of, paramet
 __all__ = ["CHECKPOINT", "LOG", "FitResult", "fit"]
 
 Model = nn.Module | Mapping[str, nn.Module]
+FINISHED = f"this training was finished already, with step {{}}; to train again, {HOW_AFRESH}"
+"""What to say of a run that has nothing left to do."""
+STAGE = ("modules", "every", "clip", "learning rates", "averaged")
+"""What a checkpoint says of a stage, in this order."""
 SMALLEST_SCALE = 2.0**-14
 """Scale of a float16 loss below which gradients that overflow are a divergence, not a search for the scale."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FitResult:
     """What `fit` gives beside the trained model.
 
@@ -91,8 +96,17 @@ class FitResult:
     step: int
     averages: dict[Any, dict[str, Any]]
     log: list[dict[str, Any]]
-    weights: dict[str, Any] = dataclasses.field(repr=False)
+    weights: dict[str, Any]
     main: bool = True
+
+    def __repr__(self) -> str:
+        """Without the weights.
+
+        Example:
+            >>> FitResult(20, {0.999: {}}, [{"step": 20, "loss": 0.25}], {})
+            FitResult(step=20, averages=[0.999], last record={'step': 20, 'loss': 0.25})
+        """
+        return f"FitResult(step={self.step}, averages={list(self.averages)}, last record={self.log[-1] if self.log else None})"
 
 
 def fit(
@@ -150,7 +164,7 @@ def fit(
             waits for the next average.
         log_every: steps between records of the log.
         resume: continue from the folder's checkpoint if there is one; False starts afresh and overwrites it.
-        progress: show a bar.
+        progress: show a bar, and say from which step a run goes on.
         accumulate: pieces that a process works its part of the batch out in, for batches larger than memory.
         accelerator: an ``accelerate.Accelerator``. Without one, a process that ``accelerate launch`` or ``torchrun`` started among others
             makes its own.
@@ -159,7 +173,7 @@ def fit(
         divergence: end the run when the loss has been more than this many times its running level for a hundred steps
             (`fewstep.train.divergence`); None: never.
         snapshot_every: steps between snapshots of the power-function averages, from which `fewstep.train.average_afterwards` makes averages
-            of any length; 0: none.
+            of any length; 0: none. They need a folder.
         tensorboard: also write event files for TensorBoard, into ``folder/tensorboard``.
 
     Returns:
@@ -168,8 +182,9 @@ def fit(
     Raises:
         NetworkError: at the first loss or gradient that is not finite, and when the loss stays far above its level; the last checkpoint
         stays. ArtefactError: if the checkpoint is damaged, or was made with other options, model or data. ValueError: for options or data
-        that make no sense. KeyboardInterrupt: after Ctrl-C, when the current step is done and its checkpoint written. MissingExtraError:
-        if Accelerate or TensorBoard is asked for and not installed.
+        that make no sense. TypeError: for an optimizer that is not called to make one, or data that are no tensors.
+        KeyboardInterrupt: after Ctrl-C, when the current step is done and its checkpoint written. MissingExtraError: if Accelerate or
+        TensorBoard is asked for and not installed.
 
     Example:
         >>> from fewstep.schedules import Flow
@@ -204,6 +219,8 @@ def fit(
             "checkpoint_every, log_every and accumulate are numbers of steps or pieces, at least 1; "
             f"got {checkpoint_every}, {log_every} and {accumulate}."
         )
+    if snapshot_every and folder is None:
+        raise ValueError(f"snapshot_every={snapshot_every} needs a folder to write into: fit(..., folder=...).")
     given = (objective,) if isinstance(objective, Stage) else objective
     stages = tuple(given) if isinstance(given, Sequence) else (Stage(given),)
     stages = tuple(dataclasses.replace(stage, optimizer=stage.optimizer or optimizer) for stage in stages)
@@ -212,6 +229,8 @@ def fit(
     files = _Files(None if folder is None else Path(folder), run, tensorboard)
     files.open(resume)
     main = processes.rank == 0
+    if progress and main and run.step:
+        say(f"going on from step {run.step} of {steps}" if run.step < steps else FINISHED.format(run.step))
     with _training(run.modules), _interruptible() as interrupted, make_bar(run.step, steps, progress and main) as bar:
         while run.step < steps:
             loss, stop = run.advance(interrupted)
@@ -426,6 +445,10 @@ class _Run:
             losses = [self._piece(turn, step, number) for number in range(self.accumulate)]
         turn.loss, asked = self.processes.mean([sum(losses) / self.accumulate, float(bool(interrupted))])
         if not math.isfinite(turn.loss):
+            if (name := self.batches.not_finite(step)) is not None:
+                raise NetworkError(
+                    f"the data of step {step} hold values of {name!r} that are not finite: remove or mend these rows."
+                )
             raise NetworkError(self._diverged(turn, step, f"the {turn.label}loss is {turn.loss}"))
         turn.gradient_norm = self.processes.clip(turn.optimizers, turn.parameters, turn.largest)
         scaler = self.processes.scaler
@@ -623,7 +646,7 @@ class _Files:
             if values["apart"] != self.processes.count:
                 raise ArtefactError(
                     f"{path} is of {values['apart']} processes that had weights or states of their own; now there are "
-                    f"{self.processes.count}. Start as many, or pass resume=False to start afresh."
+                    f"{self.processes.count}. Start as many, or {HOW_AFRESH}."
                 )
             if not self.main:
                 values, state = read_checkpoint(rank_file(path.parent, state["step"], self.processes.rank))
@@ -700,9 +723,11 @@ class _Files:
         mine = self.run.settings
         wrong = [key for key in sorted(mine.keys() | found.keys()) if _plain(mine.get(key)) != found.get(key)]
         if wrong:
-            told = "; ".join(f"{key} was {str(found.get(key))[:80]}, now {str(_plain(mine.get(key)))[:80]}" for key in wrong)
+            told = [
+                _difference(key, found.get(key), _plain(mine.get(key))) for key in wrong if key != "stages" or wrong == ["stages"]
+            ]
             raise ArtefactError(
-                f"{path} was made with other settings: {told}. Use these, another folder, or resume=False to start afresh."
+                f"{path} was made with other settings: {'; '.join(told)}. Use these, another folder, or {HOW_AFRESH}."
             )
 
 
@@ -714,6 +739,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _difference(key: str, was: Any, now: Any) -> str:
+    """What to say of a setting; of stages, the first entry that differs."""
+    if key == "stages" and was and len(was) == len(now):
+        number = next(i for i, (old, new) in enumerate(zip(was, now, strict=True)) if old != new)
+        entry = next(name for name, old, new in zip(STAGE, was[number], now[number], strict=True) if old != new)
+        was, now = (stages[number][STAGE.index(entry)] for stages in (was, now))
+        key = f"{entry} of stage {number}"
+    return f"{key} was {str(was)[:80]}, now {str(now)[:80]}"
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
