@@ -2,6 +2,7 @@
 
 A server of its own process, on a network that takes 2 ms a call whatever the batch, raises for class 7 and gives NaN for class 8. In turn:
 
+- *steady*: 12,500 requests that are refused and 4,000 that are answered, one after the other; the memory of the process along the way.
 - *malformed*: schemathesis makes requests that contradict the server's own description, until the server has answered 10,000; every
   answer is judged by schemathesis (no server error, status, content and form as described). Then lines that are no HTTP at all.
 - *load*: clients at once that wait, read streams, hang up in the middle, meet a full queue, break the network. Those that are well get what
@@ -63,6 +64,7 @@ def main() -> int:
             "seed": options.seed,
             "machine": "one core of a 2-core machine, shared with other work",
             "python": platform.python_version(),
+            "steady": steady(process, port),
             "malformed": malformed(process, port, options),
             "garbage": garbage(process, port, options.seed),
             "load": load(process, port, ordinary, options),
@@ -197,6 +199,25 @@ def malformed(process: subprocess.Popen[str], port: int, options: argparse.Names
         "memory_mib": [round(held, 1), round(memory(process), 1)],
         "well_after": ask(port, "GET", "/health")[0] == 200,
     }
+
+
+def steady(process: subprocess.Popen[str], port: int, refused: int = 2500, drawn: int = 800, parts: int = 5) -> dict[str, Any]:
+    """The memory after each of some equal parts of one client's requests: those that are refused, then those that are answered."""
+    told: dict[str, Any] = {"requests": {"refused": parts * refused, "answered": parts * drawn}, "memory_mib": {}}
+    kinds = {
+        "refused": (refused, lambda k: {"nfe": "x" * (k % 50), f"field {k}": 1}),
+        "answered": (drawn, lambda k: words(k % 6) | {"nfe": 4, "seed": k}),
+    }
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection):
+        for name, (count, body) in kinds.items():
+            held = told["memory_mib"][name] = []
+            for part in range(parts):
+                for k in range(part * count, (part + 1) * count):
+                    connection.request("POST", "/samples", json.dumps(body(k)), {"content-type": "application/json"})
+                    connection.getresponse().read()
+                held.append(round(memory(process), 1))
+    return told
 
 
 def garbage(process: subprocess.Popen[str], port: int, seed: int, count: int = 500) -> dict[str, Any]:

@@ -59,7 +59,18 @@ SAMPLES = {
 NOT = {"model": State, "description": "it does not"}
 EVENTS = {
     "description": "events: accepted, preview (as often as asked for), then done or failed; lines that begin with a colon keep it open",
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    "content": {
+        "text/event-stream": {
+            "itemSchema": {
+                "type": "object",
+                "required": ["event", "data"],
+                "properties": {
+                    "event": {"enum": ["accepted", "preview", "done", "failed"]},
+                    "data": {"type": "string", "contentMediaType": "application/json"},
+                },
+            },
+        }
+    },
 }
 
 log = logging.getLogger("fewstep.serve")
