@@ -303,6 +303,8 @@ def test_wrong_options():
         log_likelihood(lambda x, t: x, x)
     with pytest.raises(ValueError, match="finite floating-point"):
         log_likelihood(exact, torch.full((2, 3), math.nan))
+    with pytest.raises(ValueError, match=r"samples of shape \(2,\), but GaussianMixture is one of shape \(3,\)"):
+        log_likelihood(exact, torch.zeros(2, 2), trace="exact")
     for options, message in (
         ({"bound": "mean"}, "unknown bound"),
         ({"dequantization": "normal"}, "unknown"),

@@ -137,7 +137,7 @@ def log_likelihood(
         ToleranceError: if the calls are spent, or the steps shrink to nothing.
         NetworkError: for values that are not finite, or an operator without a forward derivative.
         UnknownNameError: for another trace or differentiation.
-        ValueError: for an end without noise, a tolerance or a number outside its range.
+        ValueError: for an end without noise, a tolerance or a number outside its range; for x of another shape than an exact denoiser's.
 
     Example:
         >>> from fewstep.exact import GaussianMixture
@@ -276,6 +276,11 @@ class _Problem(NamedTuple):
             )
         if not x.is_floating_point() or x.ndim < 2 or not x.numel() or not bool(torch.isfinite(x).all()):
             raise ValueError(f'x must be a finite floating-point tensor "batch *shape", got {x.dtype} {tuple(x.shape)}.')
+        wanted = getattr(denoiser, "shape", None)  # an exact denoiser's
+        if wanted is not None and tuple(wanted) != tuple(x.shape[1:]):
+            raise ValueError(
+                f"x holds samples of shape {tuple(x.shape[1:])}, but {type(denoiser).__name__} is one of shape {tuple(wanted)}."
+            )
         if not 0.0 < tol < math.inf:
             raise ValueError(f"tol must be positive and finite, got {tol:g}.")
         begin = schedule.t_end if times[0] is None else float(times[0])

@@ -418,7 +418,8 @@ def test_check(tiny, tmp_path, capsys):
         (["evaluate", "digits", "--distances", "fid"], "unknown distance"),
         (["evaluate", "digits", "--features", "inception", "--weights", "DIR/none"], "weights of Inception are not at"),
         (["evaluate", "TINY", "--bits-per-dim", "--levels", "16"], "Pass the levels that they take"),
-        (["evaluate", "TINY", "photos", "--bits-per-dim"], "makes samples of shape (1, 8, 8)"),
+        (["evaluate", "TINY", "photos", "--bits-per-dim"], "makes samples of shape (1, 8, 8), the data photos have (3, 32, 32)"),
+        (["evaluate", "photos", "--bits-per-dim"], "the data digits have (1, 8, 8): name data of the model's shape"),
         (["evaluate", "TINY", "--bits-per-dim", "--features", "pixels"], "--features does nothing with --bits-per-dim"),
         (["evaluate", "digits", "--levels", "16", "--draws", "2"], "--levels, --draws do nothing without --bits-per-dim"),
     ],
@@ -744,3 +745,12 @@ def test_distill_refuses_what_makes_no_sense(tiny, tmp_path, capsys, arguments, 
     assert status == 2
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("always:.*no value below 0")
+def test_a_warning_is_one_line_without_code(tmp_path, capsys):
+    np.savez(tmp_path / "u.npz", x=np.random.default_rng(0).random((8, 1, 8, 8)))
+    arguments = ["--size", 8, "--steps", 2, "--batch-size", 2, "--no-samples", "--quiet"]
+    status, _, err = run(capsys, "train", tmp_path / "u.npz", *arguments, "--out", tmp_path / "model")
+    assert status == 0
+    assert err == f"fewstep: {tmp_path}/u.npz holds x with no value below 0: is this [0, 1]? Pictures in [-1, 1] are 2 x - 1.\n"

@@ -319,6 +319,9 @@ def test_conversion_and_back():
     assert after.keys() - before.keys() == {f"body.{k}.{which}_step" for k, which in itertools.product((0, 2), ("input", "weight"))}
     model(torch.arange(12)[None]).sum().backward()
     assert "Emulated" in str(conversion)
+    assert str(conversion).endswith("another gives the learned steps the weights' learning rate and decay.")
+    groups = conversion.optimizer(torch.optim.AdamW)(model.parameters(), lr=0.5).param_groups
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.5, 0.01), (2e-4, 0.0)]
     conversion.revert()
     assert type(model.body[0]) is nn.Linear
     assert dict(model.named_parameters()).keys() == before.keys()

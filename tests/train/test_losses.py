@@ -165,6 +165,13 @@ def test_log_normal_times_are_cut_off_not_piled_up():
     assert stats.kstest(log, truncated.cdf).pvalue > 0.01
 
 
+def test_lambda_times_of_a_flow_begin_before_1():
+    loss = DenoisingLoss(Flow(t_start=0.999), "flow", "noise", "lambda")
+    assert math.isfinite(loss(lambda x, time: 0.0 * x, {"x": X}, torch.Generator().manual_seed(0))[0])
+    with pytest.raises(ValueError, match="t_start where alpha > 0"):
+        dataclasses.replace(loss, schedule=Flow())(lambda x, time: x, {"x": X}, torch.Generator().manual_seed(0))
+
+
 def test_lambda_times_need_finite_ends():
     with pytest.raises(ValueError, match="lambda runs from -inf"):
         TIMES["lambda"].draw(Flow(), 4, torch.Generator())

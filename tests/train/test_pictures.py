@@ -101,6 +101,13 @@ def test_arrays(tmp_path):
     assert read_pictures(tmp_path / "b.npz", 8)[torch.arange(3)]["x"].shape == (3, 3, 8, 8)
 
 
+def test_arrays_without_a_value_below_0_are_asked_about(tmp_path):
+    np.savez(tmp_path / "f.npz", images=np.random.default_rng(0).random((5, 1, 8, 8)))
+    with pytest.warns(UserWarning, match=r"f.npz holds images with no value below 0: is this \[0, 1\]\?") as found:
+        assert len(read_pictures(tmp_path / "f.npz", 0)) == 5
+    assert "\n" not in str(found[0].message)
+
+
 @pytest.fixture
 def data_set(tmp_path):
     datasets = pytest.importorskip("datasets")

@@ -209,6 +209,22 @@ def test_a_step_of_evolution_is_none_of_the_optimizer():
     assert sparse.step == 4
 
 
+def test_remove_says_what_is_still_sparse():
+    linear = nn.Linear(64, 32)
+    optimizer = ADAMW(linear.parameters(), lr=1e-3)
+    sparse = MixedSparsity(linear, optimizer, schedule=SparsitySchedule(0, 0.9, (5, 8)), interval=2)
+    for _ in range(3):
+        linear(torch.ones(1, 64)).sum().backward()
+        optimizer.step()
+    with pytest.warns(
+        RuntimeWarning, match=r"still sparse: 90.0% of the weights of 1 layers are 0 after step 3, .* from step 8 on"
+    ):
+        sparse.remove()
+    assert float((linear.weight == 0).float().mean()) >= 0.9  # what has just grown begins at 0
+    never = MixedSparsity(linear, ADAMW(linear.parameters(), lr=1e-3), schedule=SparsitySchedule(0, 0.9, None))
+    assert never.remove() is linear  # sparse, as was asked for
+
+
 def test_gradients_are_masked_on_other_steps():
     model = make()
     optimizer = ADAMW(model.parameters(), lr=1e-3)

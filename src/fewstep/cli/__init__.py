@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return REFUSED
     module = _module(namespace.command)
     try:
-        with _ended_like_interrupted():
+        with _ended_like_interrupted(), _warnings_in_one_line():
             return module.run(read_options(module.OPTIONS[namespace.command], namespace))
     except KeyboardInterrupt:
         return _fail("interrupted.", INTERRUPTED)
@@ -74,6 +75,18 @@ def _told(error: Exception) -> str:
     if isinstance(error, (FewstepError, ImportError, OSError, RuntimeError, TypeError, ValueError)) and text:
         return text
     return f"{type(error).__name__}: {text} (this should not happen: FEWSTEP_TRACEBACK=1 shows where)"
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Within it a warning is one line, as an error is, without the place in the code."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        print(f"fewstep: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager

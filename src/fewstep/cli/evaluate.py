@@ -22,7 +22,10 @@ class EvaluateOptions(Common):
         positional=True,
     )
     data: str = option(
-        "digits", "what they are compared with: the same kinds, or the shipped data digits or photos", positional=True
+        "digits",
+        "what they are compared with, or what is judged with --bits-per-dim: the same kinds, or the shipped data digits or photos "
+        "(left out: digits)",
+        positional=True,
     )
     part: str = option("held_out", "part of the shipped data", choices=("held_out", "train"))
     distances: str = option("frechet,kid,mmd,sliced_wasserstein", "distances, separated by commas; wasserstein is the exact one")
@@ -56,7 +59,8 @@ class EvaluateOptions(Common):
 
 
 OPTIONS = {"evaluate": EvaluateOptions}
-SHIPPED = ("digits", "photos")
+SHIPPED = {"digits": (1, 8, 8), "photos": (3, 32, 32)}
+"""Data that come along -> their shape."""
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 SHOWN = 30
 LEVELS = {"digits": 17, "photos": 1021}
@@ -94,11 +98,10 @@ def _run_bits(options: EvaluateOptions) -> int:
     shipped = options.data in SHIPPED and not Path(options.data).exists()
     levels = Levels(options.levels or (LEVELS[options.data] if shipped else 256))
     denoiser = open_model(options.samples, options)
+    if shipped:  # before they are read
+        _check_shape(denoiser, SHIPPED[options.data], options)
     data, classes = _data_for(denoiser, options)
-    if denoiser.info.shape is not None and tuple(data.shape[1:]) != tuple(denoiser.info.shape):
-        raise ValueError(
-            f"{denoiser.info.name} makes samples of shape {tuple(denoiser.info.shape)}, the data have {tuple(data.shape[1:])}."
-        )
+    _check_shape(denoiser, tuple(data.shape[1:]), options)
     label, under = _labels_for(denoiser, classes, len(data))
     t = options.time or denoiser.schedule.t_end
     with new_folder(options.out) if options.out else nullcontext() as folder:
@@ -144,6 +147,15 @@ def _run_bits(options: EvaluateOptions) -> int:
     elif not options.quiet:
         print(told)
     return 0
+
+
+def _check_shape(denoiser: Any, shape: tuple[int, ...], options: EvaluateOptions) -> None:
+    """Refuse data of another shape than the model's."""
+    if denoiser.info.shape is not None and shape != tuple(denoiser.info.shape):
+        raise ValueError(
+            f"{denoiser.info.name} makes samples of shape {tuple(denoiser.info.shape)}, the data {options.data} have {shape}: name data of "
+            "the model's shape, as in `fewstep evaluate MODEL DATA --bits-per-dim`."
+        )
 
 
 def _data_for(denoiser: Any, options: EvaluateOptions) -> tuple[Any, Any]:

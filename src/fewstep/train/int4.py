@@ -470,7 +470,8 @@ class Int4Conversion:
     def __str__(self) -> str:
         told, done = f"{len(self.layers)} linear layers with 4-bit products, {len(self.left)} as they were", self.operations()
         share = f"; {done.integer:.3g} integer multiply-adds in place of {done.dense:.3g} in floating point" if done.dense else ""
-        return f"{told}{share}. Emulated: counted operations, not time. {_hardware(self.model)}"
+        rates = "Train with this object's `optimizer`: another gives the learned steps the weights' learning rate and decay"
+        return f"{told}{share}. Emulated: counted operations, not time. {_hardware(self.model)} {rates}."
 
 
 def convert_to_int4_training(

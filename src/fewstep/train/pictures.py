@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -264,10 +265,17 @@ def _arrays(file: Path, size: int) -> tuple[Tensor, Tensor | None, tuple[str, ..
     if size not in (0, x.shape[2]):
         raise ValueError(f"{file} holds pictures of {x.shape[2]} x {x.shape[2]} pixels, which is the size; got {size}.")
     pixels = torch.from_numpy(np.ascontiguousarray(x if x.dtype == np.uint8 else x.astype(np.float32)))
+    labels, classes = _labels_of(arrays, len(x), file)
+    if x.dtype.kind == "f" and x.min() >= 0.0:
+        warnings.warn(f"{file} holds {name} with no value below 0: is this [0, 1]? Pictures in [-1, 1] are 2 x - 1.", stacklevel=4)
+    return pixels, labels, classes
+
+
+def _labels_of(arrays: dict[str, Any], count: int, file: Path) -> tuple[Tensor | None, tuple[str, ...]]:
     label = next((arrays[name] for name in LABELS if name in arrays), None)
     if label is None:
-        return pixels, None, ()
-    if label.shape != (len(x),) or label.dtype.kind not in "iu":
+        return None, ()
+    if label.shape != (count,) or label.dtype.kind not in "iu":
         raise ValueError(f"{file} holds labels {label.dtype} of shape {label.shape}; wanted one whole number a picture.")
     labels = torch.from_numpy(label.astype(np.int64))
-    return pixels, _checked_labels(labels, int(labels.max()) + 1, file), tuple(str(i) for i in range(int(labels.max()) + 1))
+    return _checked_labels(labels, int(labels.max()) + 1, file), tuple(str(i) for i in range(int(labels.max()) + 1))

@@ -32,6 +32,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -289,7 +290,18 @@ class MixedSparsity:
         return {name: float(mask.float().mean()) for name, mask in zip(self.layers, self._masks(), strict=True)}
 
     def remove(self) -> nn.Module:
-        """Take all hooks and buffers away; the weights stay as they are, zeros included."""
+        """Take all hooks and buffers away; the weights stay as they are, zeros included.
+
+        Warns with the share of zeros where the schedule would have restored these weights, but training ended before.
+        """
+        used = sum(int(mask.sum()) for mask in self._masks()) / sum(mask.numel() for mask in self._masks())
+        if self.schedule.restore is not None and used < 1.0:
+            warnings.warn(
+                f"the model is still sparse: {1.0 - used:.1%} of the weights of {len(self.layers)} layers are 0 after step {self.step}, "
+                f"and the schedule is dense from step {self.schedule.restore[1]} on. Train on before `remove`, or keep it as it is.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         for handle in self._handles:
             handle.remove()
         for layer in self.layers.values():
