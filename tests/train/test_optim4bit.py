@@ -21,7 +21,7 @@ from fewstep.models import SmallUNet
 from fewstep.train import RECIPES, fit
 from fewstep.train.checkpoints import pack as packed
 from fewstep.train.optim4bit import SECOND_MOMENTS, AdamW4bit, Quantized, SGD4bit, optimizer_state_bytes
-from fewstep.train.quantization import LINEAR, SIGNED_DYNAMIC, BlockScale, Codebook, Quantizer, Rank1Scale, pack, unpack
+from fewstep.train.quantization import LINEAR, SIGNED_DYNAMIC, BlockScale, Codebook, Layout, Quantizer, Rank1Scale, pack, unpack
 from fewstep.train.trainer import CHECKPOINT, read_checkpoint
 
 BLOCKS, RANK1 = Quantizer(SIGNED_DYNAMIC, BlockScale()), Quantizer(LINEAR, Rank1Scale())
@@ -54,6 +54,27 @@ def test_packing_is_undone(codes):
     assert torch.equal(unpack(packed, len(codes)), codes)
 
 
+def test_eight_codes_at_once_are_packed_as_two(monkeypatch):
+    codes = torch.randint(16, (64,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    packed = pack(codes)
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    assert torch.equal(pack(codes), packed)
+    assert torch.equal(unpack(packed, 64), codes)
+
+
+@pytest.mark.parametrize("shape", [(48, 256), (7, 128), (32, 4, 8, 16), (5, 3, 2), (67, 131), (130,)])
+def test_rank_one_codes_of_compiled_steps_are_those_of_eager_ones(shape, monkeypatch):
+    x, layout = seeded(*shape) ** 2, Layout((shape,), 128)
+    flat = layout.join([x])
+    codes, (scales,) = RANK1.quantize_flat(flat, layout)
+    back = RANK1.dequantize_flat(codes, [scales], layout)
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    again, (alike,) = RANK1.quantize_flat(flat, layout)
+    assert torch.equal(again, codes)
+    assert torch.equal(alike, scales)
+    assert torch.equal(RANK1.dequantize_flat(codes, [scales], layout).view(-1), back)
+
+
 @pytest.mark.parametrize("name", CODEBOOKS)
 def test_a_code_is_that_of_the_nearest_value(name):
     codebook = CODEBOOKS[name]
@@ -64,6 +85,18 @@ def test_a_code_is_that_of_the_nearest_value(name):
     codes = torch.arange(16, dtype=torch.uint8)
     assert torch.equal(codebook.encode(codebook.decode(codes)), codes)
     assert torch.equal(codebook.decode_packed(pack(codes)), torch.tensor(codebook.values))
+
+
+@pytest.mark.parametrize("codebook", [SIGNED_DYNAMIC, LINEAR], ids=["signed dynamic", "linear"])
+def test_choices_of_compiled_steps_are_look_ups_in_the_table(codebook, monkeypatch):
+    x = torch.linspace(codebook.values[0], 1, 20_001)
+    codes, uniform = torch.arange(16, dtype=torch.uint8), torch.full_like(x, 0.5)
+    table = codebook.encode(x), codebook.encode(x, uniform=uniform), codebook.decode(codes)
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    for found, wanted in zip((codebook.encode(x), codebook.encode(x, uniform=uniform)), table, strict=False):
+        assert int((found != wanted).sum()) <= 15  # at a midpoint either neighbour
+    assert torch.equal(codebook.decode(codes), table[2])
+    assert torch.equal(codebook.decode_packed(pack(codes)), table[2])
 
 
 @pytest.mark.parametrize("name", CODEBOOKS)
@@ -467,7 +500,7 @@ def test_shards_of_two_processes_train_and_resume(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of PyTorch's own compiler
 @pytest.mark.slow
 def test_compiled_steps_are_eager_ones_but_for_rounding():
-    shapes = [(64, 64, 3, 3), (96, 288), (4,), (67, 131)]
+    shapes = [(64, 64, 3, 3), (96, 288), (4,), (67, 131), (48, 256)]
 
     def trained(make, compiled):
         parameters = [nn.Parameter(seeded(*shape)) for shape in shapes]

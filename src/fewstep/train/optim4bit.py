@@ -100,7 +100,7 @@ class Quantized(Storage):
     def advance(self, kept: Sequence[Kept], layout: Layout, decay: float, fresh: Sequence[Tensor], weight: float) -> Tensor:
         codes = torch.cat([tensors["_codes"] for tensors in kept]) if len(kept) > 1 else kept[0]["_codes"]
         old = self.quantizer.dequantize_flat(codes, [tensors["_scales"] for tensors in kept], layout)
-        return _add_(old.to(fresh[0].dtype).mul_(decay), fresh, weight)
+        return _add_(old.to(fresh[0].dtype).mul_(decay), [x.view(old.shape) for x in fresh], weight).view(-1)
 
     def keep(self, kept: Sequence[Kept], layout: Layout, moment: Tensor, uniform: Tensor | None) -> None:
         codes, scales = self.quantizer.quantize_flat(moment.float(), layout, uniform=uniform)
@@ -211,15 +211,15 @@ class Bucket(NamedTuple):
     noise: Noise
 
 
-def adamw(bucket: Bucket, numbers: AdamWNumbers, storages: Sequence[Storage], unit: int) -> None:
+def adamw(bucket: Bucket, numbers: AdamWNumbers, storages: Sequence[Storage], layout: Layout) -> None:
     """A step of AdamW, in place. Eager and compiled."""
     first, second = storages
-    layout = Layout(tuple(tuple(parameter.shape) for parameter in bucket.parameters), unit)
     g = layout.join([_working(gradient) for gradient in bucket.gradients])
     m = first.advance(bucket.kept[0], layout, numbers.beta1, (g,), numbers.weight1)
     v = second.advance(bucket.kept[1], layout, numbers.beta2, (g, g), numbers.weight2)
-    denominators = layout.split(v.sqrt().mul_(numbers.gain).add_(numbers.epsilon))
-    for i, (mean, denominator) in enumerate(zip(layout.split(m), denominators, strict=True)):
+    shapes = [parameter.shape for parameter in bucket.parameters]
+    means, denominators = layout.split(m, shapes), layout.split(v.sqrt().mul_(numbers.gain).add_(numbers.epsilon), shapes)
+    for i, (mean, denominator) in enumerate(zip(means, denominators, strict=True)):
         x = _working(bucket.parameters[i]).mul_(numbers.shrink)
         moved = (
             x.addcdiv_(mean, denominator, value=numbers.step)
@@ -231,17 +231,17 @@ def adamw(bucket: Bucket, numbers: AdamWNumbers, storages: Sequence[Storage], un
     second.keep(bucket.kept[1], layout, v, bucket.noise.moments[1])
 
 
-def sgd(bucket: Bucket, numbers: SGDNumbers, storages: Sequence[Storage], unit: int) -> None:
+def sgd(bucket: Bucket, numbers: SGDNumbers, storages: Sequence[Storage], layout: Layout) -> None:
     """A step of stochastic gradient descent with momentum, in place. Eager and compiled."""
     (first,) = storages
-    layout = Layout(tuple(tuple(parameter.shape) for parameter in bucket.parameters), unit)
     working = [_working(parameter) for parameter in bucket.parameters]
     g = layout.join(
         [torch.add(gradient, x, alpha=numbers.weight_decay) for gradient, x in zip(bucket.gradients, working, strict=True)]
     )
     m = first.advance(bucket.kept[0], layout, numbers.momentum, (g,), numbers.weight)
     moves = (m * numbers.along).add_(g, alpha=numbers.through).mul_(numbers.step)
-    for parameter, x, move, noise in zip(bucket.parameters, working, layout.split(moves), bucket.noise.parameters, strict=True):
+    moves = layout.split(moves, [parameter.shape for parameter in bucket.parameters])
+    for parameter, x, move, noise in zip(bucket.parameters, working, moves, bucket.noise.parameters, strict=True):
         _write(parameter, x.add_(move), noise)
     first.keep(bucket.kept[0], layout, m, bucket.noise.moments[0])
 
@@ -268,14 +268,19 @@ def _write(parameter: Tensor, x: Tensor, bits: Tensor | None) -> None:
 
 
 @functools.cache
-def _compiled(step: Callable[..., None], storages: tuple[Storage, ...], unit: int, shape: tuple[int, ...]) -> Callable[..., None]:
+def _compiled(step: Callable[..., None], storages: tuple[Storage, ...], layout: Layout) -> Callable[..., None]:
     """The step of one tensor, as one graph. Each has code of its own: PyTorch compiles the same code for a few shapes only."""
 
     def run(bucket: Bucket, numbers: Any) -> None:
-        step(bucket, numbers, storages, unit)
+        step(bucket, numbers, storages, layout)
 
     own = types.FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
     return torch.compile(own, fullgraph=True, dynamic=False)
+
+
+def _in_units(x: Tensor, layout: Layout) -> Tensor:
+    """As ``"units unit"``, where moments are: compiled for a processor, what is done with x becomes one loop with their rounding."""
+    return x.detach().view(-1, layout.unit) if x.is_cpu and x.is_contiguous() and layout.in_rows() else x
 
 
 # ---- the optimizers ----------------------------------------------------------------------------------------------------------------
@@ -338,14 +343,21 @@ class Optimizer4bit(Optimizer, abc.ABC):
         """A step of tensors that are kept alike, bucket by bucket. Compiled, a bucket is one tensor."""
         numbers, storages, function = self._numbers(group, works[0].step), works[0].storages, self._function()
         unit = _unit(group, storages)
-        if not group["compiled"] or all(isinstance(storage, Full) for storage in storages):
-            for bucket in _bucketed(works, BUCKET):
-                function(self._bucket(bucket, group, unit), numbers, storages, unit)
-            return
-        changing = {name: torch.tensor(getattr(numbers, name)) for name in ("gain", "step", "shrink") if hasattr(numbers, name)}
-        for bucket in _bucketed(works, 0):
-            run = _compiled(function, storages, unit, tuple(bucket[0].local.shape))
-            run(self._bucket(bucket, group, unit), numbers._replace(**changing))
+        compiled = group["compiled"] and not all(isinstance(storage, Full) for storage in storages)
+        if compiled:
+            changing = {name: torch.tensor(getattr(numbers, name)) for name in ("gain", "step", "shrink") if hasattr(numbers, name)}
+            numbers = numbers._replace(**changing)
+        for some in _bucketed(works, 0 if compiled else BUCKET):
+            layout = Layout(tuple(tuple(work.local.shape) for work in some), unit)
+            bucket = self._bucket(some, group, unit)
+            if compiled:
+                parameters, gradients = (
+                    [_in_units(x, layout) for x in tensors] for tensors in (bucket.parameters, bucket.gradients)
+                )
+                bucket = bucket._replace(parameters=parameters, gradients=gradients)
+                _compiled(function, storages, layout)(bucket, numbers)
+            else:
+                function(bucket, numbers, storages, layout)
 
     def _bucket(self, works: Sequence[_Work], group: Mapping[str, Any], unit: int) -> Bucket:
         gradients = [_local(_gradient(work.parameter)) for work in works]

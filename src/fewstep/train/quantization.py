@@ -13,6 +13,10 @@ $$ x \approx T(q) \odot S , \qquad q = \arg\min_j \left| x / S - T(j) \right| . 
 Where a scale is zero, all that it belongs to is zero, and comes back as exact zeros. Numbers that are not finite make scales that are not
 finite, and come back as such.
 
+What is compiled for a processor is written so that PyTorch's compiler makes loops of vectors of it, which it does not of look-ups in a
+table and of numbers that lie two apart: codes are found and turned into values by choices, and packed eight at a time. Everything that
+has a number of its own for every entry is seen as ``"units unit"``, so that loops over the same units become one.
+
 Sources: "Memory Efficient Optimizers with 4-bit States" (arXiv 2309.01507): rank-1 scales and the map without zero; the signed map is that
 of "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861) in 4 bits.
 """
@@ -27,6 +31,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +55,14 @@ PACKING = "low nibble first"
 CODES = 16
 FINEST = 1 << 16
 """Most cells in an interval of length 1 that a codebook's table may have."""
+BITS = (8, 4, 2, 1)
+"""Of a code, the highest first."""
+APART = ((16, 0x0000FFFF0000FFFF), (8, 0x00FF00FF00FF00FF), (4, 0x0F0F0F0F0F0F0F0F))
+"""Eight codes in 32 bits move apart into eight bytes: by how much, and what is kept then."""
+TOGETHER = ((4, 0x00FF00FF00FF00FF), (8, 0x0000FFFF0000FFFF), (16, 0x00000000FFFFFFFF))
+"""Back."""
+ROWS = 16
+"""Compiled, the largest values of columns are found in as many rows at a time: whole columns are too far apart in memory."""
 TINY = 1e-33
 """A smaller scale is divided by as if it were this, so that one over it is a number. Zero among them; there is nothing to divide then."""
 
@@ -69,6 +82,11 @@ def pack(codes: Tensor) -> Tensor:
     if sys.byteorder == "little" and not torch.compiler.is_compiling():  # both at once
         pairs = codes.view(torch.int16)
         return (pairs | (pairs >> 4)).to(torch.uint8)
+    if _for_processor(codes) and len(codes) % 8 == 0:
+        eights = codes.view(torch.int64)
+        for shift, mask in TOGETHER:
+            eights = (eights | (eights >> shift)) & mask
+        return eights.to(torch.int32).view(torch.uint8)
     even, odd = codes.view(-1, 2).unbind(1)
     return even | (odd << 4)
 
@@ -80,7 +98,17 @@ def unpack(packed: Tensor, count: int) -> Tensor:
         >>> unpack(torch.tensor([33, 15], dtype=torch.uint8), 3).tolist()
         [1, 2, 15]
     """
+    if _for_processor(packed) and len(packed) % 4 == 0:
+        eights = packed.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+        for shift, mask in APART:
+            eights = (eights | (eights << shift)) & mask
+        return eights.view(torch.uint8)[:count]
     return torch.stack([packed & 15, packed >> 4], 1).view(-1)[:count]
+
+
+def _for_processor(x: Tensor) -> bool:
+    """Whether what is done with a tensor is being compiled for a processor on which the first byte of a number is its lowest."""
+    return torch.compiler.is_compiling() and x.is_cpu and sys.byteorder == "little"
 
 
 # ---- codebooks ---------------------------------------------------------------------------------------------------------------------
@@ -188,6 +216,9 @@ class Codebook:
         """The values of codes, float32."""
         if self.step is not None:
             return codes.float() * self.step + self.values[0]
+        if _for_processor(codes):
+            numbers = codes.int()
+            return _chosen([(numbers & bit) != 0 for bit in BITS], self.values)
         return torch.tensor(self.values, device=codes.device)[codes.long()]
 
     def decode_packed(self, packed: Tensor) -> Tensor:
@@ -198,11 +229,32 @@ class Codebook:
 
 
 def _count(x: Tensor, borders: Sequence[float]) -> Tensor:
-    """How many borders are not larger than x."""
+    """How many borders are not larger than x, at most 15."""
+    if _for_processor(x):
+        return _searched(x, borders)
     codes = torch.zeros_like(x, dtype=torch.uint8)
     for border in borders:
         codes = codes + (x >= border).to(torch.uint8)
     return codes
+
+
+def _searched(x: Tensor, borders: Sequence[float]) -> Tensor:
+    """The same by halves, bit after bit: fewer steps."""
+    full, bits = [*borders, *([math.inf] * (CODES - 1 - len(borders)))], []
+    for bit in BITS:
+        bits.append(x >= _chosen(bits, full[bit - 1 :: 2 * bit]))
+    codes = bits[0].int()
+    for found in bits[1:]:
+        codes = codes + codes + found.int()
+    return codes.to(torch.uint8)
+
+
+def _chosen(bits: Sequence[Tensor], values: Sequence[float]) -> Any:
+    """Of 2^n values that whose number has these n bits, the highest first."""
+    if not bits:
+        return values[0]
+    half = len(values) // 2
+    return torch.where(bits[0], _chosen(bits[1:], values[half:]), _chosen(bits[1:], values[:half]))
 
 
 @functools.cache
@@ -267,6 +319,10 @@ class Layout:
         """How much room every tensor has."""
         return [-(-math.prod(shape) // self.unit) * self.unit for shape in self.shapes]
 
+    def in_rows(self) -> bool:
+        """Whether there is one tensor, and every index of its first axis has whole units."""
+        return len(self.shapes) == 1 and len(self.shapes[0]) > 1 and math.prod(self.shapes[0][1:]) % self.unit == 0
+
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """The flat tensor."""
         parts = []
@@ -276,11 +332,11 @@ class Layout:
                 parts.append(tensor.new_zeros(places - tensor.numel()))
         return _joined(parts)
 
-    def split(self, flat: Tensor) -> list[Tensor]:
-        """The tensors, as views."""
+    def split(self, flat: Tensor, shapes: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
+        """The tensors, as views; of other shapes that have as many numbers, if given."""
         pieces = flat.split(self.places()) if len(self.shapes) > 1 else (flat,)
         parts = []
-        for piece, shape in zip(pieces, self.shapes, strict=True):
+        for piece, shape in zip(pieces, self.shapes if shapes is None else shapes, strict=True):
             count = math.prod(shape)
             parts.append((piece if len(piece) == count else piece[:count]).view(shape))
         return parts
@@ -310,7 +366,7 @@ class Scale(abc.ABC):
 
     @abc.abstractmethod
     def spread(self, scales: Sequence[Tensor], layout: Layout, least: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The scales as a tensor ``"n"``, or ``"blocks 1"``. `least` is the minimum, or the maximum if one over the scales came."""
+        """The scales as a tensor ``"n"``, or ``"units #unit"``. `least` is the minimum, or the maximum if one over the scales came."""
 
 
 @dataclass(frozen=True)
@@ -369,10 +425,14 @@ class Rank1Scale(Scale):
         pass
 
     def measure(self, flat: Tensor, layout: Layout) -> list[Tensor]:
+        if _for_processor(flat) and layout.in_rows():
+            return [_largest_from_units(flat, layout.shapes[0], layout.unit)]
         return [_largest_along_axes(x) for x in layout.split(flat)]
 
     def spread(self, scales: Sequence[Tensor], layout: Layout, least: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         if torch.compiler.is_compiling():
+            if scales[0].is_cpu and layout.in_rows():
+                return _least_in_units(scales[0], layout.shapes[0], least, layout.unit)
             return layout.join(
                 [_least_of_axes(part, shape, least, None) for part, shape in zip(scales, layout.shapes, strict=True)]
             )
@@ -388,8 +448,20 @@ def _largest_along_axes(x: Tensor) -> Tensor:
     while x.ndim > 1:  # the last axes stay together, for long rows are reduced fastest
         rows = x.flatten(1) if x.ndim > 2 else x
         parts.append(rows.amax(1))
-        x = rows.amax(0) if x.ndim == 2 else rows.amax(0).view(x.shape[1:])
+        x = _largest_of_columns(rows) if x.ndim == 2 else _largest_of_columns(rows).view(x.shape[1:])
     return torch.cat([*parts, x])
+
+
+def _largest_of_columns(matrix: Tensor) -> Tensor:
+    if _for_processor(matrix) and len(matrix) > ROWS and len(matrix) % ROWS == 0:
+        return matrix.view(-1, ROWS, matrix.shape[1]).amax(1).amax(0)
+    return matrix.amax(0)
+
+
+def _largest_from_units(flat: Tensor, shape: Sequence[int], unit: int) -> Tensor:
+    """The same, from ``"units unit"``."""
+    rows = flat.view(-1, unit).amax(1).view(shape[0], -1).amax(1)
+    return torch.cat([rows, _largest_along_axes(_largest_of_columns(flat.view(shape[0], -1)).view(shape[1:]))])
 
 
 def _least_of_axes(scales: Tensor, shape: Sequence[int], least: Callable[..., Tensor], place: Tensor | None) -> Tensor:
@@ -401,6 +473,13 @@ def _least_of_axes(scales: Tensor, shape: Sequence[int], least: Callable[..., Te
     if total is first:
         return first if place is None else place.copy_(first)
     return least(first[:, None], total, out=None if place is None else place.view(shape[0], -1)).view(-1)
+
+
+def _least_in_units(scales: Tensor, shape: Sequence[int], least: Callable[..., Tensor], unit: int) -> Tensor:
+    """The same, as ``"units unit"``."""
+    first, others = scales.split([shape[0], len(scales) - shape[0]])
+    others = _least_of_axes(others, shape[1:], least, None)
+    return least(first[:, None, None], others.view(1, -1, unit)).view(-1, unit)
 
 
 # ---- quantisers --------------------------------------------------------------------------------------------------------------------
@@ -442,13 +521,13 @@ class Quantizer:
     def dequantize(self, codes: Tensor, scales: Tensor, shape: Sequence[int]) -> Tensor:
         """The tensor, ``"*shape"``, float32, in memory of its own."""
         layout = self.layout(shape)
-        return layout.split(self.dequantize_flat(codes, [scales], layout))[0]
+        return layout.split(self.dequantize_flat(codes, [scales], layout).view(-1))[0]
 
     def quantize_flat(self, flat: Tensor, layout: Layout, *, uniform: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Codes of tensors one behind the other, and the scales of each."""
         self.scale.check(layout)
         scales = self.scale.measure(flat.abs() if self.codebook.signed else flat, layout)
-        factor = self.codebook.grid / _joined(scales).clamp(min=TINY)
+        factor = _finished(self.codebook.grid / _joined(scales).clamp(min=TINY))
         factors = factor.split([len(part) for part in scales]) if len(scales) > 1 else (factor,)
         spread = self.scale.spread(factors, layout, torch.maximum)
         shape = (len(spread), -1) if spread.ndim == 2 else (-1,)
@@ -456,8 +535,12 @@ class Quantizer:
         return pack(codes.view(-1)), scales
 
     def dequantize_flat(self, codes: Tensor, scales: Sequence[Tensor], layout: Layout) -> Tensor:
-        """The tensors one behind the other, in memory of their own."""
+        """The tensors one behind the other, in memory of their own, ``"n"`` or, if the scales are spread over rows, as these."""
         spread = self.scale.spread(scales, layout, torch.minimum)
         values = self.codebook.decode_packed(codes)
-        (values.view(len(spread), -1) if spread.ndim == 2 else values).mul_(spread)
-        return values
+        return (values.view(len(spread), -1) if spread.ndim == 2 else values).mul_(spread)
+
+
+def _finished(x: Tensor) -> Tensor:
+    """What is compiled for a processor divides once, and not again wherever x is used: a stride that is given needs x in memory."""
+    return x.as_strided(x.shape, x.stride()) if _for_processor(x) else x
