@@ -290,6 +290,35 @@ class Optimizer4bit(Optimizer, abc.ABC):
     """What the optimizers share: states are made, kept, saved and loaded. Group options decide; see `AdamW4bit`."""
 
     moments: tuple[str, ...]
+    nonnegative: tuple[str, ...]
+    """Options that are numbers of at least 0."""
+
+    def __init__(self, params: Iterable[Any], own: Mapping[str, Any], **shared: Any):
+        super().__init__(params, {**own, **shared, "packing": PACKING})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with options of their own.
+
+        Raises:
+            ValueError: for an option that makes no sense.
+            TypeError: for complex parameters.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name in self.nonnegative:
+            if not float(group[name]) >= 0.0:
+                raise ValueError(f"{name} is a number of at least 0, got {group[name]}.")
+        for name in ("rounding", "round_bfloat16"):
+            if group[name] not in ROUNDINGS:
+                raise UnknownNameError(f"value of {name}", group[name], ROUNDINGS)
+        BlockScale(group["block_size"])
+        if any(parameter.is_complex() for parameter in group["params"]):
+            raise TypeError("complex parameters have no states of four bits; train torch.view_as_real of them.")
+        self._check(group)
+
+    @abc.abstractmethod
+    def _check(self, group: Mapping[str, Any]) -> None:
+        """Raise for options of this optimizer alone."""
 
     @abc.abstractmethod
     def _storages(self, parameter: Tensor, group: Mapping[str, Any]) -> tuple[Storage, ...]:
@@ -495,6 +524,7 @@ class AdamW4bit(Optimizer4bit):
     """
 
     moments = ("exp_avg", "exp_avg_sq")
+    nonnegative = ("lr", "eps", "weight_decay")
 
     def __init__(
         self,
@@ -513,21 +543,26 @@ class AdamW4bit(Optimizer4bit):
         seed: int = 0,
         compiled: bool = False,
     ):
-        defaults = {
+        own = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "second_moment": second_moment,
-            **_options(maximize, block_size, min_quantized_numel, rounding, round_bfloat16, seed, compiled),
         }
-        super().__init__(params, defaults)
+        super().__init__(
+            params,
+            own,
+            maximize=maximize,
+            block_size=block_size,
+            min_quantized_numel=min_quantized_numel,
+            rounding=rounding,
+            round_bfloat16=round_bfloat16,
+            seed=seed,
+            compiled=compiled,
+        )
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        _check(group, ("lr", "eps", "weight_decay"))
+    def _check(self, group: Mapping[str, Any]) -> None:
         if not all(0.0 <= float(beta) < 1.0 for beta in group["betas"]) or len(group["betas"]) != 2:
             raise ValueError(f"betas are two numbers in [0, 1), got {group['betas']}.")
         if group["second_moment"] not in SECOND_MOMENTS:
@@ -571,6 +606,7 @@ class SGD4bit(Optimizer4bit):
     """
 
     moments = ("momentum_buffer",)
+    nonnegative = ("lr", "weight_decay")
 
     def __init__(
         self,
@@ -589,21 +625,26 @@ class SGD4bit(Optimizer4bit):
         seed: int = 0,
         compiled: bool = False,
     ):
-        defaults = {
+        own = {
             "lr": lr,
             "momentum": momentum,
             "dampening": dampening,
             "weight_decay": weight_decay,
             "nesterov": nesterov,
-            **_options(maximize, block_size, min_quantized_numel, rounding, round_bfloat16, seed, compiled),
         }
-        super().__init__(params, defaults)
+        super().__init__(
+            params,
+            own,
+            maximize=maximize,
+            block_size=block_size,
+            min_quantized_numel=min_quantized_numel,
+            rounding=rounding,
+            round_bfloat16=round_bfloat16,
+            seed=seed,
+            compiled=compiled,
+        )
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        _check(group, ("lr", "weight_decay"))
+    def _check(self, group: Mapping[str, Any]) -> None:
         if not group["momentum"] > 0.0:
             raise ValueError(
                 f"SGD4bit keeps a momentum, which must be positive, got {group['momentum']}. Without: torch.optim.SGD."
@@ -670,10 +711,15 @@ def _kept(state: Mapping[str, Any], name: str, storage: Storage, local: Tensor, 
     if isinstance(storage, Full):
         return {"": _local(state[name])}
     found = {}
-    for suffix, (count, _) in storage.tensors(local.shape, unit).items():
+    for suffix, count in _lengths(storage, local.shape, unit):
         tensor = _local(state[name + suffix])
         found[suffix] = tensor if len(tensor) == count else tensor[:count]
     return found
+
+
+@functools.cache
+def _lengths(storage: Storage, shape: Sequence[int], unit: int) -> list[tuple[str, int]]:
+    return [(suffix, count) for suffix, (count, _) in storage.tensors(shape, unit).items()]
 
 
 def _rounded(parameter: Tensor, name: str, storage: Storage, value: Tensor, unit: int) -> dict[str, Any]:
@@ -686,31 +732,6 @@ def _rounded(parameter: Tensor, name: str, storage: Storage, value: Tensor, unit
     kept = [_kept(state, name, storage, local, unit)]
     storage.keep(kept, layout, storage.advance(kept, layout, 0.0, (layout.join([local.float()]),), 1.0), None)
     return state
-
-
-def _options(maximize: bool, size: int, least: float, rounding: str, bfloat16: str, seed: int, compiled: bool) -> dict[str, Any]:
-    return {
-        "maximize": maximize,
-        "block_size": size,
-        "min_quantized_numel": least,
-        "rounding": rounding,
-        "round_bfloat16": bfloat16,
-        "seed": seed,
-        "compiled": compiled,
-        "packing": PACKING,
-    }
-
-
-def _check(group: Mapping[str, Any], positive: Sequence[str]) -> None:
-    for name in positive:
-        if not float(group[name]) >= 0.0:
-            raise ValueError(f"{name} is a number of at least 0, got {group[name]}.")
-    for name in ("rounding", "round_bfloat16"):
-        if group[name] not in ROUNDINGS:
-            raise UnknownNameError(f"value of {name}", group[name], ROUNDINGS)
-    BlockScale(group["block_size"])
-    if any(parameter.is_complex() for parameter in group["params"]):
-        raise TypeError("complex parameters have no states of four bits; train torch.view_as_real of them.")
 
 
 # ---- loading -----------------------------------------------------------------------------------------------------------------------
