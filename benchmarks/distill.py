@@ -284,9 +284,26 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
     bar("TDM, 4 calls: FD <= B_4", "tdm: 4", best.get(4))
     bar("TDM, 1 call: FD <= B_2", "tdm, 1 call: 1", best.get(2))
     bar("FreeFlow: FD <= 1.5 floor", "freeflow: 1", 1.5 * floor)
+    if best:
+        bar("LCM, 1 call: FD <= 0.05 B_1", "lcm: 1", 0.05 * best[1])
+        bar("LCM, 1 call: FD <= B_2", "lcm: 1", best[2])
+        bar("LCM, 2 calls: FD <= 0.3 B_2", "lcm: 2", 0.3 * best[2])
+    for name in ("adversary", "adversary, R1", "adversary, controller"):
+        part = f"dmd2, {name}: 1"
+        bar(f"DMD2, {name}: FD <= 2.5 floor", part, 2.5 * floor)
+        if part in rows:
+            to_data, teacher = rows[part]["fd_to_data"], report["floor"]["fd_to_data"]
+            bars[f"DMD2, {name}: FD to data below the teacher's"] = {"value": to_data, "bar": teacher, "holds": to_data < teacher}
+    if "hipa: 1" in rows and "regression on pairs: 1" in rows:
+        ours, plain = rows["hipa: 1"], rows["regression on pairs: 1"]
+        ratio = round(ours["top_octave_db"] / plain["top_octave_db"], 3)
+        bars["HiPA: error of the top octave half of the regression's"] = {"value": ratio, "bar": 0.5, "holds": ratio <= 0.5}
+        ratio = round(ours["fd"] / plain["fd"], 3)
+        bars["HiPA: FD at most 1.05 of the regression's"] = {"value": ratio, "bar": 1.05, "holds": ratio <= 1.05}
     worse = {
         "DMD2, as many steps of both: FD 3 times as large": ("dmd2, as many steps of both: 1", "dmd2: 1", 3.0),
         "TDM, shared intervals: FD 1.2 times as large": ("tdm, shared intervals: 4", "tdm: 4", 1.2),
+        "DMD2, adversary without noise: FD 1.5 times as large": ("dmd2, adversary without noise: 1", "dmd2, adversary: 1", 1.5),
         "FreeFlow, prediction only: FD 1.5 times as large": ("freeflow, prediction only: 1", "freeflow: 1", 1.5),
     }
     for name, (left, right, factor) in worse.items():

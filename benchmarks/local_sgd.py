@@ -6,7 +6,8 @@ r"""What Local SGD saves and costs: ``python benchmarks/local_sgd.py`` writes ``
 - *Loss at a volume*: the same processes with SGD with momentum, and with AdamW; every worker has a quarter of the digits. The denoising
   loss on held-out digits, with fixed noise, of the weights of the last step, for three seeds, by rule. Data-parallel training has the best
   learning rate of a grid for itself, and so have rules that begin as it does; the others the best for the first QSR; both were found on a
-  seed of their own. Their other options make about equal volumes. "Never but at the end" and "one worker alone" say what averages are good for.
+  seed of their own. Their other options make about equal volumes. "Never but at the end" and "one worker alone" say what averages are good
+  for.
 - *A loss*: seconds that a survivor spends in the average in which a worker is missing, killed or hanging, until training goes on.
 - *Theory*: the exact law of the drift against a simulation in one dimension, and in a valley that narrows, L = (1 + x^2) y^2 / 2 with noise
   on y: how much faster x goes to the flat place than with SGD.
