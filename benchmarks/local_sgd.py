@@ -5,9 +5,9 @@ r"""What Local SGD saves and costs: ``python benchmarks/local_sgd.py`` writes ``
   difference of a weight to PyTorch's DistributedDataParallel, in double and in single precision.
 - *Loss at a volume*: the same processes with SGD with momentum, and with AdamW; every worker has a quarter of the digits. The denoising
   loss on held-out digits, with fixed noise, of the weights of the last step, for three seeds, by rule. Data-parallel training has the best
-  learning rate of a grid for itself, and so have rules that begin as it does; the others the best for the first QSR; both were found on a
-  seed of their own. Their other options make about equal volumes. "Never but at the end" and "one worker alone" say what averages are good
-  for.
+  learning rate of a grid, and so have rules of a fixed period; those whose period grows have the best for the first QSR; both were found
+  on a seed of their own. Their other options make about equal volumes. "Never but at the end" and "one worker alone" say what averages
+  are good for.
 - *A loss*: seconds that a survivor spends in the average in which a worker is missing, killed or hanging, until training goes on.
 - *Theory*: the exact law of the drift against a simulation in one dimension, and in a valley that narrows, L = (1 + x^2) y^2 / 2 with noise
   on y: how much faster x goes to the flat place than with SGD.
@@ -63,8 +63,6 @@ RATES = {"SGD": (0.8, 1.2, 1.6, 2.0, 2.4, 2.8, 3.2, 4.0, 4.8, 6.0), "AdamW": (4e
 EDGE = 1.5
 """A peak is out that is within this factor of one at which the method ends in numbers that are not finite: another seed would not bear
 it."""
-OFTEN = ("every step", "post-local from step 40, H = 12", "never but at the end")
-"""Rules that begin as data-parallel training, or never average, and have its peak."""
 PLAIN: dict[str, Any] = {"clip": None, "ema": ()}
 FIRST_QSR = "QSR, H_base 4, alpha 1.4 peak"
 WIDTH = 192
@@ -365,7 +363,7 @@ def training(kinds: Sequence[str] = tuple(RATES)) -> dict[str, Any]:
     jobs = []
     for kind, peaks in best.items():
         names = {
-            name: peaks[FIRST_QSR] if name in rules(1.0) and name not in OFTEN else peaks[PARALLEL]
+            name: peaks[FIRST_QSR] if name.startswith(("QSR", "power")) else peaks[PARALLEL]
             for name in (PARALLEL, *rules(1.0), ALONE)
         }
         jobs += [(kind, name, peak, seed) for seed in SEEDS for name, peak in names.items()]
