@@ -136,14 +136,12 @@ class Student:
         inner: Any = made.denoiser if isinstance(made, Distilled) else made
         told = hashlib.sha256(f"{identity(self.teacher)['fingerprint']} {identity(inner)['fingerprint']}".encode()).hexdigest()
         inner.info = dataclasses.replace(
-            inner.info, name=f"student of {inner.info.name}", fingerprint=told, conditions=self._conditions
+            inner.info, name=f"student of {inner.info.name}", fingerprint=told, conditions=self._known(inner.info)
         )
         return made
 
-    @property
-    def _conditions(self) -> dict[str, dict[str, Any]]:
-        """The teacher's, without the value that stands for no class if the card says that the student never saw it."""
-        info: Any = self.teacher.info  # type: ignore[attr-defined]
+    def _known(self, info: Any) -> dict[str, dict[str, Any]]:
+        """The teacher's conditions, without the value that stands for no class if the card says that the student never saw it."""
         known = {name: dict(told) for name, told in info.conditions.items()}
         if self.card.get("null_label") is False:
             known.get("label", {}).pop("null", None)
