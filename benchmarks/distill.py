@@ -284,10 +284,9 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
     bar("TDM, 4 calls: FD <= B_4", "tdm: 4", best.get(4))
     bar("TDM, 1 call: FD <= B_2", "tdm, 1 call: 1", best.get(2))
     bar("FreeFlow: FD <= 1.5 floor", "freeflow: 1", 1.5 * floor)
-    if best:
-        bar("LCM, 1 call: FD <= 0.05 B_1", "lcm: 1", 0.05 * best[1])
-        bar("LCM, 1 call: FD <= B_2", "lcm: 1", best[2])
-        bar("LCM, 2 calls: FD <= 0.3 B_2", "lcm: 2", 0.3 * best[2])
+    bar("LCM, 1 call: FD <= 0.05 B_1", "lcm: 1", 0.05 * best[1] if 1 in best else None)
+    bar("LCM, 1 call: FD <= B_2", "lcm: 1", best.get(2))
+    bar("LCM, 2 calls: FD <= 0.3 B_2", "lcm: 2", 0.3 * best[2] if 2 in best else None)
     for name in ("adversary", "adversary, R1", "adversary, controller"):
         part = f"dmd2, {name}: 1"
         bar(f"DMD2, {name}: FD <= 2.5 floor", part, 2.5 * floor)
