@@ -1,11 +1,11 @@
 r"""Do states of four bits train as well as full ones, in what memory, and how fast? ``python benchmarks/optim4bit.py`` writes
-``benchmarks/results/optim4bit.json``. With ``--parts losses`` or ``--parts times`` only that is measured, and the rest of the file is kept.
+``benchmarks/results/optim4bit.json``. With ``--parts``, only that is measured, and the rest of the file is kept.
 
 *Losses.* The U-Net of the recipe `digits`, and a small character-level transformer, from three seeds, which draw weights, batches and
 noise; all but the optimizer is the same. The figure is the loss of the last weights on data that training never sees, at fixed times and
 noise. Contestants: `torch.optim.AdamW`, ours in its forms, bitsandbytes', torchao's (which compiles every shape, and is left out where
-there are many), and ours with a codebook that has a zero for the second moment, which is put in place of the quantiser here and is no
-option of the library. A run whose loss is not finite has failed.
+there are many), and two that are put in place here and are no options of the library: a codebook that has a zero for the second moment,
+and factors for those tensors of which ``"auto"`` keeps the second moment by blocks. A run whose loss is not finite has failed.
 
 Ours keep full states of embeddings, as the paper does: most rows of their gradient are zero, and a small v beside a large one is rounded
 up. "Embeddings too" shows what that costs.
@@ -15,6 +15,9 @@ most that.
 
 *Times* of a step with gradients at hand, on one thread: the U-Net's tensors, and a few large matrices. Rounds take every contestant in
 turn; the least time of the rounds is reported, for an interruption only ever adds, in time of the processor.
+
+*Compiled*: steps by `torch.compile` beside AdamW's, of the large matrices, in the same way; also the median over rounds of what a step
+takes over AdamW's compiled one in the same round.
 
 *Bytes* are counted in memory.
 """
@@ -27,12 +30,13 @@ import functools
 import importlib
 import json
 import math
+import os
 import platform
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +47,7 @@ from torch import nn
 from fewstep.errors import NetworkError
 from fewstep.models import SmallUNet
 from fewstep.train import RECIPES, fit
-from fewstep.train.optim4bit import SECOND_MOMENTS, AdamW4bit, Quantized, optimizer_state_bytes
+from fewstep.train.optim4bit import SECOND_MOMENTS, AdamW4bit, Factored, Quantized, Storage, optimizer_state_bytes
 from fewstep.train.quantization import Codebook, Quantizer, Rank1Scale
 from fewstep.train.recipes import digits
 
@@ -53,14 +57,16 @@ STEPS = {"digits": 200, "characters": 300}
 BATCH = {"digits": 16, "characters": 16}
 LENGTH = 64
 WITH_ZERO = "rank1, with zero"
+FACTORS = "rank1, or factors"
 MATRICES = ((1024, 1024), (512, 2048), (2048, 512), (2048,))
 BETAS = (0.9, 0.99)
+Step = tuple[Callable[[], Any], torch.optim.Optimizer]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure states of four bits.")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON goes")
-    parser.add_argument("--parts", nargs="+", choices=["losses", "times"], default=["times", "losses"], help="what to measure")
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS], help="what to measure")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of the losses")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of the times")
     parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it works")
@@ -68,6 +74,7 @@ def main() -> int:
     torch.set_num_threads(1)
     with_zero = Quantized(Quantizer(zero_codebook(), Rank1Scale()))
     SECOND_MOMENTS[WITH_ZERO] = lambda shape, size: with_zero
+    SECOND_MOMENTS[FACTORS] = rank1_or_factors
     if options.smoke:
         STEPS.update(dict.fromkeys(STEPS, 3))
         options.seeds, options.rounds = options.seeds[:2], 1
@@ -75,8 +82,7 @@ def main() -> int:
     report |= {"command": "python benchmarks/optim4bit.py", "machine": "one core of a 2-core machine", "versions": versions()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for part in options.parts:
-        measure = functools.partial(times, options.rounds) if part == "times" else functools.partial(losses, options.seeds)
-        for found in measure():
+        for found in PARTS[part](options):
             report[part] = report.get(part, {}) | found
             options.out.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
@@ -86,6 +92,12 @@ def main() -> int:
 def zero_codebook() -> Codebook:
     """Sixteen equal steps from 0 to 1, both ends included."""
     return Codebook(tuple(i / 15 for i in range(16)))
+
+
+def rank1_or_factors(shape: Sequence[int], size: int) -> Storage:
+    """As ``"auto"``, with factors in place of blocks."""
+    rank1 = SECOND_MOMENTS["rank1"](shape, size)
+    return rank1 if SECOND_MOMENTS["auto"](shape, size) is rank1 else Factored()
 
 
 def versions() -> dict[str, str]:
@@ -112,6 +124,7 @@ def contestants(task: str) -> dict[str, Callable[..., torch.optim.Optimizer]]:
         "ours": functools.partial(AdamW4bit, **alike),
         "ours, rank1": functools.partial(AdamW4bit, **alike, second_moment="rank1"),
         "ours, factored": functools.partial(AdamW4bit, **alike, second_moment="factored"),
+        "ours, factors for blocks": functools.partial(AdamW4bit, **alike, second_moment=FACTORS),
         "ours, embeddings too": functools.partial(AdamW4bit, **alike),
         "zero in the map": functools.partial(AdamW4bit, **alike, second_moment=WITH_ZERO),
     }
@@ -130,8 +143,9 @@ def contestants(task: str) -> dict[str, Callable[..., torch.optim.Optimizer]]:
 # ---- losses ------------------------------------------------------------------------------------------------------------------------
 
 
-def losses(seeds: list[int]) -> Iterator[dict[str, Any]]:
+def losses(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The settings, then every task."""
+    seeds = options.seeds
     yield {"seeds": seeds, "steps": STEPS, "batch": BATCH, "learning_rate": 1e-3, "betas": BETAS}
     for task, run in {"characters": train_characters, "digits": train_digits}.items():
         found: dict[str, dict[str, Any]] = {}
@@ -230,32 +244,23 @@ def measured(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 # ---- times -------------------------------------------------------------------------------------------------------------------------
 
 
-def times(rounds: int) -> Iterator[dict[str, Any]]:
+def times(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every set of tensors."""
     shapes = {
         "digits": [tuple(p.shape) for p in SmallUNet(RECIPES["digits"].network).parameters()],
         "matrices": list(MATRICES),
     }
     for name, tensors in shapes.items():
-        yield {name: timed(name, tensors, rounds)}
+        yield {name: timed(name, tensors, options.rounds)}
 
 
 def timed(task: str, shapes: list[tuple[int, ...]], rounds: int) -> dict[str, Any]:
     """Milliseconds a step, over that of AdamW, and the seconds of the first step."""
-    makers = {name: maker for name, maker in contestants(task).items() if "zero" not in name and "too" not in name}
+    makers = {name: maker for name, maker in contestants(task).items() if not any(word in name for word in ("zero", "too", "for"))}
     makers["AdamW, foreach"] = functools.partial(torch.optim.AdamW, foreach=True)
     makers["AdamW, fused"] = functools.partial(torch.optim.AdamW, fused=True)
     steps = {name: prepared(maker, shapes) for name, maker in makers.items()}
-    if task != "digits":
-        steps["AdamW, compiled"] = compiled(*prepared(torch.optim.AdamW, shapes))
-        steps["ours, compiled"] = prepared(functools.partial(AdamW4bit, compiled=True), shapes)
-    first = {name: seconds(step, 1) for name, (step, _) in steps.items()}
-    took: dict[str, list[float]] = {name: [] for name in steps}
-    for step, _ in steps.values():
-        seconds(step, 3)
-    for _ in range(rounds):
-        for name, (step, _) in steps.items():
-            took[name].append(seconds(step, 3))
+    first, took = in_turns(steps, rounds)
     least = {name: 1000 * min(values) for name, values in took.items()}
     return {
         "parameters": sum(math.prod(shape) for shape in shapes),
@@ -264,7 +269,6 @@ def timed(task: str, shapes: list[tuple[int, ...]], rounds: int) -> dict[str, An
             name: {
                 "milliseconds": round(least[name], 3),
                 "over_adamw": round(least[name] / least["AdamW"], 2),
-                "over_adamw_compiled": round(least[name] / least["AdamW, compiled"], 2) if "AdamW, compiled" in least else None,
                 "first_step_seconds": round(first[name], 2),
                 **measured(optimizer),
             }
@@ -273,7 +277,36 @@ def timed(task: str, shapes: list[tuple[int, ...]], rounds: int) -> dict[str, An
     }
 
 
-Step = tuple[Callable[[], Any], torch.optim.Optimizer]
+def compiled_times(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The matrices, compiled."""
+    steps = {"AdamW, compiled": compiled(*prepared(torch.optim.AdamW, list(MATRICES)))}
+    for kind in ("auto", "block", "factored"):
+        maker = functools.partial(AdamW4bit, compiled=True, second_moment=kind)
+        steps[f"ours, {kind}, compiled"] = prepared(maker, list(MATRICES))
+    first, took = in_turns(steps, options.rounds)
+    reference = took["AdamW, compiled"]
+    yield {"load_average": round(os.getloadavg()[0], 1), "rounds": options.rounds}
+    yield {
+        name: {
+            "milliseconds": round(1000 * min(values), 3),
+            "over_adamw_compiled": round(min(values) / min(reference), 2),
+            "median_over_adamw_compiled": round(statistics.median(a / b for a, b in zip(values, reference, strict=True)), 2),
+            "first_step_seconds": round(first[name], 2),
+        }
+        for name, values in took.items()
+    }
+
+
+def in_turns(steps: Mapping[str, Step], rounds: int) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Seconds of the first step, and of a step in every round."""
+    first = {name: seconds(step, 1) for name, (step, _) in steps.items()}
+    took: dict[str, list[float]] = {name: [] for name in steps}
+    for step, _ in steps.values():
+        seconds(step, 3)
+    for _ in range(rounds):
+        for name, (step, _) in steps.items():
+            took[name].append(seconds(step, 3))
+    return first, took
 
 
 def prepared(maker: Callable[..., torch.optim.Optimizer], shapes: list[tuple[int, ...]]) -> Step:
@@ -297,6 +330,13 @@ def seconds(step: Callable[[], Any], count: int) -> float:
         for _ in range(count):
             step()
         return (time.process_time() - start) / count
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
+    "times": times,
+    "compiled": compiled_times,
+    "losses": losses,
+}
 
 
 if __name__ == "__main__":
