@@ -3,6 +3,7 @@
 One adapter is trained by LCM-LoRA on the plain teacher of ``distill_teacher.py``; others, which never see a student, are trained by
 ordinary denoising on digits in another style: turned by a quarter, or with light and dark exchanged. All are saved, loaded into a fresh
 teacher by their files, and added with weights. Asked of the sum are samples of 2 and 4 calls in that style.
+``--gentle`` makes adapters of low rank at low learning rates, which change less and so add up better.
 
 FD is Frechet's distance of 4,000 samples in the features of the classifier that comes along, after the style has been undone, from as
 many of the teacher with the style's adapter in 20 calls of the solver "auto". Beside it: that teacher itself by the best of eight untuned
@@ -55,13 +56,13 @@ def plain_network() -> nn.Module:
     return network
 
 
-def style_adapter(style: str, seed: int, folder: Path) -> Path:
+def style_adapter(style: str, seed: int, folder: Path, options: LoraOptions, training: dict[str, Any]) -> Path:
     """Train one on the plain teacher, and save it."""
     network = plain_network()
-    add_adapter(network, LoraOptions(rank=RANK, alpha=ALPHA), name="style", seed=seed)
+    add_adapter(network, options, name="style", seed=seed)
     data = digits("train")
     loss = fs.train.DenoisingLoss(fs.schedules.Flow(), "flow", times="logit_normal", dropout=fs.train.LabelDropout(CLASSES))
-    result = fs.fit(loss, network, {**data, "x": STYLES[style][0](data["x"])}, **STYLE_TRAINING, seed=seed)
+    result = fs.fit(loss, network, {**data, "x": STYLES[style][0](data["x"])}, **training, seed=seed)
     network.load_state_dict(result.averages[0.995])
     return save_adapter(network, folder, ask=asked, name="style")
 
@@ -92,9 +93,11 @@ def least_untuned(teacher: fs.Denoiser, nfe: int, fd: Callable[[Tensor], float])
     return best, found[best]
 
 
-def measured(style: str, seed: int, student: Student, accelerated: Path, folder: Path) -> dict[str, Any]:
+def measured(
+    style: str, seed: int, student: Student, accelerated: Path, folder: Path, options: LoraOptions, training: dict[str, Any]
+) -> dict[str, Any]:
     began = time.process_time()
-    styled = style_adapter(style, seed, folder)
+    styled = style_adapter(style, seed, folder, options, training)
     told: dict[str, Any] = {"style_cpu_seconds": round(time.process_time() - began)}
     teacher = together({"style": styled}, {"style": 1.0})
     many = fs.make_plan("auto", teacher.schedule, REFERENCE_CALLS, final="zero")
@@ -112,7 +115,9 @@ def measured(style: str, seed: int, student: Student, accelerated: Path, folder:
         for weights in WEIGHTS:
             both = together({"style": styled, "fewstep": accelerated}, dict(zip(("style", "fewstep"), weights, strict=True)))
             row[f"sum, {weights[0]:g} and {weights[1]:g}"] = fd(sampled(both, student.plan(nfe), COUNT, STUDENT_SEED))
-        strong = together({"style": styled, "fewstep": accelerated}, {"style": 1.0, "fewstep": RANK / ALPHA})
+        strong = together(
+            {"style": styled, "fewstep": accelerated}, {"style": 1.0, "fewstep": options.rank / (options.alpha or options.rank)}
+        )
         row["alpha lost"] = fd(sampled(strong, student.plan(nfe), COUNT, STUDENT_SEED))
         row["plain teacher, same student"] = round(
             Frechet()(
@@ -149,26 +154,33 @@ def summary(styles: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Add an adapter of a style to one of acceleration.")
+    parser.add_argument(
+        "--gentle", action="store_true", help="adapters of rank 8, trained at a quarter of the learning rates: small changes"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of training, from 0")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON goes; what is there is kept")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    rank, alpha, share = (8, 8.0, 0.25) if options.gentle else (RANK, ALPHA, 1.0)
+    adapter = LoraOptions(rank=rank, alpha=alpha)
+    training = TRAINING | {"learning_rate": share * TRAINING["learning_rate"]}
+    style_training = STYLE_TRAINING | {"learning_rate": share * STYLE_TRAINING["learning_rate"]}
     for seed in range(options.seeds):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             began = time.process_time()
-            adapter = LoraOptions(rank=RANK, alpha=ALPHA)
             data = digits("train")
             student = distill(
-                distill_teacher.load(), method=LCM(), adapter=adapter, data=data, steps=CALLS, seed=seed, compare=None, **TRAINING
+                distill_teacher.load(), method=LCM(), adapter=adapter, data=data, steps=CALLS, seed=seed, compare=None, **training
             )
             seconds = round(time.process_time() - began)
             student.save(folder / "student")
             for style in STYLES:
-                told = measured(style, seed, student, folder / "student", folder / style)
+                told = measured(style, seed, student, folder / "student", folder / style, adapter, style_training)
                 told["student_cpu_seconds"] = seconds
-                print(style, seed, json.dumps(told), flush=True)
-                write(options.out, style, seed, told)
+                name = f"{style}, gentle" if options.gentle else style
+                print(name, seed, json.dumps(told), flush=True)
+                write(options.out, name, seed, told)
     print(json.dumps(json.loads(options.out.read_text())["summary"], indent=1))
     return 0
 
