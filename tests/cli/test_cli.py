@@ -703,13 +703,23 @@ def test_sample_tells_a_student_its_number_of_calls(tiny, tmp_path, capsys):
             parameter += 0.1 * torch.randn(parameter.shape)
     student.save(out)
     for nfe in (1, 2):
-        asked = ("--plan", out, "--nfe", nfe, "--count", 3, "--label", "each", "--out", tmp_path / "samples", "--quiet")
+        plan = ("--plan", out) if nfe == 1 else ()  # its own, if nothing else is said
+        asked = (*plan, "--nfe", nfe, "--count", 3, "--label", "each", "--out", tmp_path / "samples", "--quiet")
         status, _, error = run(capsys, "sample", out, *asked)
         assert (status, error) == (0, "")
         mine = student.sample(range(3), nfe=nfe, cond={"label": torch.arange(3)})
         np.testing.assert_allclose(np.load(tmp_path / "samples" / "samples.npz")["samples"], mine.numpy(), atol=1e-6)
     other = fs.sample(student.denoiser_of(1), fs.draw_noise((1, 8, 8), range(3)), student.plan(2), cond={"label": torch.arange(3)})
     assert (other - mine).abs().max() > 1e-4
+    for arguments, message in (
+        (("sample", out, "--nfe", 2, "--label", 1, "--guidance", 3, "--out", tmp_path / "no"), "has its guidance within"),
+        (("sample", out, "--nfe", 3, "--label", 1, "--out", tmp_path / "no"), "3"),
+        (("distill", out, "--steps", 1, "--out", tmp_path / "no"), "is a student"),
+        (("control", out, "--target", "class", "--label", 1, "--out", tmp_path / "no"), "give --wanted"),
+    ):
+        status, _, error = run(capsys, *arguments)
+        assert (status, len(error.splitlines())) == (2, 1)
+        assert message in error
 
 
 def test_an_adversary_and_pairs_are_within_reach(tiny, tmp_path, capsys):

@@ -46,8 +46,9 @@ def conditions(denoiser: Denoiser, options: Prompted, count: int, label: str | N
 def learnt_null(denoiser: Denoiser, data: Any) -> bool:
     """Whether a student learnt from samples without a class, too, of a model that knows such; for its card."""
     known = denoiser.info.conditions.get("label", {})
-    labels = data.get("label") if isinstance(data, Mapping) else None
-    return "null" in known and labels is not None and bool((labels == known["null"]).any())
+    if "null" not in known or not isinstance(data, Mapping):
+        return False
+    return "label" not in data or bool((data["label"] == known["null"]).any())
 
 
 def check_null(student: Any, name: str, label: str | None) -> None:

@@ -30,7 +30,7 @@ class ControlOptions(Prompted):
         "", "for intensity, instead of --image: the means, separated by commas, or one for all, in the model's range"
     )
     axis: str = option("rows", "for intensity", choices=("rows", "columns"))
-    wanted: int = option(0, "for class: the class, by the shipped classifier of digits")
+    wanted: int = option(None, "for class: the class, by the shipped classifier of digits")
     label: str = option(None, 'a class that the model is told, a list like 0,1,2, or "each"; left out: without condition')
     guidance: float = option(1.0, "scale of classifier-free guidance of a model that is no student; 1 is none")
     nfe: int = option(0, "network calls of decoding; 0: the most that a student is made for, 8 for other models")
@@ -103,6 +103,8 @@ def _check(options: ControlOptions) -> None:
         raise ValueError(f"--refined is a number of the {options.iterations} iterations, got {options.refined}.")
     if options.target == "inpaint" and not options.image:
         raise ValueError("inpaint needs a picture: give --image.")
+    if options.target == "class" and options.wanted is None:
+        raise ValueError("class needs the class to aim at: give --wanted.")
     if options.target == "intensity" and bool(options.image) == bool(options.curve):
         raise ValueError("intensity needs one of --image and --curve.")
 

@@ -58,6 +58,12 @@ def run(options: DistillOptions) -> int:
     if options.dtype != "float32":
         raise ValueError("students are trained in float32: leave --dtype out.")
     check_prompted(options)
+    from fewstep.loading import is_student
+
+    if is_student(options.model):
+        raise ValueError(
+            f"{options.model} is a student: distill the model that it learnt from, or tune the student by fewstep prefer."
+        )
     from fewstep.adapt.lora import LoraOptions
     from fewstep.cli.conditions import conditions, guided, learnt_null
     from fewstep.cli.setup import open_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class SampleOptions(Prompted):
     )
     plan: str = option(
         "",
-        "a plan file, instead of nfe, solver, grid and final; or a folder that `fewstep tune` wrote, and --nfe if it has several",
+        "a plan file, instead of nfe, solver, grid and final; or a folder that `fewstep tune` wrote, and --nfe if it has several; "
+        "left out: a student's own plan; of other models what nfe, solver, grid and final say",
     )
     skips: str = option("", "a file of fewstep.tuners.layer_skips: blocks of the network to leave out at every call of this plan")
     count: int | None = option(None, f"how many samples (default: {COUNT}, or as many as --seed names)", kind=int)
@@ -71,8 +72,14 @@ def run(options: SampleOptions) -> int:
     check_shards(options)
     from fewstep.cli.conditions import conditions
     from fewstep.cli.setup import ask_for, check_plannable, new_folder, open_model
+    from fewstep.loading import is_student
     from fewstep.solvers import make_plan
 
+    if is_student(options.model):
+        if options.guidance != 1.0:
+            raise ValueError(f"{options.model} is a student, which has its guidance within: leave --guidance out.")
+        if not options.plan and options.solver is options.grid is options.final is None:
+            options = replace(options, plan=options.model)  # its own plans
     asked = options.solver or SOLVER, options.grid or GRID, NFE if options.nfe is None else options.nfe
     check_plannable(*asked)
     plan = _load(Path(options.plan), options) if options.plan else None
