@@ -1,9 +1,9 @@
 """A style and an acceleration, added: ``python benchmarks/distill_style.py`` writes ``benchmarks/results/distill_style.json``.
 
 One adapter is trained by LCM-LoRA on the plain teacher of ``distill_teacher.py``; others, which never see a student, are trained by
-ordinary denoising on digits in another style: turned by a quarter, with light and dark exchanged, or only brighter. All are saved, loaded into a fresh
-teacher by their files, and added with weights. Asked of the sum are samples of 2 and 4 calls in that style.
-``--gentle`` makes adapters of low rank at low learning rates, which change less and so add up better.
+ordinary denoising on digits in another style: turned by a quarter, with light and dark exchanged, or only brighter. All are saved, loaded
+into a fresh teacher by their files, and added with weights. Asked of the sum are samples of 2 and 4 calls in that style. ``--gentle``
+makes adapters of low rank at low learning rates.
 
 FD is Frechet's distance of 4,000 samples in the features of the classifier that comes along, after the style has been undone, from as
 many of the teacher with the style's adapter in 20 calls of the solver "auto". Beside it: that teacher itself by the best of eight untuned
