@@ -138,7 +138,8 @@ def test_control_meets_pictures_and_curves(tiny, tmp_path, capsys, target):
         (["control", "--target", "intensity", "--curve", "1,2"], "8 for the rows"),
         (["control", "--target", "class", "--wanted", "12"], "classes 0 to 9"),
         (["control", "--target", "class", "--refined", "100"], "--refined"),
-        (["control", "--target", "class", "--guidance", "2"], "--guidance needs --label"),
+        (["control", "--target", "class", "--wanted", "3", "--guidance", "2"], "--guidance needs --label"),
+        (["control", "--target", "class"], "give --wanted"),
         (["prefer", "--reward", "ink", "--size", "8"], "one size"),
     ],
 )

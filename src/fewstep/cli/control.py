@@ -30,7 +30,7 @@ class ControlOptions(Prompted):
         "", "for intensity, instead of --image: the means, separated by commas, or one for all, in the model's range"
     )
     axis: str = option("rows", "for intensity", choices=("rows", "columns"))
-    wanted: int = option(None, "for class: the class, by the shipped classifier of digits")
+    wanted: int | None = option(None, "for class: the class, by the shipped classifier of digits", kind=int)
     label: str = option(None, 'a class that the model is told, a list like 0,1,2, or "each"; left out: without condition')
     guidance: float = option(1.0, "scale of classifier-free guidance of a model that is no student; 1 is none")
     nfe: int = option(0, "network calls of decoding; 0: the most that a student is made for, 8 for other models")
