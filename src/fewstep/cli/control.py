@@ -157,7 +157,7 @@ def _loss(options: ControlOptions, shape: tuple[int, ...], data_range: tuple[flo
     from fewstep.steer import ClassTarget, IntensityTarget, MaskedPixels
 
     if options.target == "class":
-        if not 0 <= options.wanted < 10 or shape != (1, 8, 8):
+        if options.wanted is None or not 0 <= options.wanted < 10 or shape != (1, 8, 8):
             raise ValueError(
                 f"the shipped classifier knows the classes 0 to 9 of pictures (1, 8, 8), not {options.wanted} of {shape}."
             )
