@@ -13,7 +13,7 @@ from fewstep.cli.setup import parse_labels
 from fewstep.denoisers import Denoiser
 from fewstep.guidance import ClassifierFree
 
-__all__ = ["check_null", "conditions", "guided", "learnt_null"]
+__all__ = ["check_null", "check_unguided", "conditions", "guided", "learnt_null"]
 
 
 def conditions(denoiser: Denoiser, options: Prompted, count: int, label: str | None, *, first: int = 0) -> dict[str, torch.Tensor]:
@@ -59,6 +59,16 @@ def check_null(student: Any, name: str, label: str | None) -> None:
     """
     if label is None and student.denoiser.info.conditions.get("label") and not student.card.get("null_label"):
         raise ValueError(f"{name} is a student that learnt from samples with a class alone: give --label.")
+
+
+def check_unguided(name: str, scale: float) -> None:
+    """Refuse to guide a student.
+
+    Raises:
+        ValueError: if so.
+    """
+    if scale != 1.0:
+        raise ValueError(f"{name} is a student, which has its guidance within: leave --guidance out.")
 
 
 def guided(denoiser: Denoiser, scale: float, options: Prompted) -> Any:

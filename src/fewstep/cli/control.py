@@ -111,7 +111,7 @@ def _check(options: ControlOptions) -> None:
 
 def _model(options: ControlOptions) -> tuple[Any, Any, Any, Any]:
     """The denoiser that decodes, another that is optimised through (None: the same), and the plans of the latter and of the former."""
-    from fewstep.cli.conditions import check_null
+    from fewstep.cli.conditions import check_null, check_unguided
     from fewstep.cli.setup import open_model, open_student
     from fewstep.loading import is_student
     from fewstep.solvers import TCD, make_plan
@@ -123,8 +123,7 @@ def _model(options: ControlOptions) -> tuple[Any, Any, Any, Any]:
         return model, None, make_plan("auto", model.schedule, options.surrogate, final="zero") if other else decode, decode
     student = open_student(options.model, options)
     check_null(student, options.model, options.label)
-    if options.guidance != 1.0:
-        raise ValueError(f"{options.model} is a student, which has its guidance within: leave --guidance out.")
+    check_unguided(options.model, options.guidance)
     plans = [student.plan(calls or None) for calls in (options.surrogate or min(student.plans), options.nfe)]
     quiet = [TCD(gamma=0.0).plan(plan.schedule, grid=plan.grid) if plan.stochastic else plan for plan in plans]
     told = [student.denoiser_of(plan.nfe) for plan in plans]

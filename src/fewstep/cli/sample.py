@@ -70,14 +70,13 @@ def run(options: SampleOptions) -> int:
     seeds = parse_seeds(options.seed, options.count)
     check_prompted(options)
     check_shards(options)
-    from fewstep.cli.conditions import conditions
+    from fewstep.cli.conditions import check_unguided, conditions
     from fewstep.cli.setup import ask_for, check_plannable, new_folder, open_model
     from fewstep.loading import is_student
     from fewstep.solvers import make_plan
 
     if is_student(options.model):
-        if options.guidance != 1.0:
-            raise ValueError(f"{options.model} is a student, which has its guidance within: leave --guidance out.")
+        check_unguided(options.model, options.guidance)
         if not options.plan and options.solver is options.grid is options.final is None:
             options = replace(options, plan=options.model)  # its own plans
     asked = options.solver or SOLVER, options.grid or GRID, NFE if options.nfe is None else options.nfe
